@@ -1,0 +1,277 @@
+"""The contract between environments and everything that learns: rows in time, observations, actions.
+
+Row t is ``(obs, is_first, reward, terminated, truncated | action)``: reward and flags arrive *with* obs_t and were
+caused by action_{t-1}; action_t is chosen *from* obs_t. This is Gymnasium's ``NEXT_STEP`` autoreset: the final
+observation of an episode is a row of its own, whose action is ignored, and the next row is the reset one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+IMAGE_CHANNELS = (1, 3, 4)
+
+
+class UserError(ValueError):
+    """A mistake its user can mend. The message is one line: what is wrong, and how to put it right."""
+
+
+class EnvError(RuntimeError):
+    """An environment failed while running: it raised, hung or died.
+
+    Args:
+        message: one line that names the worker and what it was doing.
+        worker: index of the copy that failed, None where it is not known.
+        trace: text of the original traceback, shown below the message.
+    """
+
+    def __init__(self, message: str, worker: int | None = None, trace: str = "") -> None:
+        super().__init__(f"{message}\n{trace}".rstrip())
+        self.message, self.worker, self.trace = message, worker, trace
+
+    def __reduce__(self) -> tuple[type[EnvError], tuple[str, int | None, str]]:
+        return EnvError, (self.message, self.worker, self.trace)
+
+
+@dataclass
+class Row:
+    """One time step of n copies. obs: each (n, ...) as its ObsSpec stores it; the others (n,), reward float32."""
+
+    obs: dict[str, np.ndarray]
+    is_first: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+
+
+@dataclass(frozen=True)
+class ObsSpec:
+    """How one observation is stored.
+
+    kind "image": uint8, shape (H, W, C); "vector": float32, shape (n,); "discrete": int64 in 0..n-1, shape ().
+    start is the smallest native value of a discrete observation; it is subtracted when packing.
+    """
+
+    kind: Literal["image", "vector", "discrete"]
+    shape: tuple[int, ...]
+    n: int = 0
+    start: int = 0
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype({"image": np.uint8, "vector": np.float32, "discrete": np.int64}[self.kind])
+
+    def pack(self, batch: Any) -> np.ndarray:
+        """(n, *native shape) in the environment's type -> (n, *shape) in the stored one."""
+        values = np.asarray(batch)
+        if self.kind == "discrete":
+            values = values - self.start
+        return np.ascontiguousarray(values.reshape(len(values), *self.shape), dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """How an action is encoded as a float32 vector of length A = ``size``, the only form the project uses.
+
+    parts: sizes of the categorical factors, encoded as one-hots side by side: Discrete(n) -> (n,), MultiDiscrete ->
+    nvec. Empty for a Box, which is flattened and scaled from [low, high] to [-1, 1].
+    native: what restores the native value: kind ("discrete", "multi_discrete", "box"), start, shape, dtype.
+    """
+
+    parts: tuple[int, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    native: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Length A of the encoded vector."""
+        return sum(self.parts) if self.parts else len(self.low)
+
+    def encode(self, native: Any) -> np.ndarray:
+        """Native batched action, (n, *native shape) -> (n, A) float32."""
+        values = np.asarray(native)
+        if not self.parts:
+            low, high = np.array(self.low), np.array(self.high)
+            width = np.where(high > low, high - low, 1.0)
+            scaled = 2.0 * (values.reshape(len(values), -1).astype(np.float64) - low) / width - 1.0
+            return np.where(high > low, scaled, 0.0).astype(np.float32)
+        choice = values.reshape(len(values), -1).astype(np.int64) - np.array(self.native["start"]).reshape(-1)
+        encoded = np.zeros((len(choice), self.size), np.float32)
+        offset = np.cumsum((0, *self.parts[:-1]))
+        np.put_along_axis(encoded, choice + offset, 1.0, axis=1)
+        return encoded
+
+    def decode(self, encoded: np.ndarray) -> np.ndarray:
+        """(n, A) -> native batched action for ``VectorEnv.step``: the largest entry of each one-hot; Box values are
+        clipped to their bounds."""
+        encoded = np.asarray(encoded)
+        dtype, shape = np.dtype(self.native["dtype"]), (len(encoded), *self.native["shape"])
+        if not self.parts:
+            low, high = np.array(self.low), np.array(self.high)
+            values = low + (np.clip(encoded.astype(np.float64), -1.0, 1.0) + 1.0) * 0.5 * (high - low)
+            if dtype.kind in "iu":
+                values = np.rint(values)
+            return np.clip(values, low, high).reshape(shape).astype(dtype)
+        choice = np.stack([part.argmax(1) for part in np.split(encoded, np.cumsum(self.parts[:-1]), axis=1)], axis=1)
+        return (choice + np.array(self.native["start"]).reshape(-1)).reshape(shape).astype(dtype)
+
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """n uniform random actions, encoded: (n, A) float32."""
+        if not self.parts:
+            return rng.uniform(-1.0, 1.0, (n, self.size)).astype(np.float32)
+        return np.concatenate([np.eye(k, dtype=np.float32)[rng.integers(k, size=n)] for k in self.parts], axis=1)
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What is seen and what can be done; a single observation space has the key "obs"."""
+
+    obs: dict[str, ObsSpec]
+    action: ActionSpec
+
+    def pack_obs(self, batch: Any) -> dict[str, np.ndarray]:
+        """Batched observation of a vector environment -> {key: (n, *shape) in the stored type}."""
+        batch = batch if isinstance(batch, dict) else {"obs": batch}
+        return {key: spec.pack(batch[key]) for key, spec in self.obs.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, from which ``from_json`` makes an equal spec."""
+        return {
+            "obs": {key: _plain(asdict(spec)) for key, spec in self.obs.items()},
+            "action": _plain(asdict(self.action)),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> EnvSpec:
+        obs = {key: ObsSpec(**{**spec, "shape": tuple(spec["shape"])}) for key, spec in data["obs"].items()}
+        action = data["action"]
+        parts, low, high = (tuple(action[key]) for key in ("parts", "low", "high"))
+        return cls(obs, ActionSpec(parts, low, high, action["native"]))
+
+
+def env_spec(observation_space: spaces.Space, action_space: spaces.Space) -> EnvSpec:
+    """The spec of an environment with these (single, not batched) spaces.
+
+    Raises:
+        UserError: a space that cannot be handled; the message names its key and says how to mend it.
+    """
+    if isinstance(observation_space, spaces.Dict):
+        if not observation_space.spaces:
+            raise UserError("the observation Dict is empty: an environment must show at least one key")
+        obs = {key: _obs_spec(str(key), space) for key, space in observation_space.spaces.items()}
+    else:
+        obs = {"obs": _obs_spec("obs", observation_space)}
+    return EnvSpec(obs, _action_spec(action_space))
+
+
+def _obs_spec(key: str, space: spaces.Space) -> ObsSpec:
+    where = f"observation {key!r}"
+    if isinstance(space, spaces.Discrete):
+        return ObsSpec("discrete", (), int(space.n), int(space.start))
+    if isinstance(space, spaces.Dict):
+        raise UserError(f"{where} is a nested Dict: move its entries to the top level of the observation Dict")
+    if isinstance(space, spaces.Tuple):
+        raise UserError(f"{where} is a Tuple: use a flat Dict with a name for each entry")
+    if not isinstance(space, spaces.Box):
+        mend = "use Box or Discrete, for instance with gymnasium.wrappers.FlattenObservation"
+        raise UserError(f"{where} is a {type(space).__name__} space: {mend}")
+    shape = tuple(int(s) for s in space.shape)
+    if space.dtype is None or space.dtype.kind not in "fiu":
+        raise UserError(f"{where} has dtype {space.dtype}: use uint8 for images, a float or integer type for vectors")
+    if 0 in shape:
+        raise UserError(f"{where} is empty (shape {shape}): leave it out or give it at least one value")
+    if space.dtype == np.uint8 and len(shape) > 1:
+        return ObsSpec("image", _image_shape(where, shape))
+    if len(shape) == 3 and _looks_like_image(shape):
+        raise UserError(
+            f"{where} looks like an image of dtype {space.dtype} (shape {shape}): images are uint8 0..255 of shape"
+            " (height, width, channels); convert it with gymnasium.wrappers.TransformObservation"
+        )
+    return ObsSpec("vector", (int(np.prod(shape)),))
+
+
+def _image_shape(where: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) == 2:
+        return (*shape, 1)
+    if len(shape) == 3 and shape[-1] in IMAGE_CHANNELS:
+        return shape
+    if len(shape) == 3 and shape[0] in IMAGE_CHANNELS:
+        raise UserError(
+            f"{where} is a channel-first image or a stack of frames (shape {shape}): images are (height, width,"
+            " channels); move the channels last with gymnasium.wrappers.TransformObservation, and stack no frames"
+        )
+    raise UserError(
+        f"{where} is uint8 of shape {shape}: an image is (height, width) or (height, width, channels) with 1, 3 or 4"
+        " channels; give anything else a float or wider integer type and it is read as a vector"
+    )
+
+
+def _looks_like_image(shape: tuple[int, ...]) -> bool:
+    last, first = (
+        shape[-1] in IMAGE_CHANNELS and min(shape[:2]) >= 16,
+        shape[0] in IMAGE_CHANNELS and min(shape[1:]) >= 16,
+    )
+    return last or first
+
+
+def _action_spec(space: spaces.Space) -> ActionSpec:
+    if isinstance(space, spaces.Discrete):
+        native = {"kind": "discrete", "start": int(space.start), "shape": [], "dtype": str(space.dtype)}
+        return ActionSpec((int(space.n),), native=native)
+    if isinstance(space, spaces.MultiDiscrete):
+        native = {"kind": "multi_discrete", "start": space.start.tolist(), "shape": list(space.shape)}
+        return ActionSpec(tuple(space.nvec.ravel().tolist()), native={**native, "dtype": str(space.dtype)})
+    if not isinstance(space, spaces.Box):
+        mend = "use Discrete, MultiDiscrete or Box"
+        if isinstance(space, spaces.MultiBinary):
+            mend = f"use MultiDiscrete([2] * {int(np.prod(space.shape))})"
+        raise UserError(f"the action space is a {type(space).__name__} space: {mend}")
+    low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
+    if not low.size:
+        raise UserError(f"the action space is an empty Box (shape {space.shape}): give it at least one value")
+    if max(np.abs(low).max(), np.abs(high).max()) >= np.finfo(np.float32).max:
+        raise UserError(
+            "the action space is an unbounded Box: give it finite bounds, in the environment or with"
+            " gymnasium.wrappers.RescaleAction"
+        )
+    native = {"kind": "box", "start": 0, "shape": list(space.shape), "dtype": str(space.dtype)}
+    return ActionSpec((), tuple(low.tolist()), tuple(high.tolist()), native)
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+
+
+class OneCopy(gym.Env):
+    """The single-environment form of a native vector environment that was made with one copy.
+
+    No autoreset here: ``step`` after the end of an episode is left undefined, as in every Gymnasium environment.
+    """
+
+    def __init__(self, vector: gym.vector.VectorEnv) -> None:
+        self.vector = vector
+        self.observation_space = vector.single_observation_space
+        self.action_space = vector.single_action_space
+        self.render_mode = vector.render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        obs, _ = self.vector.reset(seed=seed)
+        return self._first(obs), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, _ = self.vector.step(np.asarray(action)[None])
+        return self._first(obs), float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
+
+    def render(self) -> Any:
+        frames = self.vector.render()
+        return None if frames is None else frames[0]
+
+    def _first(self, obs: Any) -> Any:
+        return {key: value[0] for key, value in obs.items()} if isinstance(obs, dict) else obs[0]

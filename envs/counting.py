@@ -1,0 +1,108 @@
+"""``longdream/Counting-v0``: counts its own steps, so that a test can tell what every row must hold."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+from envs.contract import OneCopy
+
+ACTIONS = 5
+PHASES = 7
+STATE = ("index", "episode", "time", "last_action", "ended")
+
+
+def episode_length(index: Any, episode: Any) -> Any:
+    """Steps in that episode of that copy, 3 to 13; its rows are one more, times 0 to this. Scalars or arrays."""
+    return 3 + (5 * index + 4 * episode) % 11
+
+
+def is_terminal(index: Any, episode: Any) -> Any:
+    """True where that episode terminates, False where it is truncated. Scalars or arrays."""
+    return (index + episode) % 2 == 0
+
+
+def expected_reward(time: Any, action: Any) -> Any:
+    """What arrives with the row at time >= 1, caused by ``action`` in the row before; at time 0 it is 0."""
+    return time + 0.001 * action
+
+
+class CountingVecEnv(gym.vector.VectorEnv):
+    """num_envs counters with NEXT_STEP autoreset. Nothing is random; episodes differ in length and in how they end.
+
+    Observation: Dict of "time", float32 (4,): steps since the episode began, number of the episode, index of the copy,
+    action received in the row before (-1 at time 0); and "phase", Discrete(7): the first of these modulo 7.
+    Action: Discrete(5). ``reset`` with a seed starts again at episode 0, without one begins the next episode.
+
+    Args:
+        num_envs: copies.
+        first_index: index of the first copy; the others follow.
+        render_mode: accepted for the sake of the interface; there is nothing to see.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    def __init__(self, num_envs: int = 1, first_index: int = 0, render_mode: str | None = None) -> None:
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.single_observation_space = spaces.Dict(
+            {"time": spaces.Box(-1, np.inf, (4,), np.float32), "phase": spaces.Discrete(PHASES)}
+        )
+        self.single_action_space = spaces.Discrete(ACTIONS)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.index = first_index + np.arange(num_envs)
+        self.episode, self.time, self.last_action = np.full((3, num_envs), -1, np.int64)
+        self.ended = np.zeros(num_envs, np.bool_)
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        seeds = seed if isinstance(seed, list) else [seed] * self.num_envs
+        self.episode[[s is not None for s in seeds]] = -1
+        self._begin(np.ones(self.num_envs, np.bool_))
+        return self._obs(), {}
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        fresh = self.ended.copy()
+        self.time += 1
+        self.last_action[:] = actions
+        reward = np.where(fresh, 0.0, expected_reward(self.time, self.last_action))
+        self.ended = ~fresh & (self.time >= episode_length(self.index, self.episode))
+        terminal = is_terminal(self.index, self.episode)
+        terminated, truncated = self.ended & terminal, self.ended & ~terminal
+        self._begin(fresh)
+        return self._obs(), reward, terminated, truncated, {}
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Everything that the future depends on, arrays (num_envs,)."""
+        return {key: getattr(self, key).copy() for key in STATE}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        for key in STATE:
+            setattr(self, key, np.array(state[key], dtype=getattr(self, key).dtype))
+
+    def _begin(self, which: np.ndarray) -> None:
+        self.episode += which
+        self.time[which] = 0
+        self.last_action[which] = -1
+        self.ended &= ~which
+
+    def _obs(self) -> dict[str, np.ndarray]:
+        time = np.stack([self.time, self.episode, self.index, self.last_action], axis=1).astype(np.float32)
+        return {"phase": self.time % PHASES, "time": time}
+
+
+class CountingEnv(OneCopy):
+    """One counter, for ``gym.make``; ``index`` is that of its copy."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    def __init__(self, index: int = 0, render_mode: str | None = None) -> None:
+        super().__init__(CountingVecEnv(1, index, render_mode))

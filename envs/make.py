@@ -1,0 +1,324 @@
+"""From the id of an environment to rows: registration, vectorisation, seeds, failures, exact continuation."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import multiprocessing
+import os
+import sys
+import traceback
+from functools import partial
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.registration import EnvSpec as Registration
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from envs.contract import EnvError, Row, UserError, env_spec
+
+REPLAYED_STEPS_PER_TIMEOUT = 100  # restoring a copy steps through its episode; it is given a time-out for each so many
+
+
+def register() -> None:
+    """Put the project's environments into Gymnasium's registry; calling it again changes nothing."""
+    for name, module in {"Recall": "recall", "Counting": "counting"}.items():
+        if (env_id := f"longdream/{name}-v0") not in gym.registry:
+            entry = f"envs.{module}:{name}"
+            gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv")
+
+
+def find(env_id: str) -> Registration:
+    """Gymnasium's registration of "Id" or "module:Id"; the module is imported first, from the current folder too.
+
+    Raises:
+        UserError: the module cannot be imported or the id is not registered, with the closest ids that are.
+    """
+    module, _, name = env_id.rpartition(":")
+    if module:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            raise UserError(f"cannot import module {module!r} of environment {env_id!r}: {_one_line(error)}") from error
+    if name in gym.registry:
+        return gym.registry[name]
+    by_lower = {known.lower(): known for known in gym.registry}
+    close = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(close)}?" if close else "import the package that registers it: module:Id"
+    raise UserError(f"unknown environment {env_id!r}: {hint}")
+
+
+class World:
+    """num_envs copies of an environment, seen as rows (see envs.contract).
+
+    An environment whose registration has a native vector form with NEXT_STEP autoreset and get_state/set_state runs
+    in that form; of any other, single copies run in this process ("sync") or in a process each ("async"). Copy i of
+    episode e is seeded from (seed, i, e), so what a copy does depends on nothing but these and its actions.
+
+    Args:
+        env_id: a registered id, or "module:Id".
+        num_envs: copies.
+        seed: root of all seeds, not negative.
+        kwargs: arguments of the environment.
+        mode: "sync" or "async".
+        timeout_s: seconds that a copy in a process of its own may take for a step or a reset.
+
+    Raises:
+        UserError: no such environment, or one that cannot be made or handled.
+        EnvError: here or in any method, when a copy raises, hangs (async only) or dies. The world is closed then.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int,
+        seed: int,
+        kwargs: dict[str, Any] | None = None,
+        mode: Literal["sync", "async"] = "sync",
+        timeout_s: float = 60.0,
+    ) -> None:
+        if num_envs < 1 or seed < 0:
+            raise UserError(
+                f"num_envs={num_envs}, seed={seed}: there must be at least 1 copy and seeds are not negative"
+            )
+        if mode not in ("sync", "async"):
+            raise UserError(f"unknown mode {mode!r} of {env_id}: use 'sync' or 'async'")
+        self.env_id, self.num_envs, self.seed, self.timeout_s = env_id, num_envs, seed, timeout_s
+        registration, kwargs = find(env_id), kwargs or {}
+        native = _native(registration, num_envs, kwargs)
+        self.native = native is not None
+        self.vector: VectorEnv = native or self._single_copies(registration, kwargs, mode)
+        self.single_observation_space = self.vector.single_observation_space
+        self.single_action_space = self.vector.single_action_space
+        try:
+            self.spec = env_spec(self.single_observation_space, self.single_action_space)
+        except UserError:
+            self.close()
+            raise
+        self.row: Row | None = None  # the last one handed out
+
+    def reset(self) -> Row:
+        """The first row of every copy. Always starts over from episode 0, as if the world were new."""
+        seeds: list[int | None] = [self.seed] * self.num_envs  # a copy of ours derives its own
+        if self.native:
+            seeds = [derive_seed(self.seed, i, 0) for i in range(self.num_envs)]
+        obs, _ = self._ask("reset", self.timeout_s, seed=seeds)
+        no = np.zeros(self.num_envs, np.bool_)
+        self.row = Row(self.spec.pack_obs(obs), ~no, np.zeros(self.num_envs, np.float32), no, no.copy())
+        return self.row
+
+    def step(self, action: np.ndarray) -> Row:
+        """The next row of every copy after these encoded actions, (n, A). Where the row before ended an episode,
+        the action is ignored and the row is the first one of the next."""
+        if self.row is None:
+            raise RuntimeError("World.step before World.reset")
+        if action.shape != (self.num_envs, self.spec.action.size):
+            raise ValueError(f"actions of shape {action.shape}, expected {(self.num_envs, self.spec.action.size)}")
+        native = self.spec.action.decode(action)
+        obs, reward, terminated, truncated, _ = self._ask("step", self.timeout_s, actions=native)
+        self.row = Row(
+            self.spec.pack_obs(obs),
+            self.row.terminated | self.row.truncated,
+            np.asarray(reward, np.float32),
+            np.asarray(terminated, np.bool_),
+            np.asarray(truncated, np.bool_),
+        )
+        return self.row
+
+    def random_action(self, rng: np.random.Generator) -> np.ndarray:
+        """Uniform random actions, encoded: (n, A)."""
+        return self.spec.action.sample(rng, self.num_envs)
+
+    def get_state(self) -> dict[str, Any]:
+        """What set_state of an equal world needs to continue exactly: scalars, strings, lists, dicts, numpy arrays.
+
+        A copy of ours is its episode number and the actions of that episode, which is as exact as the environment is
+        well seeded: one that depends on more than its seed and actions (a clock, another process) will differ.
+        """
+        if self.row is None:
+            raise RuntimeError("World.get_state before World.reset")
+        copies = self._ask("get_state", self.timeout_s)
+        return {"copies": copies if self.native else list(copies), "row": dict(vars(self.row))}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue where get_state was called; ``row`` is again the last one handed out then."""
+        copies = state["copies"]
+        if self.native:
+            self._ask("set_state", self.timeout_s, state=copies)
+        else:
+            # a pending autoreset is known to the vector environment alone: have none, ours do their own
+            self._ask("reset", self.timeout_s)
+            longest = max(len(copy["actions"]) for copy in copies)
+            patience = self.timeout_s * (1 + longest // REPLAYED_STEPS_PER_TIMEOUT)
+            self._ask("set_state", patience, states=copies)
+        self.row = Row(**state["row"])
+
+    def render(self, i: int = 0) -> Any:
+        """The picture of copy i (H, W, 3) uint8, or None; needs kwargs={"render_mode": "rgb_array"}."""
+        frames = self._ask("render", self.timeout_s)
+        return None if frames is None else frames[i]
+
+    def close(self) -> None:
+        """End every copy; harmless when done already."""
+        if not self.vector.closed:
+            self.vector.close()
+
+    def _single_copies(self, registration: Registration, kwargs: dict[str, Any], mode: str) -> VectorEnv:
+        if registration.entry_point is None:
+            raise UserError(
+                f"{self.env_id} has only a vector form, and not one with NEXT_STEP autoreset and get_state/set_state:"
+                " give it an entry_point for single environments"
+            )
+        makers = [partial(_make_copy, self.env_id, registration, kwargs, i) for i in range(self.num_envs)]
+        if mode == "sync":
+            return SyncVectorEnv(makers)
+        try:
+            return AsyncVectorEnv(makers, context="forkserver")
+        except (EOFError, OSError) as error:
+            raise EnvError(f"an environment worker of {self.env_id} died while it was started") from error
+
+    def _ask(self, name: str, patience: float, **kwargs: Any) -> Any:
+        """Call a method of the vector environment, or one of all its copies; every failure becomes an EnvError."""
+        try:
+            if isinstance(self.vector, AsyncVectorEnv):
+                return self._ask_workers(self.vector, name, patience, **kwargs)
+            if isinstance(self.vector, SyncVectorEnv) and name not in ("reset", "step"):
+                return self.vector.call(name, **kwargs)
+            return getattr(self.vector, name)(**kwargs)
+        except EnvError as error:
+            self._end()
+            # a worker's error arrives as type(error)(error)
+            raise (error.message if isinstance(error.message, EnvError) else error) from None
+        except Exception as error:
+            self._end()
+            message = f"environment {self.env_id} raised in {name}: {_one_line(error)}"
+            raise EnvError(message, trace=traceback.format_exc()) from None
+
+    def _ask_workers(self, vector: AsyncVectorEnv, name: str, patience: float, **kwargs: Any) -> Any:
+        try:
+            if name in ("reset", "step"):
+                getattr(vector, f"{name}_async")(**kwargs)
+                return getattr(vector, f"{name}_wait")(timeout=patience)
+            vector.call_async(name, **kwargs)
+            return vector.call_wait(timeout=patience)
+        except (EOFError, OSError):
+            dead = [i for i, process in enumerate(vector.processes) if not process.is_alive()]
+            raise EnvError(
+                f"environment {_workers(dead)} of {self.env_id} died in {name}", min(dead, default=None)
+            ) from None
+        except multiprocessing.TimeoutError:
+            silent = [i for i, pipe in enumerate(vector.parent_pipes) if not pipe.poll(0)]
+            message = f"environment {_workers(silent)} of {self.env_id} gave no answer to {name} within {patience:g} s"
+            raise EnvError(message, min(silent, default=None)) from None
+
+    def _end(self) -> None:
+        if isinstance(self.vector, AsyncVectorEnv):
+            for process in self.vector.processes:
+                process.kill()  # one that hangs may not listen to anything gentler
+            self.vector.close(terminate=True)
+        elif not self.vector.closed:
+            self.vector.close()
+
+
+class Copy(gym.Wrapper):
+    """One copy of an environment: seeds every episode from (root seed, index, episode), remembers the episode's
+    actions so that it can be run again, and names itself when the environment raises.
+
+    ``reset`` with a seed takes it as the root and starts at episode 0. After the end of an episode ``step`` begins
+    the next one, ignoring the action, as NEXT_STEP autoreset does.
+    """
+
+    def __init__(self, env: gym.Env, env_id: str, index: int) -> None:
+        super().__init__(env)
+        self.env_id, self.index = env_id, index
+        self.root, self.episode, self.actions, self.ended = 0, -1, [], False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self.root, self.episode = seed, -1
+        return self._begin(self.episode + 1)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.ended:
+            obs, _ = self._begin(self.episode + 1)
+            return obs, 0.0, False, False, {}
+        self.actions.append(np.copy(action))
+        obs, reward, terminated, truncated, _ = self._run("step", action)
+        self.ended = bool(terminated or truncated)
+        return obs, float(reward), bool(terminated), bool(truncated), {}
+
+    def render(self) -> Any:
+        return self._run("render")
+
+    def get_state(self) -> dict[str, Any]:
+        return {"root": self.root, "episode": self.episode, "actions": np.array(self.actions)}
+
+    def set_state(self, states: list[dict[str, Any]]) -> None:
+        """Run this copy's episode again, up to where its state was taken."""
+        state = states[self.index]
+        self.root = state["root"]
+        self._begin(state["episode"])
+        for action in state["actions"]:
+            self.step(action)
+
+    def _begin(self, episode: int) -> tuple[Any, dict[str, Any]]:
+        self.episode, self.actions, self.ended = episode, [], False
+        obs, _ = self._run("reset", seed=derive_seed(self.root, self.index, episode))
+        return obs, {}  # infos are no part of a row
+
+    def _run(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(self.env, name)(*args, **kwargs)
+        except Exception as error:
+            message = f"environment worker {self.index} of {self.env_id} raised in {name}: {_one_line(error)}"
+            raise EnvError(message, self.index, traceback.format_exc()) from None
+
+
+def derive_seed(root: int, index: int, episode: int) -> int:
+    """A seed, below 2**31, for one episode of one copy."""
+    return int(np.random.SeedSequence((root, index, episode)).generate_state(1)[0] >> 1)
+
+
+def _native(registration: Registration, num_envs: int, kwargs: dict[str, Any]) -> VectorEnv | None:
+    if registration.vector_entry_point is None or registration.additional_wrappers:
+        return None
+    entry: Any = registration.vector_entry_point
+    if isinstance(entry, str):
+        module, _, name = entry.partition(":")
+        entry = getattr(importlib.import_module(module), name)
+    resumable = hasattr(entry, "get_state") and hasattr(entry, "set_state")
+    if not resumable or entry.metadata.get("autoreset_mode") is not AutoresetMode.NEXT_STEP:
+        return None
+    try:
+        return gym.make_vec(registration, num_envs, "vector_entry_point", **kwargs)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _cannot_make(registration.id, kwargs, error) from error
+
+
+def _make_copy(env_id: str, registration: Registration, kwargs: dict[str, Any], index: int) -> Copy:
+    try:
+        env = gym.make(registration, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _cannot_make(env_id, kwargs, error) from error
+    env_spec(env.observation_space, env.action_space)  # a space we cannot handle is a UserError before anything runs
+    return Copy(env, env_id, index)
+
+
+def _cannot_make(env_id: str, kwargs: dict[str, Any], error: Exception) -> UserError:
+    given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no arguments"
+    return UserError(f"{env_id} cannot be made with {given}: {_one_line(error)}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _workers(indices: list[int]) -> str:
+    return f"worker {indices[0]}" if len(indices) == 1 else f"workers {', '.join(map(str, indices))}"
