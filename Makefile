@@ -1,0 +1,47 @@
+# Two commands for a fresh machine with Python 3.11 or 3.12 and nothing else:
+#   make demo    environment, install, train preset quickstart, evaluate, dream video, table
+#   make test    environment, install, the whole test suite
+# A second call does no install work: the stamps below are newer than what they depend on.
+
+CANDIDATES := $(or $(PYTHON),python3.12 python3.11 python3 python)
+# ensurepip is asked for because Debian ships Python without it, and venv then fails half-way.
+SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+JOBS ?= 2
+
+.PHONY: help demo test lint
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   install, train in dreams, evaluate for real, write the dream video (some minutes)"
+	@echo "make test   install, run the test suite on $(JOBS) processes (JOBS=n for more; ARGS='-k scan' to choose)"
+	@echo "make lint   install, ruff check, ruff format --check, pyright"
+	@echo "PYTHON=/path/to/python3.12 names the interpreter that .venv is made from."
+
+demo: .venv/installed
+	.venv/bin/longdream demo $(ARGS)
+
+# loadfile: the tests of a file share a worker, so that a fixture as dear as a small training run is made once.
+test: .venv/installed-dev
+	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright
+
+# pip comes last when an environment is made: where it is missing, an earlier attempt was cut short.
+.venv/bin/pip:
+	@for p in $(CANDIDATES); do \
+	  if "$$p" -c '$(SUITABLE)' >/dev/null 2>&1; then echo "Making .venv with $$p"; exec "$$p" -m venv --clear .venv; fi; \
+	done; \
+	echo "longdream needs Python 3.11 or 3.12 with its venv module (python3-venv on Debian and Ubuntu); tried: $(CANDIDATES)." \
+	  "If you have one elsewhere: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip
+	$(INSTALL) -e '.[dev]'
+	@touch .venv/installed $@

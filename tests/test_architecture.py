@@ -1,0 +1,175 @@
+"""Rules about the source as a whole: which way imports point, what may not be used, how long a file may be.
+
+They read the syntax tree, so an import inside a function or behind TYPE_CHECKING counts like any other.
+"""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+# Package -> the packages of the project that it may import, itself included: envs <- agent -> controller -> worldmodel.
+MAY_IMPORT = {
+    "agent": {"agent", "controller", "envs", "worldmodel"},
+    "controller": {"controller", "worldmodel"},
+    "envs": {"envs"},
+    "worldmodel": {"worldmodel"},
+}
+DISTRIBUTION_OF = {"yaml": "pyyaml"}
+# Distribution -> the import that needs it: the project itself never names these two.
+NEEDED_BY = {"tensorboard": "torch.utils.tensorboard", "av": "imageio"}
+MAX_LINES = 500
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """Yields (line, absolute dotted name) for each import; `package` is the dotted package that holds the module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base]).strip(".")
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from ((node.lineno, str(arg.value)) for arg in node.args[:1] if isinstance(arg, ast.Constant))
+
+
+def wrong_way(tree: ast.AST, package: str) -> list[str]:
+    allowed = MAY_IMPORT[package.split(".")[0]]
+    tops = [(line, name.split(".")[0]) for line, name in imports(tree, package)]
+    return [f"line {line} imports {top}" for line, top in tops if top in MAY_IMPORT and top not in allowed]
+
+
+def unpickling(tree: ast.AST) -> list[str]:
+    """Lists what could run code out of a file: pickle and its kin, torch.load, allow_pickle, unsafe YAML loaders."""
+    modules = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    calls = {"torch.load", "yaml.load", "yaml.full_load", "yaml.unsafe_load"}
+    found = [
+        f"line {line} imports {name}"
+        for line, name in imports(tree, "")
+        if name.split(".")[0] in modules or name in calls
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in calls:
+            found.append(f"line {node.lineno} uses {ast.unparse(node)}")
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+            found.append(f"line {node.value.lineno} passes allow_pickle={ast.unparse(node.value)}")
+    return found
+
+
+def package_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).parent.parts)
+
+
+def declared(extra: str | None = None) -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    return {canonicalize_name(Requirement(text).name) for text in texts}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_one_way(package: str) -> None:
+    files = sources(package)
+    assert files, f"no source in {package}/"
+    found = {
+        str(path.relative_to(ROOT)): wrong
+        for path in files
+        if (wrong := wrong_way(ast.parse(path.read_text()), package_of(path)))
+    }
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("envs", "import agent.loop"),
+        ("envs", "def f():\n    from worldmodel import scan"),
+        ("worldmodel", "import importlib\nimportlib.import_module('controller.returns')"),
+        ("controller", "if TYPE_CHECKING:\n    from envs.contract import Row"),
+    ],
+)
+def test_a_wrong_import_is_seen(package: str, source: str) -> None:
+    assert wrong_way(ast.parse(source), package)
+
+
+def test_relative_imports_stay_in_their_package() -> None:
+    tree = ast.parse("from . import walls\nfrom .walls import Wall\nfrom ..make import World\nfrom .. import agent")
+    names = [name for _, name in imports(tree, "envs.maze")]
+    assert names == ["envs.maze.walls", "envs.maze.walls.Wall", "envs.make.World", "envs.agent"]
+    assert not wrong_way(tree, "envs.maze")
+
+
+def test_importing_envs_is_light() -> None:
+    heavy = ["torch", "mujoco", "matplotlib", "tensorboard"]
+    code = f"import sys, envs; print(*[name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_nothing_unpickles() -> None:
+    found = {
+        str(path.relative_to(ROOT)): wrong
+        for path in sources(*MAY_IMPORT)
+        if (wrong := unpickling(ast.parse(path.read_text())))
+    }
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from cloudpickle import loads",
+        "from torch import load",
+        "torch.load('weights.pt', weights_only=True)",
+        "np.load('rows.npy', allow_pickle=True)",
+        "np.load('rows.npy', allow_pickle=flag)",
+        "yaml.load(text, Loader)",
+    ],
+)
+def test_unpickling_is_seen(source: str) -> None:
+    assert unpickling(ast.parse(source))
+
+
+def test_no_test_folder_is_a_package() -> None:
+    # tests/agent as a package would be imported as `agent`, in place of the one it tests.
+    assert sorted((ROOT / "tests").rglob("__init__.py")) == []
+
+
+def test_files_are_short() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in sources(*MAY_IMPORT, "tests")}
+    assert {str(path): lines for path, lines in lengths.items() if lines >= MAX_LINES} == {}
+
+
+def test_dependencies_are_those_that_are_imported() -> None:
+    trees = [(ast.parse(path.read_text()), package_of(path)) for path in sources(*MAY_IMPORT)]
+    names = {name for tree, package in trees for _, name in imports(tree, package)}
+    tops = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - set(MAY_IMPORT)
+    imported = {canonicalize_name(DISTRIBUTION_OF.get(top, top)) for top in tops}
+    imported |= {dist for dist, user in NEEDED_BY.items() if any(name.startswith(user) for name in names)}
+    assert imported - declared() == set(), "imported but not declared in pyproject.toml"
+    assert declared() - imported == set(), "declared in pyproject.toml but imported nowhere"
+
+
+def test_every_dependency_has_an_exact_version() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(len(pin.specifier) == 1 and next(iter(pin.specifier)).operator == "==" for pin in pins)
+    pinned = {canonicalize_name(pin.name): str(pin.specifier) for pin in pins}
+    assert declared() | declared("dev") <= set(pinned)
+    # CUDA libraries are pinned by torch itself and a local tag would name one build: either would break other machines.
+    assert pinned["torch"] == "==2.13.0"
+    assert not [name for name in pinned if name.startswith("nvidia")]
