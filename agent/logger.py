@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,7 +40,7 @@ class Logger:
         self.nonfinite = 0  # values that were not finite, over the whole run
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the logger)
         self._bytes = self._file.seek(0, os.SEEK_END)
-        self._step = 0
+        self._step = -1  # last one written
         self._tensorboard, self._writer, self._purge = tensorboard, None, None
         self._shown: dict[str, Value] = {}
         self._began: tuple[int, float] | None = None  # step and clock of the first line of this process
@@ -140,21 +141,28 @@ class Logger:
     def state(self) -> dict:
         """Where the record stands, synced to disk: goes into a checkpoint."""
         os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
         return {"bytes": self._bytes, "step": self._step, "nonfinite": self.nonfinite, "shown": dict(self._shown)}
 
-    def restore(self, state: dict) -> list[str]:
-        """Cut the record back to `state`: the resumed run writes those lines again. Returns warnings."""
+    def restore(self, state: dict | None) -> list[str]:
+        """Cut the record back to `state`, or to nothing for None: the resumed run writes those lines again.
+
+        Returns a warning when the record is shorter than it was.
+        """
+        state = state or {"bytes": 0, "step": -1, "nonfinite": 0, "shown": {}}
         warnings = []
-        size = self.path.stat().st_size
-        if size < state["bytes"]:
+        end = state["bytes"]
+        if self.path.stat().st_size < end:
+            end = self.path.read_bytes().rfind(b"\n") + 1
             warnings.append(
-                f"{self.path} has {size:,} of the {state['bytes']:,} bytes it had at the checkpoint: "
-                f"earlier metrics are lost, the run goes on"
+                f"{self.path} has {end:,} of the {state['bytes']:,} bytes it had at the checkpoint: "
+                f"the metrics between are lost, the run goes on"
             )
-        os.truncate(self.path, min(size, state["bytes"]))
-        self._bytes = min(size, state["bytes"])
+        os.truncate(self.path, end)
+        self._bytes = end
         self._step, self.nonfinite, self._shown = state["step"], state["nonfinite"], dict(state["shown"])
-        self._began = (self._step, time.monotonic())
+        self._began = (max(self._step, 0), time.monotonic())
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -165,7 +173,8 @@ class Logger:
         if self._progress is not None:
             self._progress.stop()
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # a full disk has been reported by then, and must not hide the error on its way
+                self._writer.close()
         self._file.close()
 
     def __enter__(self) -> "Logger":

@@ -15,7 +15,8 @@ from agent.chunk import Chunk, DamagedChunk, Fields
 from envs.contract import EnvSpec, Row, UserError
 
 MAX_CHUNKS = 128  # each mapping holds a file descriptor
-RELEASE_BYTES = 64 << 20  # mapped pages count as resident memory: hand them back after touching this many bytes
+RELEASE_BYTES = 128 << 20  # mapped pages count as resident memory: hand them back after touching this many bytes
+FAULT_BYTES = 64 << 10  # what one page fault maps at most
 
 
 class Replay:
@@ -299,6 +300,7 @@ class Replay:
                 seq, offset = divmod(time + done, self.chunk_rows)
                 count = min(length - done, self.chunk_rows - offset)
                 data = self._chunks[seq].data
+                self._touched += len(out) * FAULT_BYTES
                 for name, target in out.items():
                     target[b, done : done + count] = data[name][env, offset : offset + count]
                 done += count
