@@ -114,7 +114,7 @@ class ActionSpec:
         dtype, shape = np.dtype(self.native["dtype"]), (len(encoded), *self.native["shape"])
         if not self.parts:
             low, high = np.array(self.low), np.array(self.high)
-            values = low + (np.clip(encoded.astype(np.float64), -1.0, 1.0) + 1.0) * 0.5 * (high - low)
+            values = low + (encoded.astype(np.float64) + 1.0) * 0.5 * (high - low)
             if dtype.kind in "iu":
                 values = np.rint(values)
             return np.clip(values, low, high).reshape(shape).astype(dtype)

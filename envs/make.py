@@ -8,13 +8,18 @@ import multiprocessing
 import os
 import sys
 import traceback
+import warnings
 from functools import partial
+from multiprocessing.connection import wait
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import logger
 from gymnasium.envs.registration import EnvSpec as Registration
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.async_vector_env import AsyncState
 
 from envs.contract import EnvError, Row, UserError, env_spec
 
@@ -158,13 +163,13 @@ class World:
 
     def render(self, i: int = 0) -> Any:
         """The picture of copy i (H, W, 3) uint8, or None; needs kwargs={"render_mode": "rgb_array"}."""
-        frames = self._ask("render", self.timeout_s)
-        return None if frames is None else frames[i]
+        return None if self.vector.render_mode is None else self._ask("render", self.timeout_s)[i]
 
     def close(self) -> None:
         """End every copy; harmless when done already."""
-        if not self.vector.closed:
-            self.vector.close()
+        if isinstance(self.vector, AsyncVectorEnv) and self.vector._state is not AsyncState.DEFAULT:
+            self._end()  # interrupted in the middle of a call
+        self.vector.close()
 
     def _single_copies(self, registration: Registration, kwargs: dict[str, Any], mode: str) -> VectorEnv:
         if registration.entry_point is None:
@@ -178,7 +183,9 @@ class World:
         try:
             return AsyncVectorEnv(makers, context="forkserver")
         except (EOFError, OSError) as error:
-            raise EnvError(f"an environment worker of {self.env_id} died while it was started") from error
+            raise EnvError(
+                f"an environment worker of {self.env_id} died at its start, for a reason shown above"
+            ) from error
 
     def _ask(self, name: str, patience: float, **kwargs: Any) -> Any:
         """Call a method of the vector environment, or one of all its copies; every failure becomes an EnvError."""
@@ -198,6 +205,8 @@ class World:
             raise EnvError(message, trace=traceback.format_exc()) from None
 
     def _ask_workers(self, vector: AsyncVectorEnv, name: str, patience: float, **kwargs: Any) -> Any:
+        # Gymnasium logs a worker's traceback before raising, %-formatted, which fails on a "%" in it; we show it once
+        level, logger.min_level = logger.min_level, logger.ERROR + 1
         try:
             if name in ("reset", "step"):
                 getattr(vector, f"{name}_async")(**kwargs)
@@ -205,22 +214,25 @@ class World:
             vector.call_async(name, **kwargs)
             return vector.call_wait(timeout=patience)
         except (EOFError, OSError):
+            wait([process.sentinel for process in vector.processes], timeout=1.0)  # the pipe closes a moment earlier
             dead = [i for i, process in enumerate(vector.processes) if not process.is_alive()]
-            raise EnvError(
-                f"environment {_workers(dead)} of {self.env_id} died in {name}", min(dead, default=None)
-            ) from None
+            message = f"environment {_workers(dead)} of {self.env_id} died in {name}"
+            raise EnvError(message, min(dead, default=None)) from None
         except multiprocessing.TimeoutError:
             silent = [i for i, pipe in enumerate(vector.parent_pipes) if not pipe.poll(0)]
             message = f"environment {_workers(silent)} of {self.env_id} gave no answer to {name} within {patience:g} s"
             raise EnvError(message, min(silent, default=None)) from None
+        finally:
+            logger.min_level = level
 
     def _end(self) -> None:
-        if isinstance(self.vector, AsyncVectorEnv):
+        """End every copy without waiting for an answer."""
+        if isinstance(self.vector, AsyncVectorEnv) and not self.vector.closed:
             for process in self.vector.processes:
                 process.kill()  # one that hangs may not listen to anything gentler
+            self.vector._state = AsyncState.DEFAULT  # a call still pending would be waited for
             self.vector.close(terminate=True)
-        elif not self.vector.closed:
-            self.vector.close()
+        self.vector.close()
 
 
 class Copy(gym.Wrapper):
@@ -252,6 +264,14 @@ class Copy(gym.Wrapper):
 
     def render(self) -> Any:
         return self._run("render")
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except Exception as error:  # the work is done, or has failed for a reason that this must not hide
+            warnings.warn(
+                f"environment worker {self.index} of {self.env_id} raised in close: {_one_line(error)}", stacklevel=2
+            )
 
     def get_state(self) -> dict[str, Any]:
         return {"root": self.root, "episode": self.episode, "actions": np.array(self.actions)}
@@ -286,13 +306,11 @@ def _native(registration: Registration, num_envs: int, kwargs: dict[str, Any]) -
     if registration.vector_entry_point is None or registration.additional_wrappers:
         return None
     entry: Any = registration.vector_entry_point
-    if isinstance(entry, str):
-        module, _, name = entry.partition(":")
-        entry = getattr(importlib.import_module(module), name)
-    resumable = hasattr(entry, "get_state") and hasattr(entry, "set_state")
-    if not resumable or entry.metadata.get("autoreset_mode") is not AutoresetMode.NEXT_STEP:
-        return None
     try:
+        entry = load_env_creator(entry) if isinstance(entry, str) else entry
+        resumable = hasattr(entry, "get_state") and hasattr(entry, "set_state")
+        if not resumable or entry.metadata.get("autoreset_mode") is not AutoresetMode.NEXT_STEP:
+            return None
         return gym.make_vec(registration, num_envs, "vector_entry_point", **kwargs)
     except UserError:
         raise
