@@ -144,7 +144,10 @@ class _Packer:
         if value is None or type(value) in (bool, int, str):
             return value
         if type(value) is float:
-            return value if math.isfinite(value) else {TAG: "float", "v": repr(value)}
+            if math.isfinite(value):
+                return value
+            sign = "-" if math.copysign(1, value) < 0 else ""  # NaN has one, too
+            return {TAG: "float", "v": sign + repr(abs(value))}
         if isinstance(value, dict):
             if all(type(key) is str for key in value) and TAG not in value:
                 return {key: self.encode(item, (*path, key)) for key, item in value.items()}

@@ -57,7 +57,7 @@ def test_round_trip_is_exact(tmp_path):
             "a.w": torch.ones(2, dtype=torch.bfloat16),
             "b": [shared],
         },
-        "floats": [math.nan, math.inf, -math.inf, -0.0, 0.1, 5e-324, 1e308],
+        "floats": [math.nan, -math.nan, math.inf, -math.inf, -0.0, 0.1, 5e-324, 1e308],
         "ints": [2**53 + 1, -(2**127), True, 0],
         "texts": ["", "λ\n\ud800", None],
         "shapes": {"tuple": (1, (2.0, []), ()), "list": [1, [2.0, ()], []], "empty": {}},
@@ -65,6 +65,7 @@ def test_round_trip_is_exact(tmp_path):
         "$": {"$": "tensor"},
         "tensors": [
             torch.tensor(3.5, dtype=torch.float64),
+            torch.empty(0, 4, dtype=torch.int64),
             torch.empty(0, 4, dtype=torch.int64),
             torch.arange(12).reshape(3, 4).T[1:],
             torch.tensor([math.nan, -0.0]),
@@ -81,6 +82,7 @@ def test_round_trip_is_exact(tmp_path):
     assert step == 12345
     assert_same(loaded, tree)
     assert loaded["weights"]["a"]["tied"] is loaded["weights"]["b"][0]
+    assert loaded["tensors"][1] is not loaded["tensors"][2]  # empty ones have no address to tell them apart by
     loaded["arrays"]["uint8"][0] = 1  # the reader's own, writable
 
 

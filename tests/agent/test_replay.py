@@ -154,6 +154,8 @@ def test_every_episode_start_is_equally_likely(tmp_path):
     replay, alive = gapped(tmp_path)
     firsts = [(env, t) for env in (0, 1) for t in alive if t % (4 + 3 * env) == 0 and {*range(t, t + 5)} <= set(alive)]
     assert_drawn_like(draw(replay, 5, starts=1.0), {cell: 1 / len(firsts) for cell in firsts})
+    last = [(env, t) for env, t in firsts if t == 56]  # its clip of 10 ends with the newest row
+    assert last and set(last) <= set(draw(replay, 10, starts=1.0))
     half = draw(replay, 5, starts=0.5)
     share = sum(half.get(cell, 0) for cell in firsts) / sum(half.values())
     valid = 2 * sum({*range(t, t + 5)} <= set(alive) for t in alive)
@@ -280,6 +282,7 @@ def test_a_damaged_file_is_named_and_dropped(tmp_path, how, seq):
     replay = Replay(tmp_path, SPEC, 2, 200, 10)
     (warning,) = replay.restore(state)
     assert str(path) in warning and how in warning
+    assert path.exists() == (how != "missing")  # kept until a checkpoint knows that it is lost
     lost = set(range(seq * 10, min(seq * 10 + 10, 47)))
     assert len(replay) == 2 * (47 - len(lost))
 
@@ -323,18 +326,18 @@ def test_a_run_without_a_checkpoint_starts_afresh(tmp_path):
 
 def test_disk_full_is_one_clear_error_and_the_replay_goes_on(cramped):
     folder = cramped.folder / "replay"
-    replay = Replay(folder, SPEC, 2, 40_000, 5000)
-    fill(replay, 0, 5000)
+    replay = Replay(folder, SPEC, 2, 4000, 1000)
+    fill(replay, 0, 2000)  # the ring is full: the next row needs a new file, and the oldest must wait for it
     size = (folder / "chunk_000000000.bin").stat().st_size
     with cramped.room(size // 2), pytest.raises(DiskFull) as error:
-        fill(replay, 5000, 5001)
+        fill(replay, 2000, 2001)
     assert str(folder) in str(error.value) and error.value.needed == size and "\n" not in str(error.value)
-    assert len(replay) == 10_000 and len(list(folder.iterdir())) == 1
+    assert len(replay) == 4000 and len(list(folder.iterdir())) == 2
     state = replay.state()
-    check(replay.sample(np.random.default_rng(0), 5, 20), 5, 20)
-    fill(replay, 5000, 5010)
-    check(replay.sample(np.random.default_rng(0), 5, 5010), 5, 5010)
-    assert replay.restore(state) == []
+    check(replay.sample(np.random.default_rng(0), 5, 2000), 5, 2000)
+    fill(replay, 2000, 2010)
+    check(replay.sample(np.random.default_rng(0), 5, 1010), 5, 1010)
+    assert replay.restore(state) == [] and len(replay) == 4000
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
