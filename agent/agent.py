@@ -1,0 +1,258 @@
+"""The agent: V, M and C composed into something that acts, is surprised, and learns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from agent.config import Config
+from controller.actor_critic import ActorCritic, Controller
+from envs.contract import EnvSpec, Row, UserError
+from worldmodel.dream import Starts, imagine
+from worldmodel.dynamics import State
+from worldmodel.model import Surprise, WorldModel
+from worldmodel.types import Batch, Loss
+
+PATIENCE = 10
+"""Updates in a row that may be skipped because a loss or gradient is not finite."""
+
+
+class NotFinite(RuntimeError):
+    """Loss or gradient of some part was not finite too many times in a row."""
+
+
+class Carry(NamedTuple):
+    """What acting carries from row to row for n streams: the last feature `(n, F)`, M's state, the last action `(n, A)`."""
+
+    feat: Tensor
+    state: State
+    action: Tensor
+
+
+class Agent:
+    """Builds V, M and C for an environment, acts with them, and updates them from replayed clips.
+
+    Raises:
+        UserError: the configuration does not fit together or does not fit the environment.
+    """
+
+    def __init__(self, config: Config, spec: EnvSpec):
+        self.config, self.spec = config, spec
+        self.device = torch.device(resolve_device(config.device))
+        try:
+            self.model = WorldModel(
+                spec.obs, spec.action.size, config.encoder, config.worldmodel, config.forcing, config.heads
+            ).to(self.device)
+            kind = controller_class(config.controller.kind)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        controller = kind(config.controller, self.model.feature_size, spec.action.parts, spec.action.size)
+        self.controller: Controller = controller.to(self.device)
+        learn = config.learn
+        model_parts = (self.model.dynamics, self.model.objective, self.model.consequence)
+        self.parts = {
+            "encoder": Part(self.model.encoder.parameters(), learn.encoder_rate, learn.clip),
+            "model": Part((p for m in model_parts for p in m.parameters()), learn.model_rate, learn.clip),
+            "controller": Part(controller.parameters(), learn.actor_critic_rate, learn.clip),
+        }
+        self.updates = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.seconds = dict.fromkeys(("encoder", "model", "controller"), 0.0)
+
+    # -- acting -------------------------------------------------------------------------------------------------------
+
+    def initial(self, n: int) -> Carry:
+        """The carry of n streams that have seen nothing."""
+        zeros = torch.zeros(n, max(self.model.feature_size, self.spec.action.size), device=self.device)
+        return Carry(
+            zeros[:, : self.model.feature_size], self.model.dynamics.initial(n), zeros[:, : self.spec.action.size]
+        )
+
+    @torch.no_grad()
+    def observe(self, carry: Carry, row: Row, measure: bool = True) -> tuple[Carry, Surprise | None]:
+        """Take in a row of n streams: the carry after it and, if `measure`, how it surprised."""
+        obs = {k: torch.from_numpy(v).to(self.device) for k, v in row.obs.items()}
+        reward, terminated, first = (
+            torch.from_numpy(v).to(self.device) for v in (row.reward, row.terminated, row.is_first)
+        )
+        z = self.model.encoder(obs)
+        surprise = None
+        if measure:
+            surprise = self.model.surprise(carry.feat, carry.state, carry.action, z, reward, terminated, first)
+        feat, state = self.model.commit(carry.state, z, carry.action, first)
+        return Carry(feat, state, carry.action), surprise
+
+    @torch.no_grad()
+    def act(self, carry: Carry, greedy: bool) -> np.ndarray:
+        """Encoded actions `(n, A)` float32 at the last observed rows, boxes clipped to [-1, 1].
+
+        Raises:
+            NotFinite: the controller gave an action that is not finite.
+        """
+        action = self.controller.act(carry.feat, greedy).clamp(-1, 1).float().cpu().numpy()
+        if not np.isfinite(action).all():
+            raise NotFinite("the controller returned an action that is not finite")
+        return action
+
+    def acted(self, carry: Carry, action: np.ndarray) -> Carry:
+        """The carry once `action` `(n, A)` is the one that was taken."""
+        return carry._replace(action=torch.from_numpy(action).to(self.device))
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+
+    def update(self, rows: dict, warmup: bool = False) -> dict[str, Tensor]:
+        """One update of V, M and C (of V alone in warm-up) from replayed rows; returns metrics as scalar tensors.
+
+        Raises:
+            NotFinite: after PATIENCE updates in a row whose loss or gradient was not finite.
+        """
+        batch = Batch.from_numpy(rows, self.device)
+        learn, metrics = self.config.learn, {}
+        if learn.curiosity:
+            batch.reward = batch.reward + learn.curiosity * batch.surprise
+        ok = self._learn("encoder", metrics, lambda: self.model.encoder.loss(self._some_rows(batch)))
+        if not warmup:
+            starts: list[Starts] = []
+
+            def model_loss() -> Loss:
+                loss, feat, weight, state = self.model.loss(batch, self.config.controller.starts)
+                starts.append(Starts(feat, state, weight))
+                return loss
+
+            ok &= self._learn("model", metrics, model_loss)
+            ok &= self._learn("controller", metrics, lambda: self._dream_loss(starts[0]))
+            self.controller.after_update()
+        self.updates += 1
+        self.skipped += not ok
+        self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= PATIENCE:
+            raise NotFinite(
+                f"loss or gradient was not finite in {PATIENCE} updates in a row: look at the rewards and observations "
+                f"of the environment, or lower the learning rates"
+            )
+        return metrics
+
+    def _dream_loss(self, starts: Starts) -> Loss:
+        config = self.config.controller
+        policy: Callable[[Tensor], Tensor] = lambda feat: self.controller.act(feat, greedy=False)  # noqa: E731
+        return self.controller.loss(imagine(self.model, starts, policy, config.horizon, config.temperature))
+
+    def _learn(self, part: str, metrics: dict[str, Tensor], loss: Callable[[], Loss]) -> bool:
+        """Step one part's optimiser; whether its loss and gradient were finite (if not, its weights stay as they are)."""
+        began = time.perf_counter()
+        value, found = loss()
+        ok, norm = self.parts[part].step(value)
+        metrics.update({f"{part}/{k}": v for k, v in found.items()}, **{f"{part}/grad_norm": norm})
+        self.seconds[part] += time.perf_counter() - began
+        return ok
+
+    def _some_rows(self, batch: Batch) -> dict[str, Tensor]:
+        """The batch's observations as one flat set of rows, `encoder_rows` of them drawn at random."""
+        flat = {k: v.flatten(0, 1) for k, v in batch.obs.items()}
+        total, wanted = batch.reward.numel(), self.config.learn.encoder_rows
+        if total <= wanted:
+            return flat
+        index = torch.randperm(total, device=self.device)[:wanted]
+        return {k: v[index] for k, v in flat.items()}
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that learning goes on from: weights, optimisers, counters."""
+        return {
+            "weights": {"model": self.model.state_dict(), "controller": self._controller_module().state_dict()},
+            "optimisers": {name: part.optimiser.state_dict() for name, part in self.parts.items()},
+            "counters": {"updates": self.updates, "skipped": self.skipped, "in_a_row": self.skipped_in_a_row},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], weights_only: bool = False) -> None:
+        """Take over what `state_dict` gave; `weights_only` to act and dream without learning on."""
+        self.model.load_state_dict(state["weights"]["model"])
+        self._controller_module().load_state_dict(state["weights"]["controller"])
+        if weights_only:
+            return
+        for name, part in self.parts.items():
+            part.optimiser.load_state_dict(state["optimisers"][name])
+        counters = state["counters"]
+        self.updates, self.skipped, self.skipped_in_a_row = (
+            counters["updates"],
+            counters["skipped"],
+            counters["in_a_row"],
+        )
+
+    def _controller_module(self) -> nn.Module:
+        assert isinstance(self.controller, nn.Module)
+        return self.controller
+
+
+class Part:
+    """An optimiser that bounds each weight's gradient by the weight's own size (adaptive gradient clipping, Brock et al. 2021,
+    arXiv 2102.06171, as in DreamerV3) and refuses steps that are not finite."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], rate: float, clip: float):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.95), weight_decay=1e-3)
+        self.clip = clip
+
+    def step(self, loss: Tensor) -> tuple[bool, Tensor]:
+        """Whether loss and gradient were finite, and the gradient's norm. If not, weights and moments stay as they are."""
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        pairs = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        grads = [g for _, g in pairs]
+        sizes = torch._foreach_norm(grads)
+        norm = torch.stack(sizes).norm()
+        ok = bool(torch.isfinite(norm) & torch.isfinite(loss))
+        if ok:
+            bounds = torch._foreach_clamp_min(torch._foreach_norm([p.detach() for p, _ in pairs]), 1e-3)
+            torch._foreach_mul_(bounds, self.clip)
+            factors = torch._foreach_div(bounds, torch._foreach_clamp_min(sizes, 1e-8))
+            torch._foreach_mul_(grads, torch._foreach_clamp_max(factors, 1.0))
+            self.optimiser.step()
+        return ok, norm
+
+
+def resolve_device(name: str) -> str:
+    """`auto` to cuda where there is one, else cpu.
+
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise UserError("device cuda: torch finds no CUDA device here; use --device auto or --device cpu")
+    return ("cuda" if found else "cpu") if name == "auto" else name
+
+
+def controller_class(name: str) -> type:
+    """The class behind `controller.kind`: a known word or a dotted path `package.module:Class`.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name == "actor_critic":
+        return ActorCritic
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"controller.kind = {name}: use actor_critic or package.module:Class")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"controller.kind = {name}: {error}") from None
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device):
+    """Inside, torch draws from `seed`; outside, its streams go on as if nothing had been drawn."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,86 @@
+"""Collecting: the agent acts in the real world, row by row, and what happened goes into replay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from agent.agent import Agent, Carry
+from agent.replay import Replay
+from envs.make import World
+from worldmodel.dynamics import State
+
+
+class Collector:
+    """Steps a world with an agent, measures surprise at every row, fills the replay, and reports ended episodes."""
+
+    def __init__(self, world: World, agent: Agent, replay: Replay, explore: float, rng: np.random.Generator):
+        self.world, self.agent, self.replay, self.explore, self.rng = world, agent, replay, explore, rng
+        self.row = world.reset()
+        self.carry: Carry = agent.initial(world.num_envs)
+        self.running = {k: np.zeros(world.num_envs) for k in ("return", "length", *SURPRISES)}
+        self.env_steps = 0
+        self.episodes = 0
+
+    def step(self, random: bool) -> list[dict[str, float]]:
+        """One step of every copy, by uniform random actions or the agent's; metrics of each episode that ended.
+
+        Steps count what the environment simulated: the row after an episode's end is a reset, not a step.
+        """
+        row = self.row
+        self.carry, surprise = self.agent.observe(self.carry, row)
+        assert surprise is not None
+        parts = torch.stack([*surprise, surprise.total()]).cpu().numpy()
+        ended = self._account(row, parts)
+        action = self.world.random_action(self.rng)
+        if not random:
+            chosen = self.agent.act(self.carry, greedy=False)
+            dare = self.rng.random(self.world.num_envs) < self.explore
+            action = np.where(dare[:, None], action, chosen)
+        self.carry = self.agent.acted(self.carry, action)
+        self.replay.add(row, action, parts[-1])
+        self.row = self.world.step(action)
+        self.env_steps += int((~self.row.is_first).sum())
+        return ended
+
+    def _account(self, row: Any, parts: np.ndarray) -> list[dict[str, float]]:
+        ended = []
+        self.running["return"] += row.reward
+        self.running["length"] += ~row.is_first
+        for name, values in zip(SURPRISES, parts, strict=True):
+            self.running[name] += values
+        for i in np.flatnonzero(row.terminated | row.truncated):
+            length = max(self.running["length"][i], 1)
+            episode = {"return": self.running["return"][i], "length": self.running["length"][i]}
+            episode |= {name: self.running[name][i] / length for name in SURPRISES}
+            ended.append({f"episode/{k}": float(v) for k, v in episode.items()})
+            self.episodes += 1
+            for values in self.running.values():
+                values[i] = 0
+        return ended
+
+    def get_state(self) -> dict[str, Any]:
+        """What set_state needs to go on exactly (a tree for the checkpoint)."""
+        feat, state, action = self.carry
+        return {
+            "world": self.world.get_state(),
+            "carry": {"feat": feat, "state": dict(state._asdict()), "action": action},
+            "running": dict(self.running),
+            "counters": [self.env_steps, self.episodes],
+        }
+
+    def set_state(self, tree: dict[str, Any]) -> None:
+        """Go on where get_state was called."""
+        self.world.set_state(tree["world"])
+        assert self.world.row is not None
+        self.row = self.world.row
+        carry, device = tree["carry"], self.agent.device
+        state = State(**carry["state"]).map(lambda t: t.to(device))
+        self.carry = Carry(carry["feat"].to(device), state, carry["action"].to(device))
+        self.running = {k: np.array(v) for k, v in tree["running"].items()}
+        self.env_steps, self.episodes = tree["counters"]
+
+
+SURPRISES = ("surprise_latent", "surprise_reward", "surprise_end", "surprise")

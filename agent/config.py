@@ -1,0 +1,105 @@
+"""What a run is made of: every part's own configuration, and the run's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from controller.actor_critic import ControllerConfig
+from worldmodel.dynamics import DynamicsConfig
+from worldmodel.encoder import EncoderConfig
+from worldmodel.forcing import ForcingConfig
+from worldmodel.model import HeadsConfig
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The real environment."""
+
+    id: str = "longdream/Recall-v0"
+    """A registered Gymnasium id, or `module:Id`."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the environment."""
+    copies: int = 8
+    """How many run side by side."""
+    workers: Literal["sync", "async"] = "sync"
+    """Copies in this process, or in one process each (slow environments)."""
+    timeout_s: float = 60.0
+    """A worker that takes longer for one step is given up."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """What happened, kept on disk, and how clips are drawn from it."""
+
+    capacity: int = 1_000_000
+    """Rows kept, over all copies."""
+    batch: int = 16
+    """Clips per update."""
+    length: int = 64
+    """Rows per clip."""
+    starts: float = 0.0
+    """Share of clips that begin where an episode begins."""
+    surprise: float = 0.0
+    """Share of clips drawn around rows in proportion to their surprise."""
+
+
+@dataclass(frozen=True)
+class LearnConfig:
+    """How much, how fast."""
+
+    steps: int = 20_000
+    """Real environment steps, over all copies."""
+    prefill: int = 1_000
+    """Random steps before learning begins."""
+    ratio: float = 64.0
+    """Replayed rows learned from per real step."""
+    warmup: int = 0
+    """Updates of V alone before anything else learns."""
+    encoder_rows: int = 1_024
+    """Rows of each batch that V learns from, at most."""
+    encoder_rate: float = 1e-3
+    """Learning rates, of AdamW."""
+    model_rate: float = 6e-4
+    actor_critic_rate: float = 3e-4
+    clip: float = 0.3
+    """Bound on the norm of each weight's gradient, as a share of the weight's own norm."""
+    explore: float = 0.0
+    """Share of random actions while collecting."""
+    curiosity: float = 0.0
+    """Reward per unit of surprise that M learns to predict, so that C seeks it in dreams."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation during training and at its end, and saving."""
+
+    every: int = 2_000
+    """Real steps between evaluations; 0 for none before the end."""
+    episodes: int = 50
+    final_episodes: int = 200
+    copies: int = 16
+    """Environments side by side."""
+    log_every: int = 500
+    """Real steps between lines of metrics."""
+    save_seconds: float = 60.0
+    """Wall-clock time between checkpoints."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, whole: saved as config.yaml in its folder and runnable again as it is."""
+
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    """CPU threads of torch; 0 leaves its choice."""
+    env: EnvConfig = EnvConfig()
+    replay: ReplayConfig = ReplayConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    worldmodel: DynamicsConfig = DynamicsConfig()
+    forcing: ForcingConfig = ForcingConfig()
+    heads: HeadsConfig = HeadsConfig()
+    controller: ControllerConfig = ControllerConfig()
+    learn: LearnConfig = LearnConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()

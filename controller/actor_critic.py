@@ -1,0 +1,119 @@
+"""The default C: an actor-critic that learns in dreams (DreamerV3, arXiv 2301.04104, section "Actor critic learning")."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from controller.distributions import Distribution, distribution, outputs
+from controller.returns import ReturnScale, lambda_returns
+from worldmodel.dream import Dream
+from worldmodel.heads import TwoHot, mlp
+from worldmodel.types import Loss
+
+
+class Controller(Protocol):
+    """What every C offers. An `nn.Module` built as `Class(config, features, parts, actions)`: features F, the sizes of
+    categorical action factors (empty for a box) and A, the length of an encoded action."""
+
+    def act(self, feat: Tensor, greedy: bool) -> Tensor:
+        """feat `(B, F)` to an encoded action `(B, A)`; boxes may need clipping to [-1, 1]."""
+        ...
+
+    def loss(self, dream: Dream) -> Loss:
+        """What to minimise, given dreams that `act` was followed in."""
+        ...
+
+    def after_update(self) -> None:
+        """Called once the optimiser has stepped."""
+        ...
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """Which C, how it dreams, how it learns."""
+
+    kind: str = "actor_critic"
+    """actor_critic, or a dotted path `package.module:Class` to a Controller of your own."""
+    hidden: int = 128
+    layers: int = 2
+    starts: int = 24
+    """Dreams per replayed clip."""
+    horizon: int = 15
+    """Steps per dream."""
+    gamma: float = 0.997
+    lam: float = 0.95
+    entropy: float = 3e-4
+    unimix: float = 0.01
+    """Share of a uniform distribution in categorical policies."""
+    return_floor: float = 1.0
+    """Advantages are divided by the spread of returns, or by this if it is larger."""
+    slow_rate: float = 0.02
+    """Rate at which the slow critic follows."""
+    temperature: float = 1.0
+    """Randomness of the dreams, 1 as learned."""
+
+
+class ActorCritic(nn.Module):
+    """REINFORCE on lambda-returns with a two-hot critic, which a slow copy of itself regularises."""
+
+    def __init__(self, config: ControllerConfig, features: int, parts: Sequence[int], actions: int):
+        super().__init__()
+        self.config, self.parts = config, tuple(parts)
+        self.actor = mlp(features, config.hidden, outputs(parts, actions), config.layers, zero=True)
+        self.two_hot = TwoHot()
+        self.critic = mlp(features, config.hidden, len(self.two_hot.bins), config.layers, zero=True)
+        self.slow = copy.deepcopy(self.critic).requires_grad_(False)
+        self.scale = ReturnScale(config.return_floor)
+
+    def policy(self, feat: Tensor) -> Distribution:
+        """The distribution over actions at feat `(..., F)`."""
+        return distribution(self.actor(feat), self.parts, self.config.unimix)
+
+    def value(self, feat: Tensor) -> Tensor:
+        """Expected return `(...)` at feat `(..., F)`."""
+        return self.two_hot.mean(self.critic(feat))
+
+    def act(self, feat: Tensor, greedy: bool) -> Tensor:
+        policy = self.policy(feat)
+        return policy.mode() if greedy else policy.sample()
+
+    def loss(self, dream: Dream) -> Loss:
+        config = self.config
+        discount = config.gamma * dream.cont
+        logits = self.critic(dream.feat)
+        value = self.two_hot.mean(logits.detach())
+        returns = lambda_returns(dream.reward, discount, value, config.lam)
+        # how likely the dream still is going on when a step is taken
+        weight = torch.cat([dream.weight[:, None], discount[:, :-1]], 1).cumprod(1)
+        total = weight.sum().clamp(min=1e-6)
+
+        policy = self.policy(dream.feat[:, :-1])
+        advantage = (returns - value[:, :-1]) / self.scale.update(returns)
+        entropy = policy.entropy()
+        actor = -(weight * (advantage * policy.log_prob(dream.action) + config.entropy * entropy)).sum() / total
+
+        with torch.no_grad():
+            slow = self.two_hot.mean(self.slow(dream.feat[:, :-1]))
+        both = self.two_hot.loss(logits[:, :-1], returns) + self.two_hot.loss(logits[:, :-1], slow)
+        critic = (weight * both).sum() / total
+        metrics = {
+            "actor": actor.detach(),
+            "critic": critic.detach(),
+            "entropy": (weight * entropy.detach()).sum() / total,
+            "return": returns.mean(),
+            "return_scale": (self.scale.high - self.scale.low).clone(),
+            "reward": dream.reward.mean(),
+            "cont": dream.cont.mean(),
+        }
+        return Loss(actor + critic, metrics)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        for slow, fast in zip(self.slow.parameters(), self.critic.parameters(), strict=True):
+            slow.lerp_(fast, self.config.slow_rate)

@@ -1,0 +1,75 @@
+"""Distributions over encoded actions: one-hots side by side, or boxes scaled to [-1, 1]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Categoricals:
+    """Independent categorical factors, with a share `unimix` of a uniform distribution mixed into each.
+
+    Args:
+        logits: `(..., sum(parts))`.
+    """
+
+    def __init__(self, logits: Tensor, parts: Sequence[int], unimix: float):
+        self.probs = [(1 - unimix) * p.softmax(-1) + unimix / n for p, n in zip(logits.split(list(parts), -1), parts, strict=True)]
+
+    def sample(self) -> Tensor:
+        """`(..., A)` one-hots."""
+        index = (torch.multinomial(p.flatten(0, -2), 1).view(p.shape[:-1]) for p in self.probs)
+        return torch.cat([F.one_hot(i, p.shape[-1]).to(p.dtype) for i, p in zip(index, self.probs, strict=True)], -1)
+
+    def mode(self) -> Tensor:
+        return torch.cat([F.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype) for p in self.probs], -1)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """`(...)`, of actions `(..., A)`."""
+        return (torch.cat(self.probs, -1).log() * action).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """`(...)` nats, summed over factors."""
+        return torch.stack([-(p * p.log()).sum(-1) for p in self.probs]).sum(0)
+
+
+class BoundedNormal:
+    """A normal per dimension, mean in [-1, 1] by tanh, deviation in [0.1, 1]; draws may leave the box and are clipped where used.
+
+    Args:
+        raw: `(..., 2 A)`.
+    """
+
+    def __init__(self, raw: Tensor):
+        mean, spread = raw.chunk(2, -1)
+        self.mean, self.deviation = mean.tanh(), 0.1 + 0.9 * torch.sigmoid(spread + 2)
+
+    def sample(self) -> Tensor:
+        return self.mean + self.deviation * torch.randn_like(self.mean)
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        scaled = (action - self.mean) / self.deviation
+        return -(0.5 * scaled.square() + self.deviation.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return (self.deviation.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+Distribution = Categoricals | BoundedNormal
+
+
+def outputs(parts: Sequence[int], size: int) -> int:
+    """How many numbers a policy puts out: a logit per class of each factor, or mean and spread of each of `size` dimensions."""
+    return sum(parts) if parts else 2 * size
+
+
+def distribution(raw: Tensor, parts: Sequence[int], unimix: float) -> Distribution:
+    """The distribution that a policy's output `(..., outputs)` stands for."""
+    return Categoricals(raw, parts, unimix) if parts else BoundedNormal(raw)

@@ -1,0 +1,51 @@
+"""Returns of dreamt trajectories."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lambda_returns(reward: Tensor, discount: Tensor, value: Tensor, lam: float) -> Tensor:
+    """TD(lambda) returns (Sutton and Barto 2018, eq. 12.18; DreamerV3, arXiv 2301.04104, eq. 5).
+
+    R_t = r_t + g_t ((1 - lam) v_{t+1} + lam R_{t+1}), R_H = v_H.
+
+    Args:
+        reward, discount: `(B, H)`, arriving after the action at t; discount is gamma times the chance to go on.
+        value: `(B, H + 1)`, of the states at 0 to H.
+
+    Returns:
+        `(B, H)`.
+    """
+    after = value[:, -1]
+    out = []
+    for t in reversed(range(reward.shape[1])):
+        after = reward[:, t] + discount[:, t] * ((1 - lam) * value[:, t + 1] + lam * after)
+        out.append(after)
+    return torch.stack(out[::-1], 1)
+
+
+class ReturnScale(torch.nn.Module):
+    """max(floor, P95 - P5) of returns, averaged over updates: advantages are divided by it (arXiv 2301.04104, eq. 7)."""
+
+    low: Tensor
+    high: Tensor
+    started: Tensor
+
+    def __init__(self, floor: float, rate: float = 0.01):
+        super().__init__()
+        self.floor, self.rate = floor, rate
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def update(self, returns: Tensor) -> Tensor:
+        """Take in returns of any shape; the scale, a scalar tensor."""
+        low, high = torch.quantile(returns.flatten(), returns.new_tensor([0.05, 0.95])).unbind()
+        rate = torch.where(self.started, self.rate, 1.0)
+        self.low.lerp_(low, rate)
+        self.high.lerp_(high, rate)
+        self.started.fill_(True)
+        return (self.high - self.low).clamp(min=self.floor)

@@ -1,0 +1,71 @@
+"""Dreaming: M rolled forward from real moments under a policy or under given actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from worldmodel.dynamics import State
+from worldmodel.model import WorldModel
+
+
+class Starts(NamedTuple):
+    """Moments to dream from: feat `(B, F)`, the state after that frame, and weight `(B,)`: 0 where the episode had ended."""
+
+    feat: Tensor
+    state: State
+    weight: Tensor
+
+
+class Dream(NamedTuple):
+    """H dreamt steps. Row t's action is chosen from feat_t; its reward and cont arrive with feat_{t+1}.
+
+    feat: `(B, H + 1, F)`. action: `(B, H, A)`. reward, cont: `(B, H)`, expected reward and probability of going on.
+    z: `(B, H, N, D)`, latents of the frames after each action. weight: `(B,)` of the starts.
+    """
+
+    feat: Tensor
+    action: Tensor
+    reward: Tensor
+    cont: Tensor
+    z: Tensor
+    weight: Tensor
+
+
+@torch.no_grad()
+def imagine(
+    model: WorldModel,
+    starts: Starts,
+    policy: Callable[[Tensor], Tensor],
+    horizon: int,
+    temperature: float = 1.0,
+    steps: int | None = None,
+) -> Dream:
+    """Dream `horizon` steps from each start, acting as `policy` says: feat `(B, F)` to action `(B, A)`.
+
+    A policy for boxes may draw outside [-1, 1]; M sees actions as the environment would take them, clipped.
+    """
+    feat, state = starts.feat, starts.state
+    feats, actions, zs = [feat], [], []
+    for _ in range(horizon):
+        action = policy(feat)
+        z, feat, state = model.dream_step(feat, state, action.clamp(-1, 1), temperature, steps)
+        feats.append(feat)
+        actions.append(action)
+        zs.append(z)
+    feat, action = torch.stack(feats, 1), torch.stack(actions, 1)
+    reward, cont = model.consequence.expect(feat[:, :-1], action.clamp(-1, 1))
+    return Dream(feat, action, reward, cont, torch.stack(zs, 1), starts.weight)
+
+
+@torch.no_grad()
+def replayed(
+    model: WorldModel, feat: Tensor, state: State, action: Tensor, temperature: float = 1.0, steps: int | None = None
+) -> Tensor:
+    """The latents `(B, H, N, D)` that M dreams under given actions `(B, H, A)`."""
+    plan = iter(action.unbind(1))
+    starts = Starts(feat, state, torch.ones(len(feat), device=feat.device))
+    return imagine(model, starts, lambda _: next(plan), action.shape[1], temperature, steps).z

@@ -1,0 +1,254 @@
+"""V, the encoder: turns observations into N latent tokens of D channels per frame, and back.
+
+Images pass through strided convolutions down to the token grid; vectors and discrete values through an MLP that is added to every
+token. Latents are either continuous, bounded by tanh, or categorical with straight-through gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldmodel.heads import mlp
+from worldmodel.types import Loss
+
+
+class Observed(Protocol):
+    """What V needs to know of one observation key."""
+
+    @property
+    def kind(self) -> Literal["image", "vector", "discrete"]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def n(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Size and latent form of V."""
+
+    grid: int = 1
+    """Side of the token grid, 1 to 16: N = grid * grid tokens per frame. Observations without images always have 1."""
+    channels: int = 32
+    """D: channels per token; for categorical latents, how many one-hot variables times their classes."""
+    latent: Literal["auto", "continuous", "categorical"] = "auto"
+    """Kind of latents; auto: the kind that the objective asks for."""
+    classes: int = 8
+    """Classes of each categorical variable; must divide channels."""
+    unimix: float = 0.01
+    """Share of a uniform distribution mixed into categorical latents."""
+    depth: int = 16
+    """Channels of the first convolution; doubled at each halving, up to 8 times."""
+    hidden: int = 128
+    """Width of the MLPs for vectors and discrete values."""
+
+
+class Encoder(nn.Module):
+    """V. Observations `{key: (..., *shape)}` to latents `(..., N, D)` and back."""
+
+    def __init__(self, config: EncoderConfig, spec: Mapping[str, Observed]):
+        super().__init__()
+        if config.latent == "categorical" and config.channels % config.classes:
+            raise ValueError(f"encoder.channels = {config.channels} is not a multiple of encoder.classes = {config.classes}")
+        self.config, self.spec = config, dict(spec)
+        self.images = sorted(k for k, s in spec.items() if s.kind == "image")
+        self.flats = sorted(k for k, s in spec.items() if s.kind != "image")
+        self.grid = config.grid if self.images else 1
+        self.tokens, self.channels = self.grid**2, config.channels
+        self.vision = nn.ModuleDict({f"image_{k}": Vision(config, self.grid, spec[k].shape) for k in self.images})
+        self.sizes = {k: spec[k].n if spec[k].kind == "discrete" else math.prod(spec[k].shape) for k in self.flats}
+        flat = sum(self.sizes.values())
+        if flat:
+            self.scale = nn.ModuleDict({f"vector_{k}": RunningScale(n) for k, n in self._vectors().items()})
+            self.flat_in = mlp(flat, config.hidden, config.channels)
+            self.flat_out = mlp(self.tokens * config.channels, config.hidden, flat)
+        if config.latent == "continuous":
+            self.norm = nn.RMSNorm(config.channels)
+
+    def _vectors(self) -> dict[str, int]:
+        return {k: n for k, n in self.sizes.items() if self.spec[k].kind == "vector"}
+
+    def forward(self, obs: Mapping[str, Tensor], draw: bool = False) -> Tensor:
+        """Latents `(..., N, D)`: tanh-bounded, or one-hots of the likeliest class (of a drawn one where `draw`)."""
+        lead = self._lead(obs)
+        z = 0
+        for key in self.images:
+            z = z + self.vision[f"image_{key}"].encode(obs[key].flatten(0, len(lead) - 1))
+        if self.flats:
+            z = z + self.flat_in(self._flat(obs, lead))[:, None]
+        assert isinstance(z, Tensor)
+        return self._bound(z, draw).unflatten(0, lead)
+
+    def decode(self, z: Tensor) -> dict[str, Tensor]:
+        """Latents `(..., N, D)` to observations: images uint8, vectors float32, discrete values int64."""
+        lead = z.shape[:-2]
+        raw = self._decode(z.flatten(0, -3), exact=True)
+        out = {}
+        for key, value in raw.items():
+            spec = self.spec[key]
+            if spec.kind == "image":
+                value = ((value + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+            elif spec.kind == "discrete":
+                value = value.argmax(-1)
+            else:
+                value = self.scale[f"vector_{key}"].undo(value)
+            out[key] = value.reshape(*lead, *spec.shape)
+        return out
+
+    def loss(self, obs: Mapping[str, Tensor]) -> Loss:
+        """Reconstruction: squared error per pixel or normalised entry, cross-entropy of discrete values; summed over keys."""
+        lead = self._lead(obs)
+        for key in self._vectors():
+            self.scale[f"vector_{key}"].update(obs[key].flatten(0, len(lead) - 1).flatten(1))
+        raw = self._decode(self(obs, draw=True).flatten(0, len(lead) - 1), exact=False)
+        metrics, total = {}, torch.zeros((), device=next(iter(raw.values())).device)
+        for key, value in raw.items():
+            target, spec = obs[key].flatten(0, len(lead) - 1), self.spec[key]
+            if spec.kind == "image":
+                error = F.mse_loss(value, self.vision[f"image_{key}"].scaled(target))
+            elif spec.kind == "discrete":
+                error = F.cross_entropy(value, target)
+            else:
+                error = F.mse_loss(value, self.scale[f"vector_{key}"](target.flatten(1)))
+            metrics[f"reconstruction/{key}"] = error.detach()
+            total = total + error * (IMAGE_WEIGHT if spec.kind == "image" else 1)
+        return Loss(total, metrics)
+
+    def _lead(self, obs: Mapping[str, Tensor]) -> torch.Size:
+        key = next(iter(self.spec))
+        return obs[key].shape[: obs[key].ndim - len(self.spec[key].shape)]
+
+    def _flat(self, obs: Mapping[str, Tensor], lead: torch.Size) -> Tensor:
+        parts = []
+        for key in self.flats:
+            value = obs[key].flatten(0, len(lead) - 1)
+            if self.spec[key].kind == "discrete":
+                parts.append(F.one_hot(value, self.spec[key].n).float())
+            else:
+                parts.append(self.scale[f"vector_{key}"](value.flatten(1)))
+        return torch.cat(parts, -1)
+
+    def _decode(self, z: Tensor, exact: bool) -> dict[str, Tensor]:
+        """Flat batch of latents to raw outputs: images in [-0.5, 0.5] at their own resolution if `exact`, vectors normalised."""
+        out = {key: self.vision[f"image_{key}"].decode(z, exact) for key in self.images}
+        if self.flats:
+            values = self.flat_out(z.flatten(1)).split([self.sizes[k] for k in self.flats], -1)
+            out.update(zip(self.flats, values, strict=True))
+        return out
+
+    def _bound(self, z: Tensor, draw: bool) -> Tensor:
+        if self.config.latent == "continuous":
+            return self.norm(z).tanh()  # normed first: without it, V was seen to sit at the mean image
+        logits = z.unflatten(-1, (-1, self.config.classes))
+        logits = logits - logits.mean(-1, keepdim=True)
+        logits = 2 * F.rms_norm(logits, logits.shape[-2:])
+        probs = (1 - self.config.unimix) * logits.softmax(-1) + self.config.unimix / self.config.classes
+        if draw:
+            index = torch.multinomial(probs.flatten(0, -2), 1).view(probs.shape[:-1])
+        else:
+            index = probs.argmax(-1)
+        hard = F.one_hot(index, self.config.classes).to(probs.dtype)
+        return (hard + probs - probs.detach()).flatten(-2)
+
+
+IMAGE_WEIGHT = 10.0
+"""Mean squared error per pixel is small beside losses of order one."""
+
+
+class Vision(nn.Module):
+    """One image key: `(B, H, W, C)` uint8 to `(B, N, D)` and back. Sizes that do not halve down to the grid are resized first."""
+
+    def __init__(self, config: EncoderConfig, grid: int, shape: tuple[int, ...]):
+        super().__init__()
+        height, width, colours = shape
+        base = max(grid, 4)  # grids under 4 x 4 are merged from 4 x 4
+        if base % grid:
+            raise ValueError(f"encoder.grid = {grid}: grids under 4 must divide 4 (use 1, 2 or 4 and up)")
+        halvings = round(math.log2(min(height, width) / base))
+        if halvings < 1:
+            raise ValueError(f"image of {height} x {width}: encoder.grid = {grid} needs {2 * base} x {2 * base} pixels or more")
+        self.shape, self.grid, self.merge = (height, width), grid, base // grid
+        self.size = base * 2**halvings
+        # the first halving only moves 2 x 2 pixels into channels: convolutions at full size would cost most of all
+        down: list[nn.Module] = [nn.PixelUnshuffle(2)]
+        up: list[nn.Module] = [nn.PixelShuffle(2)]
+        depths = [4 * colours] + [config.depth * min(2**i, 8) for i in range(halvings - 1)]
+        for i, (fine, coarse) in enumerate(pairwise(depths)):
+            down += [nn.Conv2d(fine, coarse, 4, 2, 1), ChannelNorm(coarse), nn.SiLU()]
+            up = [nn.ConvTranspose2d(coarse, fine, 4, 2, 1)] + ([ChannelNorm(fine), nn.SiLU()] if i else []) + up
+        before = depths[-1]
+        self.down, self.up = nn.Sequential(*down), nn.Sequential(*up)
+        self.to(memory_format=torch.channels_last)
+        cell = before * self.merge**2
+        self.to_token = nn.Linear(cell, config.channels)
+        self.from_token = nn.Sequential(nn.Linear(config.channels, cell), nn.SiLU())
+
+    def scaled(self, image: Tensor) -> Tensor:
+        """`(B, H, W, C)` uint8 to floats in [-0.5, 0.5], `(B, size, size, C)`."""
+        x = image.float() / 255 - 0.5
+        if self.shape != (self.size, self.size):
+            x = F.interpolate(x.movedim(-1, 1), (self.size, self.size), mode="bilinear", antialias=True).movedim(1, -1)
+        return x
+
+    def encode(self, image: Tensor) -> Tensor:
+        x = self.down(self.scaled(image).movedim(-1, 1))
+        x = F.pixel_unshuffle(x, self.merge)  # (B, C m m, g, g)
+        return self.to_token(x.flatten(2).transpose(1, 2))
+
+    def decode(self, z: Tensor, exact: bool) -> Tensor:
+        """`(B, N, D)` to `(B, H, W, C)` where exact, else at V's own square resolution."""
+        x = self.from_token(z).transpose(1, 2).unflatten(-1, (self.grid, self.grid))
+        x = self.up(F.pixel_shuffle(x, self.merge))
+        if exact and self.shape != (self.size, self.size):
+            x = F.interpolate(x, self.shape, mode="bilinear", antialias=True)
+        return x.movedim(1, -1)
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm over the channels of `(B, C, H, W)`."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.gain
+
+
+class RunningScale(nn.Module):
+    """Shifts and scales vectors by the mean and deviation of all that was trained on so far; clipped at 10 deviations."""
+
+    mean: Tensor
+    square: Tensor
+    count: Tensor
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("square", torch.ones(size))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in x `(B, n)`: a running average whose rate falls to 1e-3."""
+        self.count += 1
+        rate = (1 / self.count).clamp(min=1e-3)
+        self.mean.lerp_(x.mean(0), rate)
+        self.square.lerp_((x - self.mean).square().mean(0), rate)
+
+    def _deviation(self) -> Tensor:
+        return self.square.sqrt().clamp(min=1e-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) / self._deviation()).clamp(-10, 10)
+
+    def undo(self, x: Tensor) -> Tensor:
+        return x * self._deviation() + self.mean

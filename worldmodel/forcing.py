@@ -1,0 +1,275 @@
+"""How M is trained to predict, and how it is sampled: objectives behind one interface.
+
+* `Flow`: diffusion forcing (Chen et al. 2024, arXiv 2407.01392) in flow form on continuous latents: z_tau = (1 - tau) noise + tau z,
+  the network predicts z (x-prediction, x-loss; Hafner et al. 2025, arXiv 2509.24527).
+* `Mask`: the same idea on categorical latents, where noise is absorbing: a variable is hidden with probability 1 - tau.
+* `Teacher`: plain teacher-forced prediction of categorical latents from the last feature and action. The yardstick.
+
+`stream` says what a noised frame sees of its past. "one" is the paper's: a single pass, in which each row has a clean prefix longer
+than half of the clip and independent levels after it. "two" gives every frame both roles in one pass: a clean stream writes the
+memory, and a query stream, every frame of it noised, reads it. Reward heads and dream starts may use clean frames only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldmodel.dynamics import Dynamics, State
+from worldmodel.heads import mlp
+
+
+@dataclass(frozen=True)
+class ForcingConfig:
+    """The objective of M and its sampler."""
+
+    objective: str = "flow"
+    """flow, mask, teacher, or a dotted path `package.module:Class` to an Objective of your own."""
+    stream: Literal["one", "two"] = "two"
+    """What noised frames see of their past; see worldmodel/forcing.py."""
+    steps: int = 1
+    """Denoising steps per dreamt frame."""
+    ramp: bool = True
+    """Weight the loss by 0.9 tau + 0.1 rather than evenly (flow)."""
+    blank: float = 0.3
+    """Share of noised frames whose level is exactly 0: where sampling begins."""
+
+
+class Pass(NamedTuple):
+    """What an objective hands on of a training pass over B clips of T frames.
+
+    loss: scalar. metrics: to log. feat: `(B, T, F)`; clean: `(B, T)`, which of them saw clean frames only.
+    at: `(B, M)` frames and starts: the states after them, `(B * M, ...)`, of clean frames only.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    feat: Tensor
+    clean: Tensor
+    at: Tensor
+    starts: State
+
+
+class Objective(Protocol):
+    """What M is trained for. An `nn.Module` built as `Class(config, dynamics)`.
+
+    latent: the kind of latents it needs.
+    """
+
+    latent: Literal["continuous", "categorical"]
+
+    def run(self, dynamics: Dynamics, z: Tensor, prev_action: Tensor, first: Tensor, starts: int) -> Pass:
+        """One training pass: z `(B, T, N, D)`, prev_action `(B, T, A)`, first `(B, T)`; M = starts states per row come back."""
+        ...
+
+    def sample(
+        self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
+    ) -> Tensor:
+        """Draw the next frame's latents `(B, N, D)` after feat `(B, F)`, state and action `(B, A)`."""
+        ...
+
+    def surprise(self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, z: Tensor) -> Tensor:
+        """How far what came, z `(B, N, D)`, lies from what was expected: `(B,)` >= 0."""
+        ...
+
+
+class Forcing(nn.Module):
+    """What Flow and Mask share: the training pass and the samplers. They differ in what noise is."""
+
+    latent: Literal["continuous", "categorical"]
+
+    def __init__(self, config: ForcingConfig, dynamics: Dynamics):
+        super().__init__()
+        self.config = config
+
+    def blank(self, like: Tensor, temperature: float) -> Tensor:
+        """A frame at level 0, shaped as `like`."""
+        raise NotImplementedError
+
+    def corrupt(self, z: Tensor, level: Tensor) -> Tensor:
+        """z `(..., N, D)` noised to level `(...)`."""
+        raise NotImplementedError
+
+    def error(self, pred: Tensor, z: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+        """Loss per frame `(...)`."""
+        raise NotImplementedError
+
+    def advance(self, z: Tensor, pred: Tensor, level: Tensor, to: Tensor, temperature: float) -> Tensor:
+        """From z at `level` `(...)` to the higher level `to`, given M's prediction for it. At to = 1 the frame is clean."""
+        raise NotImplementedError
+
+    def run(self, dynamics: Dynamics, z: Tensor, prev_action: Tensor, first: Tensor, starts: int) -> Pass:
+        batch, frames = z.shape[:2]
+        state = dynamics.initial(batch, z.device)
+        ones = torch.ones(batch, frames, device=z.device)
+        level = torch.rand_like(ones) * (torch.rand_like(ones) >= self.config.blank)
+        if self.config.stream == "two":
+            at = torch.randint(0, frames, (batch, starts), device=z.device)
+            noisy = self.corrupt(z, level)
+            out = dynamics(z, prev_action, ones, first, state, (noisy, level), at)
+            clean, noised = ones.bool(), ones
+        else:
+            prefix = torch.randint(frames // 2, frames, (batch, 1), device=z.device)
+            clean = torch.arange(frames, device=z.device) < prefix
+            level = torch.where(clean, 1.0, level)
+            at = (torch.rand(batch, starts, device=z.device) * prefix).long()
+            noisy = torch.where(clean[..., None, None], z, self.corrupt(z, level))
+            out = dynamics(noisy, prev_action, level, first, state, None, at)
+            noised = (~clean).float()
+        error = self.error(out.pred, z, noisy, level)
+        loss = (error * noised).sum() / noised.sum()
+        assert out.at is not None
+        return Pass(loss, {"prediction": loss.detach()}, out.feat, clean, at, out.at)
+
+    def sample(
+        self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
+    ) -> Tensor:
+        z = self.blank(action.new_empty(len(action), dynamics.tokens, dynamics.channels), temperature)
+        for i in range(steps):
+            level, to = (torch.full_like(action[:, 0], j / steps) for j in (i, i + 1))
+            z = self.advance(z, dynamics.predict(state, z, action, level), level, to, temperature)
+        return z
+
+    def sample_clip(
+        self, dynamics: Dynamics, state: State, action: Tensor, matrix: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Denoise T frames `(B, T, N, D)` together under given actions `(B, T, A)`, action t leading to frame t.
+
+        matrix: `(rows, T)` steps left per frame, row by row, from `schedule`; every level of a row is one pass over the clip.
+        """
+        total = int(matrix.max())
+        z = self.blank(action.new_empty(*action.shape[:2], dynamics.tokens, dynamics.channels), temperature)
+        first = torch.zeros(action.shape[:2], dtype=torch.bool, device=action.device)
+        levels = (1 - matrix.to(action) / total)[:, None].expand(-1, len(action), -1)
+        for level, to in zip(levels[:-1], levels[1:], strict=True):
+            pred = dynamics(z, action, level, first, state).pred
+            moved = (to > level)[..., None, None]
+            z = torch.where(moved, self.advance(z, pred, level, to, temperature), z)
+        return z
+
+
+class Flow(Forcing):
+    """Gaussian flow forcing on continuous latents."""
+
+    latent = "continuous"
+
+    def blank(self, like: Tensor, temperature: float) -> Tensor:
+        return torch.randn_like(like) * temperature
+
+    def corrupt(self, z: Tensor, level: Tensor) -> Tensor:
+        level = level[..., None, None]
+        return (1 - level) * torch.randn_like(z) + level * z
+
+    def error(self, pred: Tensor, z: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+        error = (pred - z).square().mean((-2, -1))
+        return error * (0.9 * level + 0.1) if self.config.ramp else error
+
+    def advance(self, z: Tensor, pred: Tensor, level: Tensor, to: Tensor, temperature: float) -> Tensor:
+        pred = pred.clamp(-1, 1)
+        share = ((to - level) / (1 - level).clamp(min=1e-6)).clamp(0, 1)[..., None, None]
+        return z + share * (pred - z)  # an Euler step along v = (z_hat - z) / (1 - tau)
+
+    def surprise(self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, z: Tensor) -> Tensor:
+        level = torch.zeros_like(action[:, 0])
+        return (dynamics.predict(state, torch.zeros_like(z), action, level) - z).square().mean((-2, -1))
+
+
+class Mask(Forcing):
+    """Absorbing-mask forcing on categorical latents: a hidden variable is all zeros where its one-hot would be."""
+
+    latent = "categorical"
+
+    def __init__(self, config: ForcingConfig, dynamics: Dynamics, classes: int):
+        super().__init__(config, dynamics)
+        self.classes = classes
+
+    def blank(self, like: Tensor, temperature: float) -> Tensor:
+        return torch.zeros_like(like)
+
+    def corrupt(self, z: Tensor, level: Tensor) -> Tensor:
+        z = z.unflatten(-1, (-1, self.classes))
+        seen = torch.rand(z.shape[:-1], device=z.device) < level[..., None, None]
+        return (z * seen[..., None]).flatten(-2)
+
+    def error(self, pred: Tensor, z: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+        hidden = noisy.unflatten(-1, (-1, self.classes)).sum(-1) < 0.5
+        nats = categorical_nats(pred, z, self.classes)
+        return (nats * hidden).sum((-2, -1)) / hidden.sum((-2, -1)).clamp(min=1)
+
+    def advance(self, z: Tensor, pred: Tensor, level: Tensor, to: Tensor, temperature: float) -> Tensor:
+        drawn = draw_categorical(pred, self.classes, temperature)
+        known = z.unflatten(-1, (-1, self.classes))
+        hidden = known.sum(-1, keepdim=True) < 0.5
+        share = ((to - level) / (1 - level).clamp(min=1e-6))[..., None, None, None]  # of what is still hidden
+        shown = hidden & (torch.rand_like(known[..., :1]) < share)
+        return torch.where(shown, drawn.unflatten(-1, (-1, self.classes)), known).flatten(-2)
+
+    def surprise(self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, z: Tensor) -> Tensor:
+        level = torch.zeros_like(action[:, 0])
+        pred = dynamics.predict(state, torch.zeros_like(z), action, level)
+        return categorical_nats(pred, z, self.classes).mean((-2, -1))
+
+
+class Teacher(nn.Module):
+    """Teacher-forced prediction: a head on (feat_t, a_t) gives all variables of frame t + 1 at once."""
+
+    latent: Literal["continuous", "categorical"] = "categorical"
+
+    def __init__(self, config: ForcingConfig, dynamics: Dynamics, classes: int, actions: int):
+        super().__init__()
+        self.classes = classes
+        self.head = mlp(dynamics.feature_size + actions, 2 * dynamics.config.width, dynamics.tokens * dynamics.channels, layers=1)
+
+    def _logits(self, feat: Tensor, action: Tensor, like: Tensor) -> Tensor:
+        return self.head(torch.cat([feat, action], -1)).view_as(like)
+
+    def run(self, dynamics: Dynamics, z: Tensor, prev_action: Tensor, first: Tensor, starts: int) -> Pass:
+        batch, frames = z.shape[:2]
+        ones = torch.ones(batch, frames, device=z.device)
+        at = torch.randint(0, frames, (batch, starts), device=z.device)
+        out = dynamics(z, prev_action, ones, first, dynamics.initial(batch, z.device), None, at)
+        # at the start of an episode there is nothing to predict from
+        before = torch.cat([torch.zeros_like(out.feat[:, :1]), out.feat[:, :-1]], 1) * ~first[..., None]
+        pred = self._logits(before, prev_action * ~first[..., None], z)
+        loss = categorical_nats(pred, z, self.classes).mean()
+        assert out.at is not None
+        return Pass(loss, {"prediction": loss.detach()}, out.feat, ones.bool(), at, out.at)
+
+    def sample(
+        self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
+    ) -> Tensor:
+        like = feat.new_empty(len(feat), dynamics.tokens, dynamics.channels)
+        return draw_categorical(self._logits(feat, action, like), self.classes, temperature)
+
+    def surprise(self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, z: Tensor) -> Tensor:
+        return categorical_nats(self._logits(feat, action, z), z, self.classes).mean((-2, -1))
+
+
+def schedule(frames: int, steps: int, slope: float) -> Tensor:
+    """Denoising schedule `(rows, frames)`: steps left for each frame, row by row (arXiv 2407.01392, section 3; DFoT).
+
+    K[m, t] = clip(S + floor(t u) - m, 0, S). Slope u = 0 denoises all frames together, u = S one after another, u between them is
+    a pyramid.
+    """
+    if steps < 1 or slope < 0:
+        raise ValueError(f"schedule: steps = {steps} must be at least 1 and slope = {slope} at least 0")
+    delay = (torch.arange(frames) * slope).floor().long()
+    rows = torch.arange(int(delay[-1]) + steps + 1)
+    return (steps + delay - rows[:, None]).clamp(0, steps)
+
+
+def categorical_nats(logits: Tensor, z: Tensor, classes: int) -> Tensor:
+    """-log p of one-hots z `(..., D)` under logits `(..., D)`, per variable: `(..., D / classes)`."""
+    logits, z = logits.unflatten(-1, (-1, classes)), z.unflatten(-1, (-1, classes))
+    return -(logits.log_softmax(-1) * z).sum(-1)
+
+
+def draw_categorical(logits: Tensor, classes: int, temperature: float) -> Tensor:
+    """One-hots `(..., D)` drawn from logits `(..., D)`."""
+    probs = (logits.unflatten(-1, (-1, classes)) / temperature).softmax(-1)
+    index = torch.multinomial(probs.flatten(0, -2), 1).view(probs.shape[:-1])
+    return F.one_hot(index, classes).to(logits.dtype).flatten(-2)

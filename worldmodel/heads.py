@@ -1,0 +1,86 @@
+"""Output heads: two-hot symexp regression (reward, value) and the probability that an episode goes on."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) log(1 + |x|) (Hafner et al. 2023, arXiv 2301.04104, eq. 9)."""
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x: Tensor) -> Tensor:
+    """The inverse of symlog."""
+    return x.sign() * x.abs().expm1()
+
+
+class TwoHot(nn.Module):
+    """A number as a distribution over bins spaced evenly in symlog, from symexp(-limit) to symexp(limit).
+
+    Two-hot targets and the expectation over the bins' values as prediction (arXiv 2301.04104, eqs. 10-11), which keeps gradients
+    independent of the numbers' scale.
+    """
+
+    bins: Tensor
+
+    def __init__(self, count: int = 255, limit: float = 20.0):
+        super().__init__()
+        half = symexp(torch.linspace(-limit, 0, count // 2 + 1, dtype=torch.float64))
+        self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]).float(), persistent=False)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """Expectation of `(..., bins)` logits. Summed symmetrically: with even weights the huge outer bins cancel exactly."""
+        weighted = logits.float().softmax(-1) * self.bins
+        half = len(self.bins) // 2
+        return (weighted[..., :half] + weighted[..., half + 1 :].flip(-1)).flip(-1).sum(-1) + weighted[..., half]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """`(...)` to two-hot `(..., bins)`: weights on the two neighbouring bins whose mean is x; clipped to the bins' range."""
+        x = x.float().clamp(self.bins[0].item(), self.bins[-1].item())
+        above = torch.searchsorted(self.bins, x.contiguous()).clamp(1, len(self.bins) - 1)
+        low, high = self.bins[above - 1], self.bins[above]
+        share = ((x - low) / (high - low))[..., None]
+        return F.one_hot(above - 1, len(self.bins)) * (1 - share) + F.one_hot(above, len(self.bins)) * share
+
+    def loss(self, logits: Tensor, x: Tensor) -> Tensor:
+        """Cross-entropy `(...)` of logits `(..., bins)` against the number x `(...)`."""
+        return -(self.encode(x) * logits.float().log_softmax(-1)).sum(-1)
+
+
+def mlp(inputs: int, hidden: int, outputs: int, layers: int = 2, zero: bool = False) -> nn.Sequential:
+    """Linear -> RMSNorm -> SiLU, `layers` times, then a linear output; `zero` starts it at zero output."""
+    parts: list[nn.Module] = []
+    for i in range(layers):
+        parts += [nn.Linear(inputs if i == 0 else hidden, hidden), nn.RMSNorm(hidden), nn.SiLU()]
+    out = nn.Linear(hidden, outputs)
+    if zero:
+        nn.init.zeros_(out.weight)
+        nn.init.zeros_(out.bias)
+    return nn.Sequential(*parts, out)
+
+
+class Consequence(nn.Module):
+    """Reward and continuation of the next row, from the feature of this one and the action taken there.
+
+    Read from (feat_t, a_t) rather than from feat_{t+1}: only so does feat_t have a reason to hold what the action needs.
+    """
+
+    def __init__(self, features: int, actions: int, hidden: int):
+        super().__init__()
+        self.two_hot = TwoHot()
+        self.trunk = nn.Sequential(nn.Linear(features + actions, hidden), nn.RMSNorm(hidden), nn.SiLU())
+        self.reward_out = mlp(hidden, hidden, len(self.two_hot.bins), layers=1, zero=True)
+        self.cont_out = mlp(hidden, hidden, 1, layers=1)
+
+    def forward(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """feat `(..., F)`, action `(..., A)` to reward logits `(..., bins)` and the logit of going on `(...)`."""
+        hidden = self.trunk(torch.cat([feat, action], -1))
+        return self.reward_out(hidden), self.cont_out(hidden)[..., 0]
+
+    def expect(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean reward `(...)` and probability of going on `(...)`."""
+        reward, cont = self(feat, action)
+        return self.two_hot.mean(reward), cont.float().sigmoid()

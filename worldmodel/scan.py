@@ -1,0 +1,204 @@
+"""The state-space scan: Mamba-2's SSD in chunked matrix form, with state in and out, resets and parallel queries.
+
+Recurrence, per head, with one token after another (Dao and Gu 2024, arXiv 2405.21060, eq. 2 and section 6):
+
+    S_l = exp(a_l) S_{l-1} + b_l x_l^T          S: (state, head dim)
+    y_l = S_l^T c_l
+
+Tokens come frame by frame, `n` to a frame. Where a frame begins an episode the state is zero before its first token.
+
+A *query* stream may run beside the clean one. Query frame t starts from the state that the clean frames before t left and is
+then scanned alone: what M computes for a noised frame at time t, for every t at once. That is how denoising is trained against
+a clean past at every frame in one pass.
+
+`scan` is the fast form (cost linear in time), `scan_step` advances one frame, `scan_reference` is the slow truth.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Stream(NamedTuple):
+    """Inputs of a scan: B tubes, T frames, n tokens a frame, H heads.
+
+    x: `(B, T, n, H, P)` values. b, c: `(B, T, n, S)` write and read keys, shared by the heads. a: `(B, T, n, H)` log decay <= 0.
+    """
+
+    x: Tensor
+    b: Tensor
+    c: Tensor
+    a: Tensor
+
+
+class ScanOut(NamedTuple):
+    """y: `(B, T, n, H, P)`; state: `(B, H, S, P)` after the last frame; query: y of the query stream; at: `(B, M, H, S, P)`."""
+
+    y: Tensor
+    state: Tensor
+    query: Tensor | None
+    at: Tensor | None
+
+
+def scan_step(stream: Stream, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One frame (T = 1): y `(B, 1, n, H, P)` and the state after it. Resets are the caller's (a zeroed state)."""
+    x, b, c, a = (v[:, 0] for v in stream)
+    if x.shape[1] == 1:
+        decay = a[:, 0].exp()[..., None, None]
+        state = decay * state + b[:, 0, None, :, None] * x[:, 0, :, None, :]
+        return torch.einsum("bs,bhsp->bhp", c[:, 0], state)[:, None, None], state
+    cum = a.cumsum(1).transpose(1, 2)  # (B, H, n)
+    x = x.transpose(1, 2)
+    weight = (c @ b.transpose(1, 2))[:, None] * _causal_decay(cum, cum)
+    y = weight @ x + cum.exp()[..., None] * (c[:, None] @ state)
+    last = (cum[..., -1:] - cum).exp()[..., None] * x  # each token's value, decayed to the frame's end
+    state = cum[..., -1].exp()[..., None, None] * state + b.transpose(1, 2)[:, None] @ last
+    return y.transpose(1, 2)[:, None], state
+
+
+def scan_query_step(stream: Stream, state: Tensor) -> Tensor:
+    """One query frame (T = 1) against a state, which it leaves as it is: y `(B, 1, n, H, P)`."""
+    if stream.x.shape[2] > 1:
+        return scan_step(stream, state)[0]
+    x, b, c, a = (v[:, 0, 0] for v in stream)
+    past = torch.einsum("bs,bhsp->bhp", c, state) * a.exp()[..., None]
+    return (past + (b * c).sum(-1)[:, None, None] * x)[:, None, None]
+
+
+def scan(
+    clean: Stream,
+    first: Tensor,
+    state: Tensor,
+    chunk: int = 64,
+    query: Stream | None = None,
+    at: Tensor | None = None,
+) -> ScanOut:
+    """Scan T frames in chunks: matrix products inside a chunk, one recurrence over chunks.
+
+    Args:
+        clean: the stream that writes the state. query: a second one that only reads it (see the module's text).
+        first: `(B, T)` bool, frames before which the state is zero.
+        state: `(B, H, S, P)` float32, before frame 0.
+        chunk: frames per chunk.
+        at: `(B, M)` frame indices after which to return the state as well, without gradient, to start dreams from.
+    """
+    frames, tokens = clean.x.shape[1:3]
+    chunk = min(chunk, frames)
+    segment = first.long().cumsum(1)
+    pad = -frames % chunk
+    if pad:  # padding writes nothing (b = 0) and keeps the state (a = 0)
+        clean = Stream(*(_pad_time(v, pad) for v in clean))
+        query = query and Stream(*(_pad_time(v, pad) for v in query))
+        segment = torch.cat([segment, segment[:, -1:].expand(-1, pad)], 1)
+    chunks = (frames + pad) // chunk
+    x, b, c, a = _chunked(clean, chunks)
+    seg = segment.view(len(segment), chunks, chunk)  # (B, K, frames)
+    before = torch.cat([torch.zeros_like(seg[:, :1, 0]), seg[:, :-1, -1]], 1)  # (B, K): the segment that a chunk's state is of
+    token_seg = seg.repeat_interleave(tokens, 2)
+    cum = a.cumsum(-1)  # (B, K, H, L), log decay from the chunk's start, inclusive
+
+    # the state before each chunk
+    keep = (token_seg == token_seg[..., -1:])[:, :, None]
+    write = torch.where(keep, (cum[..., -1:] - cum), -torch.inf).exp()[..., None] * x
+    written = b.transpose(-1, -2)[:, :, None] @ write  # (B, K, H, S, P)
+    carry = torch.where((seg[..., -1] == before)[..., None], cum[..., -1].exp(), 0.0)[..., None, None]
+    states = [state]
+    for k in range(chunks):
+        states.append(carry[:, k] * states[-1] + written[:, k])
+    start = torch.stack(states[:-1], 1)  # (B, K, H, S, P)
+    alive = (token_seg == before[..., None])[:, :, None]  # tokens whose episode the incoming state is of
+
+    same = token_seg[..., :, None] == token_seg[..., None, :]
+    weight = (c @ b.transpose(-1, -2))[:, :, None] * _causal_decay(cum, cum, same[:, :, None])
+    y = weight @ x + torch.where(alive, cum.exp(), 0.0)[..., None] * (c[:, :, None] @ start)
+
+    query_y = None
+    if query is not None:
+        query_y = _read(query, (x, b, cum), start, alive, same, tokens, chunks)
+        query_y = _unchunk(query_y, tokens)[:, :frames]
+    states_at = None if at is None else _states_at(at, (x, b, cum), token_seg, before, start, chunk, tokens)
+    return ScanOut(_unchunk(y, tokens)[:, :frames], states[-1], query_y, states_at)
+
+
+def _read(query: Stream, clean, start, alive, same, tokens: int, chunks: int) -> Tensor:
+    """The query stream's outputs: past clean frames through the chunk and its incoming state, then its own frame."""
+    x, b, cum = clean
+    qx, qb, qc, qa = _chunked(query, chunks)
+    frame_of = torch.arange(qx.shape[-2], device=qx.device) // tokens
+    own = qa.unflatten(-1, (-1, tokens)).cumsum(-1)  # (B, K, H, frames, n)
+    ends = cum.unflatten(-1, (-1, tokens))[..., -1]
+    since = (F.pad(ends, (1, 0))[..., :-1, None] + own).flatten(-2)  # log decay from the chunk's start to the query token
+    past = (same & (frame_of[:, None] > frame_of))[:, :, None]
+    decay = torch.where(past, since[..., :, None] - cum[..., None, :], -torch.inf).exp()
+    y = ((qc @ b.transpose(-1, -2))[:, :, None] * decay) @ x
+    y = y + torch.where(alive, since.exp(), 0.0)[..., None] * (qc[:, :, None] @ start)
+    if tokens == 1:
+        return y + (qb * qc).sum(-1)[:, :, None, :, None] * qx
+    qx, qb, qc = qx.unflatten(-2, (-1, tokens)), qb.unflatten(-2, (-1, tokens)), qc.unflatten(-2, (-1, tokens))
+    inside = (qc @ qb.transpose(-1, -2))[:, :, None] * _causal_decay(own, own)
+    return y + (inside @ qx).flatten(-3, -2)
+
+
+@torch.no_grad()
+def _states_at(at: Tensor, clean, token_seg, before, start, chunk: int, tokens: int) -> Tensor:
+    """States after the frames `at` `(B, M)`: the chunk's incoming state plus what its tokens up to there wrote."""
+    x, b, cum = clean
+    rows = torch.arange(len(at), device=at.device)[:, None]
+    k, end = at // chunk, (at % chunk) * tokens + tokens - 1
+    cum_k, seg_k = cum[rows, k], token_seg[rows, k]  # (B, M, H, L), (B, M, L)
+    cum_end = cum_k.gather(-1, end[..., None, None].expand(-1, -1, cum_k.shape[2], 1))
+    seg_end = seg_k.gather(-1, end[..., None])
+    tokens_in = (torch.arange(seg_k.shape[-1], device=at.device) <= end[..., None]) & (seg_k == seg_end)
+    decay = torch.where(tokens_in[:, :, None], cum_end - cum_k, -torch.inf).exp()
+    written = b[rows, k].transpose(-1, -2)[:, :, None] @ (decay[..., None] * x[rows, k])
+    carry = torch.where((seg_end[..., 0] == before[rows, k])[..., None], cum_end[..., 0].exp(), 0.0)
+    return carry[..., None, None] * start[rows, k] + written
+
+
+def scan_reference(clean: Stream, first: Tensor, state: Tensor, query: Stream | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The slow truth: the recurrence token by token. Returns y, the state after every frame, and the query stream's y."""
+    ys, states, query_ys = [], [], []
+    for t in range(clean.x.shape[1]):
+        state = torch.where(first[:, t, None, None, None], torch.zeros_like(state), state)
+        if query is not None:
+            query_ys.append(_token_by_token(query, t, state)[0])
+        y, state = _token_by_token(clean, t, state)
+        ys.append(y)
+        states.append(state)
+    return torch.stack(ys, 1), states, torch.stack(query_ys, 1) if query is not None else torch.empty(0)
+
+
+def _token_by_token(stream: Stream, t: int, state: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for i in range(stream.x.shape[2]):
+        write = torch.einsum("bs,bhp->bhsp", stream.b[:, t, i], stream.x[:, t, i])
+        state = stream.a[:, t, i].exp()[..., None, None] * state + write
+        outputs.append(torch.einsum("bs,bhsp->bhp", stream.c[:, t, i], state))
+    return torch.stack(outputs, 1), state
+
+
+def _causal_decay(to: Tensor, since: Tensor, same: Tensor | None = None) -> Tensor:
+    """exp(to_i - since_j) for j <= i (and the same episode), else 0. Masked before exp: the upper half would overflow."""
+    causal = torch.ones(to.shape[-1], since.shape[-1], dtype=torch.bool, device=to.device).tril()
+    mask = causal if same is None else same & causal
+    return torch.where(mask, to[..., :, None] - since[..., None, :], -torch.inf).exp()
+
+
+def _chunked(stream: Stream, chunks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x `(B, K, H, L, P)`, b and c `(B, K, L, S)`, a `(B, K, H, L)`, L tokens a chunk."""
+    batch = stream.x.shape[0]
+    x, b, c, a = (v.reshape(batch, chunks, -1, *v.shape[3:]) for v in stream)
+    return x.transpose(2, 3), b, c, a.transpose(2, 3)
+
+
+def _unchunk(y: Tensor, tokens: int) -> Tensor:
+    """`(B, K, H, L, P)` back to `(B, T, n, H, P)`."""
+    return y.transpose(2, 3).flatten(1, 2).unflatten(1, (-1, tokens))
+
+
+def _pad_time(v: Tensor, pad: int) -> Tensor:
+    return torch.cat([v, v.new_zeros(v.shape[0], pad, *v.shape[2:])], 1)

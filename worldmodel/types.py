@@ -1,0 +1,60 @@
+"""The few types that V, M and C exchange.
+
+Shapes: B batch, T time, N latent tokens per frame, D latent channels, A encoded action, F feature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Loss(NamedTuple):
+    """What every part that learns returns: a scalar to minimise and detached scalars to log."""
+
+    value: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass
+class Batch:
+    """Clips of time rows `(obs, is_first, reward, terminated, truncated | action)`.
+
+    reward and flags at t arrive with obs_t, caused by action_{t-1}; action_t is chosen from obs_t.
+
+    Attributes:
+        obs: each `(B, T, ...)`: images uint8 HWC, vectors float32, discrete values int64.
+        action: `(B, T, A)` float32, one-hots side by side or a box scaled to [-1, 1].
+        reward, surprise: `(B, T)` float32. is_first, terminated, truncated: `(B, T)` bool.
+    """
+
+    obs: dict[str, Tensor]
+    action: Tensor
+    reward: Tensor
+    is_first: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    surprise: Tensor
+
+    @classmethod
+    def from_numpy(cls, rows: dict, device: torch.device | str = "cpu") -> Batch:
+        """Build from the arrays that the replay returns, in one transfer per field."""
+
+        def move(x):
+            return torch.from_numpy(x).to(device, non_blocking=True)
+
+        fields = {k: move(v) for k, v in rows.items() if k != "obs"}
+        return cls(obs={k: move(v) for k, v in rows["obs"].items()}, **fields)
+
+    def prev_action(self) -> Tensor:
+        """`(B, T, A)`: action_{t-1} at t; zeros at t = 0, where a clip begins (M masks it there)."""
+        return torch.cat([torch.zeros_like(self.action[:, :1]), self.action[:, :-1]], 1)
+
+    def clip_first(self) -> Tensor:
+        """`(B, T)` bool: is_first, and true at t = 0, since a clip starts without memory."""
+        first = self.is_first.clone()
+        first[:, 0] = True
+        return first
