@@ -42,6 +42,8 @@ class ControllerConfig:
     """actor_critic, or a dotted path `package.module:Class` to a Controller of your own."""
     hidden: int = 128
     layers: int = 2
+    bins: int = 255
+    """Bins of the two-hot critic."""
     starts: int = 24
     """Dreams per replayed clip."""
     horizon: int = 15
@@ -66,7 +68,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.config, self.parts = config, tuple(parts)
         self.actor = mlp(features, config.hidden, outputs(parts, actions), config.layers, zero=True)
-        self.two_hot = TwoHot()
+        self.two_hot = TwoHot(config.bins)
         self.critic = mlp(features, config.hidden, len(self.two_hot.bins), config.layers, zero=True)
         self.slow = copy.deepcopy(self.critic).requires_grad_(False)
         self.scale = ReturnScale(config.return_floor)

@@ -101,10 +101,15 @@ class Dynamics(nn.Module):
         self.place = nn.Parameter(torch.randn(self.tokens, width) * 0.02)
         self.action = nn.Linear(actions, width)
         self.level = nn.Linear(2 * LEVEL_FEATURES + 1, width)
-        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        # AdaLN: scale, shift and gate of each layer's three parts from the condition, by one map that all layers share (as in
+        # PixArt-alpha, arXiv 2310.00426); a map per layer would cost as much as the layers themselves. Zero at first, so that a
+        # layer starts as a plain pre-norm one.
+        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 9 * width))
+        nn.init.zeros_(self.condition[-1].weight)
+        nn.init.zeros_(self.condition[-1].bias)
         blocks = [min(config.blocks[i % len(config.blocks)], grid) for i in range(config.layers)]
         self.layers = nn.ModuleList(Layer(config, grid, block) for block in blocks)
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False)
         self.out = nn.Linear(width, channels)
         nn.init.zeros_(self.out.bias)
         # a frame's feature: its tokens side by side, pooled to 4 x 4 where the grid is finer
@@ -206,10 +211,11 @@ class Dynamics(nn.Module):
         return self._feature(self.norm(u))[:, 0], State(tuple(ssm), tuple(ks), tuple(vs), age)
 
     def _enter(self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Token embeddings `(B, T, N, W)` and the condition `(B, T, W)`. The previous action is masked here and nowhere else."""
+        """Token embeddings `(B, T, N, W)` and the condition `(B, T, 1, 9, W)`. The previous action is masked here and nowhere
+        else."""
         action = self.action(prev_action) * ~first[..., None]
         cond = self.condition(action + self.level(level_features(level)))
-        return self.embed(z) + self.place, cond
+        return self.embed(z) + self.place, cond.unflatten(-1, (9, -1)).unsqueeze(2)
 
     def _feature(self, u: Tensor) -> Tensor:
         """`(B, T, N, W)` to `(B, T, F)`."""
@@ -237,11 +243,8 @@ class Layer(nn.Module):
         self.mix = ScanMixer(config, grid, block) if config.mixer == "hybrid" else None
         self.attention = Attention(width, config.heads)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
-        self.norm = nn.RMSNorm(width, elementwise_affine=False)
-        # scale, shift and gate for each of the three; zero at first, so that a layer starts as a plain pre-norm one
-        self.modulate = nn.Linear(width, 9 * width)
-        nn.init.zeros_(self.modulate.weight)
-        nn.init.zeros_(self.modulate.bias)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.offset = nn.Parameter(torch.tensor([1.0, 0.0, 1.0] * 3)[:, None].repeat(1, width))  # scale, shift, gate
 
     def forward(
         self,
@@ -254,7 +257,7 @@ class Layer(nn.Module):
         cond_q: Tensor | None,
         at: Tensor | None,
     ) -> LayerOut:
-        """u, uq `(B, T, N, W)`; cond, cond_q `(B, T, W)`. See Dynamics.forward."""
+        """u, uq `(B, T, N, W)`; cond, cond_q `(B, T, 1, 9, W)`. See Dynamics.forward."""
         mods = self._mods(cond)
         mods_q = None if cond_q is None else self._mods(cond_q)
         ssm_out = ssm_at = u.new_zeros(0)
@@ -297,14 +300,15 @@ class Layer(nn.Module):
         u = self._add(u, self.attention.out(y.flatten(-2)), mods, 1)
         return self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2)
 
-    def _mods(self, cond: Tensor) -> Tensor:
-        return self.modulate(cond).unflatten(-1, (9, -1)).unsqueeze(2)  # (B, T, 1, 9, W)
+    def _mods(self, cond: Tensor) -> tuple[Tensor, ...]:
+        """Scale, shift and gate of the three parts, nine times `(B, T, 1, W)`."""
+        return (cond + self.offset).unbind(-2)
 
-    def _in(self, u: Tensor, mods: Tensor, part: int) -> Tensor:
-        return torch.addcmul(mods[..., 3 * part + 1, :], self.norm(u), 1 + mods[..., 3 * part, :])
+    def _in(self, u: Tensor, mods: tuple[Tensor, ...], part: int) -> Tensor:
+        return torch.addcmul(mods[3 * part + 1], self.norm(u), mods[3 * part])
 
-    def _add(self, u: Tensor, y: Tensor, mods: Tensor, part: int) -> Tensor:
-        return torch.addcmul(u, y, 1 + mods[..., 3 * part + 2, :])
+    def _add(self, u: Tensor, y: Tensor, mods: tuple[Tensor, ...], part: int) -> Tensor:
+        return torch.addcmul(u, y, mods[3 * part + 2])
 
 
 class ScanMixer(nn.Module):
@@ -320,7 +324,7 @@ class ScanMixer(nn.Module):
         self.split = [width, width, self.size, self.size, self.heads, self.heads]
         self.inp = nn.Linear(width, sum(self.split))
         self.skip = nn.Parameter(torch.ones(self.heads, 1))
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False)
         self.out = nn.Linear(width, width)
         # Memory is an initialisation: time constants log-spaced over 4 to 1000 frames across heads, and not input-dependent at
         # first; Mamba-2's own, short for most heads, left the cue forgotten before any gradient could ask for it.
@@ -395,7 +399,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm, self.k_norm = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
+        self.q_norm, self.k_norm = (nn.LayerNorm(width // heads, bias=False) for _ in range(2))
         self.out = nn.Linear(width, width)
 
     def heads_of(self, h: Tensor) -> Heads:

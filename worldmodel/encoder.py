@@ -178,8 +178,8 @@ class Vision(nn.Module):
         self.shape, self.grid, self.merge = (height, width), grid, base // grid
         self.size = base * 2**halvings
         # the first halving only moves 2 x 2 pixels into channels: convolutions at full size would cost most of all
-        down: list[nn.Module] = [nn.PixelUnshuffle(2)]
-        up: list[nn.Module] = [nn.PixelShuffle(2)]
+        down: list[nn.Module] = []
+        up: list[nn.Module] = []
         depths = [4 * colours] + [config.depth * min(2**i, 8) for i in range(halvings - 1)]
         for i, (fine, coarse) in enumerate(pairwise(depths)):
             down += [nn.Conv2d(fine, coarse, 4, 2, 1), ChannelNorm(coarse), nn.SiLU()]
@@ -199,17 +199,28 @@ class Vision(nn.Module):
         return x
 
     def encode(self, image: Tensor) -> Tensor:
-        x = self.down(self.scaled(image).movedim(-1, 1))
-        x = F.pixel_unshuffle(x, self.merge)  # (B, C m m, g, g)
-        return self.to_token(x.flatten(2).transpose(1, 2))
+        x = self.down(merge(self.scaled(image), 2).movedim(-1, 1)).movedim(1, -1)
+        return self.to_token(merge(x, self.merge).flatten(1, 2))
 
     def decode(self, z: Tensor, exact: bool) -> Tensor:
         """`(B, N, D)` to `(B, H, W, C)` where exact, else at V's own square resolution."""
-        x = self.from_token(z).transpose(1, 2).unflatten(-1, (self.grid, self.grid))
-        x = self.up(F.pixel_shuffle(x, self.merge))
+        x = split(self.from_token(z).unflatten(1, (self.grid, self.grid)), self.merge)
+        x = split(self.up(x.movedim(-1, 1)).movedim(1, -1), 2)
         if exact and self.shape != (self.size, self.size):
-            x = F.interpolate(x, self.shape, mode="bilinear", antialias=True)
-        return x.movedim(1, -1)
+            x = F.interpolate(x.movedim(-1, 1), self.shape, mode="bilinear", antialias=True).movedim(1, -1)
+        return x
+
+
+def merge(x: Tensor, side: int) -> Tensor:
+    """`(B, H, W, C)` to `(B, H / side, W / side, side * side * C)`: squares of pixels become channels."""
+    x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))
+    return x.transpose(2, 3).flatten(3)
+
+
+def split(x: Tensor, side: int) -> Tensor:
+    """The inverse of `merge`."""
+    x = x.unflatten(3, (side, side, -1)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2)
 
 
 class ChannelNorm(nn.Module):

@@ -51,10 +51,10 @@ class TwoHot(nn.Module):
 
 
 def mlp(inputs: int, hidden: int, outputs: int, layers: int = 2, zero: bool = False) -> nn.Sequential:
-    """Linear -> RMSNorm -> SiLU, `layers` times, then a linear output; `zero` starts it at zero output."""
+    """Linear -> LayerNorm -> SiLU, `layers` times, then a linear output; `zero` starts it at zero output."""
     parts: list[nn.Module] = []
     for i in range(layers):
-        parts += [nn.Linear(inputs if i == 0 else hidden, hidden), nn.RMSNorm(hidden), nn.SiLU()]
+        parts += [nn.Linear(inputs if i == 0 else hidden, hidden), nn.LayerNorm(hidden, bias=False), nn.SiLU()]
     out = nn.Linear(hidden, outputs)
     if zero:
         nn.init.zeros_(out.weight)
@@ -68,10 +68,10 @@ class Consequence(nn.Module):
     Read from (feat_t, a_t) rather than from feat_{t+1}: only so does feat_t have a reason to hold what the action needs.
     """
 
-    def __init__(self, features: int, actions: int, hidden: int):
+    def __init__(self, features: int, actions: int, hidden: int, bins: int):
         super().__init__()
-        self.two_hot = TwoHot()
-        self.trunk = nn.Sequential(nn.Linear(features + actions, hidden), nn.RMSNorm(hidden), nn.SiLU())
+        self.two_hot = TwoHot(bins)
+        self.trunk = mlp(features + actions, hidden, hidden, layers=1)[:-1]
         self.reward_out = mlp(hidden, hidden, len(self.two_hot.bins), layers=1, zero=True)
         self.cont_out = mlp(hidden, hidden, 1, layers=1)
 

@@ -24,6 +24,8 @@ class HeadsConfig:
     """Reward and continuation heads."""
 
     hidden: int = 128
+    bins: int = 255
+    """Bins of the two-hot reward."""
     reward_weight: float = 1.0
     cont_weight: float = 1.0
 
@@ -71,7 +73,7 @@ class WorldModel(nn.Module):
         wanted = inspect.signature(kind).parameters
         offered = {"classes": encoder.classes, "actions": actions}
         self.objective: Objective = kind(forcing, self.dynamics, **{k: v for k, v in offered.items() if k in wanted})
-        self.consequence = Consequence(self.dynamics.feature_size, actions, heads.hidden)
+        self.consequence = Consequence(self.dynamics.feature_size, actions, heads.hidden, heads.bins)
         self.heads, self.steps = heads, forcing.steps
 
     @property
