@@ -1,0 +1,317 @@
+"""The command line. A mistake ends in one clear line on stderr; with --json, one JSON object ends stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import sys
+import textwrap
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from envs.contract import EnvError, UserError
+
+USAGE = """longdream: agents that learn in their dreams
+
+  longdream train PRESET|FILE.yaml [options]   train, evaluate, write runs/NAME
+  longdream train --resume runs/NAME           go on where a run stopped
+  longdream evaluate runs/NAME                 play real episodes with a trained agent
+  longdream dream runs/NAME                    a dream beside reality, as video
+  longdream envs                               environments that can be named
+  longdream bench NAME                         measure costs
+  longdream demo                               train, evaluate and dream, in some minutes
+
+longdream COMMAND --help explains a command. Every command takes --json and then ends stdout with one JSON object.
+LONGDREAM_DEBUG=1 shows where in the program an error came from."""
+
+TRAIN = """usage: longdream train PRESET|FILE.yaml [--name NAME] [--json] [--OPTION VALUE ...]
+       longdream train --resume runs/NAME [--json] [--steps N]
+
+Train V, M and C in a new run, or go on with one. All that comes of it goes into runs/NAME.
+
+presets
+{presets}
+
+examples
+  longdream train quickstart --seed 3
+  longdream train quickstart --steps 20000 --worldmodel.layers 4 --env.kwargs.corridor 24
+  longdream train cartpole --env LunarLander-v3 --name lander
+  longdream train my_preset.yaml --controller.kind my_package.my_module:MyController
+  longdream train --resume runs/quickstart-s3-1
+
+  --name NAME    folder below runs/ (default: PRESET-sSEED-1, or -2, ...)
+  --resume RUN   go on with this run, under its own settings; --steps, --evaluate.*, --device and --threads may change
+  --env ID       short for --env.id
+  --steps N      short for --learn.steps
+"""
+
+CHANGEABLE = ("learn.steps", "evaluate.", "device", "threads")
+"""Settings that a resumed run may change."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 2 a mistake in what was asked, 1 a failure, 128 + n ended by signal n."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    arguments = [argument for argument in arguments if argument != "--json"]
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a user's own parts are named by dotted path
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    result: dict[str, Any] | None
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            code, result = 0, command(arguments)
+    except KeyboardInterrupt:
+        code, result = 130, {"error": "stopped"}
+        print("longdream: stopped", file=sys.stderr)
+    except Exception as error:
+        told = _tell(error)
+        code, message = told or (1, f"{type(error).__name__}: {error}")
+        if told is None or os.environ.get("LONGDREAM_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        print(f"longdream: {message}", file=sys.stderr)
+        result = {"error": message.partition("\n")[0]}
+    if as_json and result is not None:
+        print(json.dumps(result), flush=True)
+    return code
+
+
+def _tell(error: Exception) -> tuple[int, str] | None:
+    """Exit code and message of an error whose cause lies outside this program; None for one of ours."""
+    from agent.agent import NotFinite
+    from agent.checkpoint import DiskFull
+    from agent.signals import Interrupted
+
+    notes = [*getattr(error, "__notes__", ())]
+    if isinstance(error, UserError):
+        return 2, " ".join(str(error).split())
+    if isinstance(error, EnvError):
+        return 1, "\n".join([str(error), *notes])
+    if isinstance(error, NotFinite | DiskFull):
+        return 1, "; ".join([str(error), *notes])
+    if isinstance(error, Interrupted):
+        return 128 + error.number, "; ".join([str(error), *notes])
+    return None
+
+
+def command(arguments: list[str]) -> dict[str, Any] | None:
+    """Do what the arguments say, printing it in words too; None where help was asked for and given."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return None
+    name, *rest = arguments
+    match name:
+        case "train":
+            return train(rest)
+        case "evaluate" | "envs":
+            return call(f"longdream {name}", {"evaluate": evaluate, "envs": envs}[name], rest)
+        case "dream" | "demo":
+            from agent import report
+
+            return call(f"longdream {name}", {"dream": report.dream, "demo": report.demo}[name], rest)
+        case "bench":
+            from agent import bench
+
+            if not rest or rest[0].startswith("-"):
+                print(f"usage: longdream bench {'|'.join(bench.BENCHES)} [--json] [options]\n")
+                for key, function in bench.BENCHES.items():
+                    print(f"  {key:12} {inspect.getdoc(function)}".partition("\n")[0])
+                if not rest or rest[0] not in ("-h", "--help"):
+                    raise UserError(f"bench what? Name one of {', '.join(bench.BENCHES)}")
+                return None
+            return call(f"longdream bench {rest[0]}", bench.find(rest[0]), rest[1:])
+    from agent import options
+
+    known = ("train", "evaluate", "dream", "envs", "bench", "demo")
+    raise UserError(f"unknown command {name!r}" + options.suggest(name, known, f"there are {', '.join(known)}"))
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+
+def train(arguments: list[str]) -> dict[str, Any] | None:
+    """Train in a new run or a resumed one; its summary."""
+    from agent import loop, options, run
+
+    words, flags = options.split(arguments, lambda flag: str if flag in ("name", "resume") else options.hint(flag))
+    if flags is None:
+        _train_help(words[0] if words else None)
+        return None
+    name, resumed = flags.pop("name", None), flags.pop("resume", None)
+    settings = options.from_flags(flags)
+    if len(words) > (resumed is None):
+        hint = "one preset at a time" if resumed is None else "a run that is resumed has its settings already"
+        raise UserError(f"unexpected {words[-1]!r}: {hint}; options look like --seed 3")
+    if resumed is not None:
+        folder = Path(resumed)
+        fixed = ["name"] if name else [key for key in settings if not key.startswith(CHANGEABLE)]
+        if fixed:
+            raise UserError(f"--{fixed[0]} cannot change in a run that goes on: leave it out, or start a new run")
+        config = options.update(run.open_run(folder).config, settings)
+    elif words:
+        config = options.update(options.load(words[0]), settings)
+        label = Path(words[0]).parent.name if Path(words[0]).name == "config.yaml" else Path(words[0]).stem
+        folder = run.unused(name, label, config.seed)
+    else:
+        raise UserError(f"train what? Name a preset, one of {', '.join(options.presets())}, or a .yaml file")
+    options.check(config)
+    print(f"{'going on with' if resumed else 'training in'} {folder}", file=sys.stderr)
+    try:
+        summary = loop.train(config, folder, resume=resumed is not None)
+    except Exception as error:
+        if folder.exists() and not isinstance(error, UserError):
+            error.add_note(f"go on with: longdream train --resume {folder}")
+        raise
+    _print_summary(summary)
+    print(f"run           {folder}\nnext          longdream dream {folder}")
+    return summary
+
+
+def _train_help(preset: str | None) -> None:
+    import tyro
+
+    from agent import options
+    from agent.config import Config
+
+    described = options.presets()
+    width = max(map(len, described))
+    print(TRAIN.format(presets="\n".join(f"  {name:{width}}  {text}" for name, text in described.items())))
+    print(f"Every option, with its value {f'in {preset}' if preset else 'where a preset does not set it'}:\n")
+    config = options.load(preset) if preset else Config()
+    # FlagConversionOff: --forcing.ramp true, with a value like every other option
+    kind: Any = tyro.conf.FlagConversionOff[Config]
+    with contextlib.suppress(SystemExit):
+        program = f"longdream train {preset or 'PRESET'}"
+        tyro.cli(kind, default=config, args=["--help"], prog=program, use_underscores=True)
+
+
+def _print_summary(found: dict[str, Any]) -> None:
+    low, high = found["return_ci95"]
+    lines = {
+        "environment": found["env"],
+        "return": f"{found['return_mean']:.3f}   95% interval {low:.3f} to {high:.3f}, {found['episodes']} episodes",
+        "random": f"{found['random_mean']:.3f}",
+        "no memory": f"{found['without_memory_mean']:.3f}   the same agent, M's long memory cut off",
+        "real steps": f"{found['env_steps']:,}",
+    }
+    if "wall_s" in found:
+        lines["time"] = f"{found['wall_s'] / 60:.1f} minutes"
+    print("\n".join(f"{key:13} {value}" for key, value in lines.items()))
+
+
+# -- evaluate and envs ------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    run_folder: Path,
+    env: str | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    episodes: int | None = None,
+    seed: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] | None = None,
+) -> dict[str, Any]:
+    """Play whole real episodes: with the trained agent, greedily; the same without long memory; and at random.
+
+    Args:
+        env: another environment, with the same observations and actions (default: the run's own).
+        env_kwargs: its arguments, '{"corridor": 24}'.
+        episodes: how many (default: the run's evaluate.final_episodes).
+        seed: of the episodes (default: the run's, for those of its own evaluation).
+        device: where the agent computes (default: as in the run).
+
+    Raises:
+        UserError: no run, or an environment that does not fit it.
+    """
+    from agent import options, run
+    from agent.judge import judge
+
+    agent, config, _, step = run.load_agent(run_folder, device)
+    wanted = {
+        "env.id": env,
+        "env.kwargs": env_kwargs if env_kwargs is not None else ({} if env else None),
+        "seed": seed,
+    }
+    wanted["evaluate.final_episodes"] = episodes
+    config = options.update(config, {key: value for key, value in wanted.items() if value is not None})
+    options.check(config)
+    episodes = config.evaluate.final_episodes
+    print(f"playing {episodes} episodes of {config.env.id}", file=sys.stderr)
+    found = judge(agent, config.env, episodes, config.seed, config.evaluate.copies) | {"env_steps": step}
+    _print_summary(found)
+    return found
+
+
+def envs() -> dict[str, Any]:
+    """List the environments that can be named. One that another package registers is named module:Id."""
+    import gymnasium as gym
+
+    own = sorted(name for name in gym.registry if name.startswith("longdream/"))
+    others = sorted(name for name in gym.registry if name not in own)
+    print("\n".join([*own, "", "Gymnasium's own (some need packages that it names):", *others]))
+    return {"own": own, "others": others}
+
+
+# -- functions as commands --------------------------------------------------------------------------------------------
+
+
+def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[str]) -> dict[str, Any] | None:
+    """Call a function with parameters from the command line: those without a default are words, the others flags.
+
+    Raises:
+        UserError: an unknown flag, a missing word, or a value of another type.
+    """
+    from agent import options
+
+    hints = get_type_hints(function)
+    parameters = {k: p for k, p in inspect.signature(function).parameters.items() if k != "console"}
+    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    optional = [name for name in parameters if name not in needed]
+
+    def hint(flag: str) -> Any:
+        if _name(flag) not in optional:
+            known = [f"--{name}" for name in optional]
+            raise UserError(f"unknown flag --{flag}" + options.suggest(f"--{flag}", known, f"see {program} --help"))
+        return hints[_name(flag)]
+
+    words, flags = options.split(arguments, hint)
+    if flags is None:
+        _help(program, function, parameters)
+        return None
+    if len(words) < len(needed):
+        raise UserError(f"{program} needs {needed[len(words)].replace('run_folder', 'the folder of a run, runs/NAME')}")
+    if len(words) > len(needed):
+        raise UserError(f"unexpected {words[len(needed)]!r}: see {program} --help")
+    given = {name: options.read(name, word, hints[name]) for name, word in zip(needed, words, strict=True)}
+    given |= {_name(flag): options.read(f"--{flag}", text, hint(flag)) for flag, text in flags.items()}
+    return function(**given)
+
+
+def _name(flag: str) -> str:
+    return flag.replace("-", "_").replace(".", "_")
+
+
+def _help(program: str, function: Callable, parameters: dict[str, inspect.Parameter]) -> None:
+    about, _, rest = (inspect.getdoc(function) or "").partition("\nArgs:\n")
+    told: dict[str, str] = {}
+    entry = ""
+    for line in rest.partition("\n\n")[0].splitlines():
+        if not line.startswith("     "):
+            entry, _, line = line.strip().partition(": ")
+        told[entry] = f"{told.get(entry, '')} {line.strip()}".strip()
+    words = [name.upper() for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    print(
+        " ".join(["usage:", program, *words, "[--json] [options]"]) + f"\n\n{about.partition('Returns:')[0].strip()}\n"
+    )
+    for name, parameter in parameters.items():
+        flag = name.upper() if parameter.default is parameter.empty else f"--{name}"
+        default = "" if parameter.default in (parameter.empty, None) else f" (default: {parameter.default})"
+        print(textwrap.fill(f"  {flag:15} {told.get(name, '')}{default}".rstrip(), 110, subsequent_indent=" " * 18))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What an agent is worth: its returns beside those of chance and of itself without memory."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+
+from agent.agent import Agent
+from agent.config import EnvConfig
+from agent.evaluate import EVALUATION_SEED, Returns, Who, evaluate
+from agent.signals import Signals
+from envs.contract import EnvSpec, Row, UserError
+from envs.make import World
+
+
+class WatchedWorld(World):
+    """A world that stops at the next step when a signal came."""
+
+    signals: Signals | None = None
+
+    def step(self, action: np.ndarray) -> Row:
+        if self.signals is not None:
+            self.signals.check()
+        return super().step(action)
+
+
+def play(
+    agent: Agent,
+    env: EnvConfig,
+    episodes: int,
+    seed: int,
+    who: Who = "agent",
+    copies: int = 16,
+    signals: Signals | None = None,
+) -> Returns:
+    """Play `episodes` in a world of their own, `copies` side by side; a run's `seed` gives its evaluation episodes.
+
+    Raises:
+        UserError: the environment cannot be made, or is not one that the agent can see and act in.
+        EnvError: it failed. Interrupted: a signal came.
+    """
+    arguments = (env.id, min(copies, episodes), seed + EVALUATION_SEED, env.kwargs, env.workers, env.timeout_s)
+    with closing(hidden_from(signals, WatchedWorld, *arguments)) as world:
+        world.signals = signals
+        if world.spec != agent.spec:
+            raise UserError(f"{env.id} does not fit this agent: {_difference(world.spec, agent.spec)}")
+        return evaluate(agent, world, episodes, seed, who)
+
+
+def hidden_from(signals: Signals | None, kind: type[World], *arguments: Any) -> Any:
+    """Make a world whose processes end when we end them, not when Ctrl-C reaches the whole terminal."""
+    if signals is None:
+        return kind(*arguments)
+    with signals.hidden():
+        return kind(*arguments)
+
+
+def judge(
+    agent: Agent, env: EnvConfig, episodes: int, seed: int, copies: int = 16, signals: Signals | None = None
+) -> dict[str, Any]:
+    """The returns of the agent as plain values, and the means of it without long memory and of random actions."""
+    found, forgetful, random = (
+        play(agent, env, episodes, seed, who, copies, signals) for who in ("agent", "without_memory", "random")
+    )
+    means = {"random_mean": random.return_mean, "without_memory_mean": forgetful.return_mean}
+    return {**found.to_json(), **means, "env": env.id, "seed": seed}
+
+
+def _difference(found: EnvSpec, wanted: EnvSpec) -> str:
+    if found.obs.keys() != wanted.obs.keys():
+        return f"it shows {', '.join(found.obs)}, the agent knows {', '.join(wanted.obs)}"
+    for key, spec in found.obs.items():
+        known = wanted.obs[key]
+        if spec != known:
+            return (
+                f"its {key!r} is a {spec.kind} of shape {spec.shape}, the agent knows a {known.kind} of {known.shape}"
+            )
+    return "its actions are others than those that the agent was trained with"
