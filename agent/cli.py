@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from envs.contract import EnvError, UserError
 
@@ -160,7 +160,6 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
     else:
         raise UserError(f"train what? Name a preset, one of {', '.join(options.presets())}, or a .yaml file")
     options.check(config)
-    print(f"{'going on with' if resumed else 'training in'} {folder}", file=sys.stderr)
     try:
         summary = loop.train(config, folder, resume=resumed is not None)
     except Exception as error:
@@ -296,21 +295,34 @@ def _name(flag: str) -> str:
 
 
 def _help(program: str, function: Callable, parameters: dict[str, inspect.Parameter]) -> None:
+    """Help from a docstring: what stands before its sections, and its Args beside the flags."""
     about, _, rest = (inspect.getdoc(function) or "").partition("\nArgs:\n")
     told: dict[str, str] = {}
     entry = ""
     for line in rest.partition("\n\n")[0].splitlines():
         if not line.startswith("     "):
             entry, _, line = line.strip().partition(": ")
-        told[entry] = f"{told.get(entry, '')} {line.strip()}".strip()
+        for name in entry.split(", "):
+            told[name] = f"{told.get(name, '')} {line.strip()}".strip()
     words = [name.upper() for name, parameter in parameters.items() if parameter.default is parameter.empty]
     print(
         " ".join(["usage:", program, *words, "[--json] [options]"]) + f"\n\n{about.partition('Returns:')[0].strip()}\n"
     )
+    hints = get_type_hints(function)
     for name, parameter in parameters.items():
-        flag = name.upper() if parameter.default is parameter.empty else f"--{name}"
+        flag = name.upper() if parameter.default is parameter.empty else f"--{name} {_kind(hints[name])}"
         default = "" if parameter.default in (parameter.empty, None) else f" (default: {parameter.default})"
-        print(textwrap.fill(f"  {flag:15} {told.get(name, '')}{default}".rstrip(), 110, subsequent_indent=" " * 18))
+        print(textwrap.fill(f"  {flag:24} {told.get(name, '')}{default}".rstrip(), 110, subsequent_indent=" " * 27))
+
+
+def _kind(hint: Any) -> str:
+    """A type in one word."""
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    inner = [part for part in get_args(hint) if part not in (type(None), ...)]
+    if get_origin(hint) is tuple:
+        return f"{_kind(inner[0])},..."
+    return _kind(inner[0]) if inner and get_origin(hint) is not dict else getattr(hint, "__name__", "JSON").upper()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-from typing import Any
+from contextlib import closing, nullcontext
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from agent.evaluate import EVALUATION_SEED, Returns, Who, evaluate
 from agent.signals import Signals
 from envs.contract import EnvSpec, Row, UserError
 from envs.make import World
+
+W = TypeVar("W", bound=World)
 
 
 class WatchedWorld(World):
@@ -41,20 +43,17 @@ def play(
         UserError: the environment cannot be made, or is not one that the agent can see and act in.
         EnvError: it failed. Interrupted: a signal came.
     """
-    arguments = (env.id, min(copies, episodes), seed + EVALUATION_SEED, env.kwargs, env.workers, env.timeout_s)
-    with closing(hidden_from(signals, WatchedWorld, *arguments)) as world:
+    with closing(make_world(WatchedWorld, env, min(copies, episodes), seed + EVALUATION_SEED, signals)) as world:
         world.signals = signals
         if world.spec != agent.spec:
             raise UserError(f"{env.id} does not fit this agent: {_difference(world.spec, agent.spec)}")
         return evaluate(agent, world, episodes, seed, who)
 
 
-def hidden_from(signals: Signals | None, kind: type[World], *arguments: Any) -> Any:
-    """Make a world whose processes end when we end them, not when Ctrl-C reaches the whole terminal."""
-    if signals is None:
-        return kind(*arguments)
-    with signals.hidden():
-        return kind(*arguments)
+def make_world(kind: type[W], env: EnvConfig, copies: int, seed: int, signals: Signals | None = None) -> W:
+    """A world whose processes end when we end them, not when Ctrl-C reaches the whole terminal."""
+    with signals.hidden() if signals else nullcontext():
+        return kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s)
 
 
 def judge(

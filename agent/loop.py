@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from agent import checkpoint, run
+from agent import checkpoint, options, run, saving
 from agent.agent import Agent
 from agent.collect import Collector
 from agent.config import Config
-from agent.judge import hidden_from, judge, play
+from agent.judge import judge, make_world, play
 from agent.logger import Logger
 from agent.replay import Replay
+from agent.saving import Window
 from agent.signals import Interrupted, Signals
-from envs.contract import EnvError, UserError
+from envs.contract import EnvError
 from envs.make import World
 
 SHOW = ("train/return", "evaluate/return_mean")
@@ -48,12 +49,13 @@ def train(config: Config, folder: Path, resume: bool = False, console: bool = Tr
         tree = None
         if resume:
             stack.enter_context(run.lock(folder))
-            if checkpoint.latest(folder / "checkpoints"):
-                tree, step = checkpoint.load(folder / "checkpoints")
-                if step >= config.learn.steps and (folder / "summary.json").exists():
-                    return json.loads((folder / "summary.json").read_text())
+            tree = run.newest(folder)
+            if tree and (done := run.summary(folder)) and done["env_steps"] == tree["acted"][0] >= config.learn.steps:
+                return done
         training = Training(config, folder, tree, signals, stack)
-        if not resume:
+        if resume:
+            run.write_config(folder, config)
+        else:
             run.create(folder, config)
             stack.enter_context(run.lock(folder))
         training.record(stack.enter_context(Logger(folder, console, config.learn.steps, SHOW)), tree)
@@ -62,10 +64,14 @@ def train(config: Config, folder: Path, resume: bool = False, console: bool = Tr
 
 
 class Training:
-    """A run in progress. At the top of `run`'s loop its state is whole: saved there, it goes on exactly."""
+    """A run in progress. At the top of `run`'s loop its state is whole: saved there, it goes on exactly.
+
+    Args:
+        tree: the checkpoint that it will go on from, if any.
+        stack: closes what is opened here. No file is touched yet.
+    """
 
     def __init__(self, config: Config, folder: Path, tree: dict[str, Any] | None, signals: Signals, stack: ExitStack):
-        """Build everything and touch no file. tree: the checkpoint to go on from. stack: closes what is opened here."""
         self.config, self.folder, self.signals = config, folder, signals
         self.began = self.saved = time.monotonic()
         # wall: seconds of earlier sessions. begun: real steps when learning began. lost: worlds that failed
@@ -73,19 +79,15 @@ class Training:
         self.count |= tree["count"] if tree else {}
         torch.manual_seed(config.seed)
         self.rng = {name: np.random.default_rng((config.seed, i)) for i, name in enumerate(("act", "sample"))}
-        # after a lost world the next one plays other episodes, not those of the beginning again
-        again = int(np.random.SeedSequence((config.seed, self.count["lost"])).generate_state(1)[0])
-        seed, env = again if self.count["lost"] else config.seed, config.env
-        self.world = hidden_from(signals, World, env.id, env.copies, seed, env.kwargs, env.workers, env.timeout_s)
+        seed = config.seed
+        if self.count["lost"]:  # the next world plays other episodes, not those of the beginning again
+            seed = int(np.random.SeedSequence((seed, self.count["lost"])).generate_state(1)[0])
+        self.world = make_world(World, config.env, config.env.copies, seed, signals)
         stack.callback(self.world.close)
         self.agent = Agent(config, self.world.spec)
         self.replay = Replay(folder / "replay", self.world.spec, self.world.num_envs, config.replay.capacity)
         stack.callback(self.replay.close)
-        if self.replay.longest_clip < config.replay.length:
-            raise UserError(
-                f"replay.capacity = {config.replay.capacity} always has clips of {self.replay.longest_clip} rows only, "
-                f"replay.length is {config.replay.length}: raise the one or lower the other"
-            )
+        options.check_clip(config, self.replay.longest_clip)
         self.collector = Collector(self.world, self.agent, self.replay, config.learn.explore, self.rng["act"])
         self.world_is_lost = False
         self.window = Window()
@@ -95,46 +97,14 @@ class Training:
         """Open the record and, with a checkpoint, go back to the moment it was saved."""
         self.logger = logger
         warnings = logger.restore(tree and tree["logger"])
+        logger.note(f"training in {self.folder}" + (f", from step {tree['acted'][0]:,} on" if tree else ""))
         if tree:
-            run.fill(self.agent, tree, self.folder)
-            warnings += self.replay.restore(tree["replay"])
-            if tree["collector"]:
-                self.collector.set_state(tree["collector"])
-            self.collector.env_steps, self.collector.episodes = tree["acted"]
-            self.window = Window(tree["window"]["sums"], tree["window"]["numbers"])
-            for name, state in tree["random"]["numpy"].items():
-                self.rng[name].bit_generator.state = state
-            torch.set_rng_state(tree["random"]["torch"])
-            if self.agent.device.type == "cuda" and tree["random"]["cuda"]:
-                torch.cuda.set_rng_state_all(tree["random"]["cuda"])
-            logger.note(f"going on from step {self.collector.env_steps:,}")
+            warnings += saving.restore(self, tree)
         for warning in warnings:
             logger.note(f"warning: {warning}")
 
-    def save(self) -> None:
-        """Write a checkpoint. A world that failed cannot be saved: the run goes on with new episodes."""
-        with self.timed("save"):
-            random = {name: rng.bit_generator.state for name, rng in self.rng.items()}
-            cuda = torch.cuda.get_rng_state_all() if self.agent.device.type == "cuda" else []
-            tree = {
-                **self.agent.state_dict(),
-                "spec": self.world.spec.to_json(),
-                "collector": None if self.world_is_lost else self.collector.get_state(),
-                "acted": [self.collector.env_steps, self.collector.episodes],
-                "replay": self.replay.state(),
-                "logger": self.logger.state(),
-                "window": {"sums": dict(self.window.sums), "numbers": dict(self.window.numbers)},
-                "random": {"numpy": random, "torch": torch.get_rng_state(), "cuda": cuda},
-                "count": self.count | {"wall": self.wall()},
-            }
-            checkpoint.save(self.folder / "checkpoints", self.collector.env_steps, tree)
-            self.replay.commit_eviction()
-        self.saved = time.monotonic()
-
-    # -- the loop -----------------------------------------------------------------------------------------------------
-
     def run(self) -> None:
-        """Turn after turn, to the last step, and a checkpoint."""
+        """Turn after turn to the last step, and a checkpoint."""
         clock = self.config.evaluate
         try:
             while True:
@@ -152,6 +122,7 @@ class Training:
                 self.turn()
         except (Interrupted, EnvError):
             self.save()
+            self.signals.check()  # the signal that ends this run may have reached the environment's processes first
             raise
         self.save()
 
@@ -175,14 +146,8 @@ class Training:
                 count["updates"] += 1
 
     def act(self, random: bool) -> None:
-        with self.timed("act"):
-            try:
-                ended = self.collector.step(random)
-            except EnvError:
-                # In the middle of a turn: what came so far is kept, and is_first rows of new episodes will follow it.
-                self.world_is_lost = True
-                self.count["lost"] += 1
-                raise
+        with self.timed("act"), self.in_world():
+            ended = self.collector.step(random)
         for episode in ended:
             self.logger.write(self.collector.env_steps, episode)
             self.window.add({key.replace("episode/", "train/"): value for key, value in episode.items()})
@@ -195,31 +160,32 @@ class Training:
         if self.agent.skipped == skipped:  # one that was skipped has no finite metrics
             self.window.add(metrics)
 
+    def save(self) -> None:
+        """Write a checkpoint. What a lost world did last is kept; is_first rows of new episodes will follow it."""
+        with self.timed("save"):
+            checkpoint.save(self.folder / "checkpoints", self.collector.env_steps, saving.tree(self))
+            self.replay.commit_eviction()
+        self.saved = time.monotonic()
+
     # -- what is told -------------------------------------------------------------------------------------------------
 
     def log(self) -> None:
         """A line of metrics: means over the updates and episodes since the last one."""
-        step = self.collector.env_steps
-        counts = {"updates": self.agent.updates, "skipped": self.agent.skipped, "episodes": self.collector.episodes}
-        counts["rows"] = len(self.replay)
-        seconds = self.seconds | self.agent.seconds | {"wall": self.wall()}
+        agent, step = self.agent, self.collector.env_steps
+        counts = {"updates": agent.updates, "skipped": agent.skipped, "lost_worlds": self.count["lost"]}
+        counts |= {"episodes": self.collector.episodes, "rows": len(self.replay)}
         told = {f"count/{key}": value for key, value in counts.items()}
-        told |= {f"time/{key}": value for key, value in seconds.items()}
-        self.logger.write(step, self.window.means() | told)
-        self.window = Window()
-        self.count["logged"] = step // self.config.evaluate.log_every
+        told |= {f"time/{key}": value for key, value in (self.seconds | agent.seconds).items()}
+        self.logger.write(step, self.window.means() | told | {"time/wall": self.wall()})
+        self.window, self.count["logged"] = Window(), step // self.config.evaluate.log_every
 
     def evaluate(self) -> None:
-        config = self.config
-        clock = config.evaluate
+        """Play some episodes in a world of their own: this changes nothing in training."""
+        env, clock = self.config.env, self.config.evaluate
         with self.timed("evaluate"):
-            returns = play(self.agent, config.env, clock.episodes, config.seed, "agent", clock.copies, self.signals)
-        self.log_returns("evaluate", returns.to_json())
+            found = play(self.agent, env, clock.episodes, self.config.seed, "agent", clock.copies, self.signals)
+        self.log_returns("evaluate", found.to_json())
         self.count["evaluated"] = self.collector.env_steps // clock.every
-
-    def log_returns(self, name: str, returns: dict[str, Any]) -> None:
-        told = ("return_mean", "return_std", "length_mean", "random_mean", "without_memory_mean")
-        self.logger.write(self.collector.env_steps, {f"{name}/{key}": returns[key] for key in told if key in returns})
 
     def finish(self) -> dict[str, Any]:
         """The last evaluation, written to summary.json."""
@@ -227,13 +193,13 @@ class Training:
         self.logger.note(f"evaluating over {clock.final_episodes} episodes")
         found = judge(self.agent, config.env, clock.final_episodes, config.seed, clock.copies, self.signals)
         self.log_returns("final", found)
-        trained = {
-            "env_steps": self.collector.env_steps,
-            "updates": self.agent.updates,
-            "wall_s": round(self.wall(), 1),
-        }
-        run.write(self.folder / "summary.json", json.dumps(found | trained, indent=1) + "\n")
-        return found | trained
+        found |= {"env_steps": self.collector.env_steps, "updates": self.agent.updates, "wall_s": round(self.wall(), 1)}
+        run.write(self.folder / "summary.json", json.dumps(found, indent=1) + "\n")
+        return found
+
+    def log_returns(self, name: str, returns: dict[str, Any]) -> None:
+        told = ("return_mean", "return_std", "length_mean", "random_mean", "without_memory_mean")
+        self.logger.write(self.collector.env_steps, {f"{name}/{key}": returns[key] for key in told if key in returns})
 
     def wall(self) -> float:
         """Seconds of this run, those of earlier sessions included."""
@@ -245,17 +211,12 @@ class Training:
         yield
         self.seconds[part] += time.perf_counter() - began
 
-
-class Window:
-    """Means of metrics; tensors stay on their device until asked for."""
-
-    def __init__(self, sums: dict[str, Any] | None = None, numbers: dict[str, int] | None = None):
-        self.sums, self.numbers = sums or {}, numbers or {}
-
-    def add(self, metrics: dict[str, Any]) -> None:
-        for key, value in metrics.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
-            self.numbers[key] = self.numbers.get(key, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        return {key: float(total) / self.numbers[key] for key, total in self.sums.items()}
+    @contextmanager
+    def in_world(self) -> Iterator[None]:
+        """Around calls of the training world: notes when it failed."""
+        try:
+            yield
+        except EnvError:
+            self.world_is_lost = True
+            self.count["lost"] += 1
+            raise

@@ -22,7 +22,7 @@ SHORT = {"env": "env.id", "steps": "learn.steps"}
 
 AT_LEAST_0, AT_LEAST_1, SHARE, POSITIVE = (0, math.inf), (1, math.inf), (0, 1), (math.ulp(0.0), math.inf)
 RANGES: dict[str, tuple[float, float]] = {
-    "seed": AT_LEAST_0,
+    "seed": (0, 2**31 - 1),
     "threads": AT_LEAST_0,
     "env.copies": AT_LEAST_1,
     "env.timeout_s": POSITIVE,
@@ -347,4 +347,13 @@ def check(config: Config) -> None:
         raise UserError(
             f"learn.steps = {learn.steps}: nothing is learned before step {least} (learn.prefill, and at least "
             f"replay.length rows in each of the env.copies): raise it or lower these"
+        )
+
+
+def check_clip(config: Config, longest: int) -> None:
+    """Raise UserError where a full replay, which always has clips of `longest` rows, has none of replay.length."""
+    if longest < config.replay.length:
+        raise UserError(
+            f"replay.capacity = {config.replay.capacity} keeps clips of {longest} rows at most, replay.length is "
+            f"{config.replay.length}: raise the one or lower the other"
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -80,8 +81,13 @@ def create(folder: Path, config: Config) -> Path:
             f"cannot make {folder} ({error.strerror}): choose another place or mend its permissions"
         ) from None
     write(folder / "environment.txt", _environment())
-    write(folder / "config.yaml", "# longdream train config.yaml runs this again.\n" + options.dump(config))
+    write_config(folder, config)
     return folder
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Keep the configuration in config.yaml, runnable again as it is."""
+    write(folder / "config.yaml", "# longdream train config.yaml runs this again.\n" + options.dump(config))
 
 
 def _in_use(folder: Path) -> UserError:
@@ -187,6 +193,24 @@ def fill(agent: Agent, tree: dict[str, Any], folder: Path, weights_only: bool = 
         ) from None
 
 
+def newest(folder: Path) -> dict[str, Any] | None:
+    """The newest intact checkpoint of the run; None while there is none.
+
+    Raises:
+        CheckpointError: there are some, and none of them can be used.
+    """
+    root = folder / "checkpoints"
+    return checkpoint.load(root)[0] if checkpoint.latest(root) else None
+
+
+def summary(folder: Path) -> dict[str, Any] | None:
+    """What the run's summary.json says; None without one."""
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold the run for this process; the system lets go of it whenever the process ends.
@@ -194,9 +218,12 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process is training in it.
     """
-    with open(folder / ".lock", "w") as file:
+    with ExitStack() as stack:
         try:
+            file = stack.enter_context(open(folder / ".lock", "w"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{folder} is being trained by another process: wait for it or end it first") from None
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written to ({error.strerror}): mend its permissions") from None
         yield
