@@ -1,0 +1,233 @@
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from worldmodel.encoder import Encoder, EncoderConfig, RunningScale
+
+
+class Spec(NamedTuple):
+    kind: Literal["image", "vector", "discrete"]
+    shape: tuple[int, ...] = ()
+    n: int = 0
+
+
+MIXED = {
+    "view": Spec("image", (32, 24, 3)),
+    "map": Spec("image", (16, 16, 1)),
+    "speed": Spec("vector", (3,)),
+    "room": Spec("discrete", n=4),
+    "age": Spec("vector", (1,)),
+}
+
+
+def build(spec: dict[str, Spec], latent="continuous", **options) -> Encoder:
+    small = {"channels": 16, "classes": 4, "depth": 4, "hidden": 32}
+    return Encoder(EncoderConfig(latent=latent, **(small | options)), spec)
+
+
+def draw(spec: dict[str, Spec], *lead: int) -> dict[str, Tensor]:
+    def one(s: Spec) -> Tensor:
+        if s.kind == "image":
+            return torch.randint(0, 256, (*lead, *s.shape), dtype=torch.uint8)
+        return torch.randn(*lead, *s.shape) if s.kind == "vector" else torch.randint(0, s.n, lead)
+
+    return {key: one(s) for key, s in spec.items()}
+
+
+def check_round_trip(encoder: Encoder, spec: dict[str, Spec], *lead: int) -> Tensor:
+    obs = draw(spec, *lead)
+    z = encoder(obs)
+    assert z.shape == (*lead, encoder.tokens, encoder.channels) and z.dtype == torch.float32
+    back = encoder.decode(z.detach())
+    assert {k: (v.shape, v.dtype) for k, v in back.items()} == {k: (v.shape, v.dtype) for k, v in obs.items()}
+    for key, s in spec.items():
+        if s.kind == "discrete":
+            assert (back[key] >= 0).all() and (back[key] < s.n).all()
+    return z
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid"),
+    [
+        ((16, 16, 3), 1),
+        ((16, 16, 1), 2),
+        ((32, 32, 4), 4),
+        ((32, 32, 3), 16),
+        ((37, 41, 3), 1),
+        ((64, 64, 3), 8),
+        ((96, 96, 3), 4),
+        ((64, 64, 3), 16),
+        ((210, 160, 3), 4),
+        ((18, 90, 1), 2),
+        ((40, 40, 3), 5),
+    ],
+)
+@pytest.mark.parametrize("latent", ["continuous", "categorical"])
+def test_images_of_any_size(shape: tuple[int, ...], grid: int, latent: str) -> None:
+    spec = {"obs": Spec("image", shape)}
+    encoder = build(spec, latent, grid=grid)
+    assert encoder.tokens == grid**2
+    check_round_trip(encoder, spec, 2)
+    value, metrics = encoder.loss(draw(spec, 2))
+    value.backward()
+    assert value.isfinite() and set(metrics) == {"reconstruction/obs"}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("latent", ["continuous", "categorical"])
+@pytest.mark.parametrize("grid", [1, 2])
+@pytest.mark.parametrize(
+    "keys", [["view"], ["speed"], ["room"], ["age", "room", "speed"], ["map", "room"], ["view", "map"], sorted(MIXED)]
+)
+def test_any_mixture_of_keys(keys: list[str], grid: int, latent: str) -> None:
+    spec = {key: MIXED[key] for key in keys}
+    encoder = build(spec, latent, grid=grid)
+    assert encoder.tokens == (
+        grid**2 if {"view", "map"} & set(keys) else 1
+    )  # without images there is nothing to divide
+    for lead in ((3,), (2, 5)):
+        check_round_trip(encoder, spec, *lead)
+    value, metrics = encoder.loss(draw(spec, 4))
+    value.backward()
+    assert set(metrics) == {f"reconstruction/{key}" for key in keys}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+def test_a_clip_is_its_frames_and_the_order_of_keys_is_nothing() -> None:
+    encoder, obs = build(MIXED, grid=2), draw(MIXED, 2, 5)
+    z = encoder(obs)
+    alone = encoder({key: obs[key][1, 3:4] for key in reversed(list(obs))})
+    torch.testing.assert_close(z[1, 3:4], alone)
+    whole, part = encoder.decode(z.detach()), encoder.decode(z.detach()[1, 3:4])
+    for key, value in whole.items():
+        torch.testing.assert_close(value[1, 3:4], part[key], rtol=1e-4, atol=1 if value.dtype == torch.uint8 else 1e-5)
+
+
+def test_every_key_is_seen() -> None:
+    encoder, obs = build(MIXED, grid=2), draw(MIXED, 6)
+    z = encoder(obs)
+    for key in MIXED:
+        other = draw({key: MIXED[key]}, 6)
+        assert (encoder(obs | other) - z).abs().amax() > 1e-4, key
+
+
+def test_continuous_latents_are_bounded_and_spread() -> None:
+    spec = {"obs": Spec("vector", (3,))}
+    z = build(spec)({"obs": torch.randn(200, 3) * 1e6})
+    assert z.abs().amax() < 1
+    assert z.square().mean((-2, -1)).min() > 0.2  # normed first: no frame is squeezed to nothing
+
+
+def test_categorical_latents_are_one_hot_with_gradients_straight_through() -> None:
+    spec = {"obs": Spec("vector", (3,))}
+    encoder = build(spec, "categorical", unimix=0.2)
+    obs = {"obs": torch.randn(4000, 3)}
+    for drawn in (False, True):
+        z = encoder(obs, draw=drawn)
+        parts = z.unflatten(-1, (-1, 4))
+        hot = parts.argmax(-1, keepdim=True)
+        torch.testing.assert_close(parts, torch.zeros_like(parts).scatter(-1, hot, 1.0), rtol=0, atol=1e-6)
+        weight = torch.randn_like(z)
+        grads = torch.autograd.grad((z * weight).sum(), list(encoder.flat_in.parameters()))
+        assert all(g.abs().amax() > 0 for g in grads)
+    assert torch.equal(encoder(obs), encoder(obs))
+    # one observation many times over: draws follow the probabilities, of which no class has less than its share
+    many = {"obs": torch.randn(1, 3).expand(20_000, -1)}
+    often = encoder(many, draw=True).detach().view(20_000, 4, 4).mean(0)
+    assert (often > 0.2 / 4 - 0.006).all() and often.amax() < 1 - 0.2 * 3 / 4 + 0.006
+    assert torch.equal(often.argmax(-1), encoder({"obs": many["obs"][:1]}).view(4, 4).argmax(-1))
+
+
+def fit(encoder: Encoder, obs: dict[str, Tensor], updates: int) -> dict[str, Tensor]:
+    optimiser = torch.optim.Adam(encoder.parameters(), 3e-3)
+    for _ in range(updates):
+        optimiser.zero_grad()
+        encoder.loss(obs).value.backward()
+        optimiser.step()
+    with torch.no_grad():
+        return encoder.decode(encoder(obs))
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    return -10 * ((a.float() - b.float()) / 255).square().mean().log10().item()
+
+
+@pytest.mark.parametrize(
+    ("latent", "grid"), [("continuous", 1), ("continuous", 4), ("categorical", 1), ("categorical", 2)]
+)
+def test_one_batch_of_images_is_learned(latent: str, grid: int) -> None:
+    """Boxes of a colour on a dark ground: to the eye they come back, where the mean image is a blur."""
+    images = torch.full((12, 32, 32, 3), 20, dtype=torch.uint8)
+    for i in range(12):
+        y, x = 8 * (i % 4), 8 * (i // 4)
+        images[i, y : y + 8, x : x + 10] = torch.randint(100, 256, (3,), dtype=torch.uint8)
+    encoder = build({"obs": Spec("image", (32, 32, 3))}, latent, grid=grid, channels=32, classes=8, depth=8)
+    back = fit(encoder, {"obs": images}, 200)["obs"]
+    blur = psnr(images.float().mean(0).expand_as(images), images)
+    assert psnr(back, images) > max(22, blur + 4)
+
+
+@pytest.mark.parametrize("latent", ["continuous", "categorical"])
+def test_one_batch_of_mixed_keys_is_learned(latent: str) -> None:
+    """Vectors far from unit scale, discrete values and a small image."""
+    spec = {"map": Spec("image", (16, 16, 1)), "pos": Spec("vector", (2,)), "room": Spec("discrete", n=5)}
+    obs = draw(spec, 10)
+    obs["map"] = (torch.arange(10)[:, None, None, None] * 25).expand(-1, 16, 16, 1).to(torch.uint8)
+    obs["pos"] = obs["pos"] * torch.tensor([1000.0, 0.01]) + torch.tensor([-500.0, 3.0])
+    encoder = build(spec, latent, channels=32, hidden=64)
+    back = fit(encoder, obs, 250)
+    assert torch.equal(back["room"], obs["room"])
+    error = (back["pos"] - obs["pos"]).square().mean(0) / obs["pos"].var(0)
+    assert (error < 0.1).all()
+    assert psnr(back["map"], obs["map"]) > 22
+
+
+def test_running_scale_against_numpy() -> None:
+    rng = np.random.default_rng(0)
+    data = (rng.normal(size=(400, 64, 3)) * [1e3, 1e-2, 5.0] + [1e4, 0.0, -7.0]).astype(np.float32)
+    scale = RunningScale(3)
+    for batch in data:
+        scale.update(torch.from_numpy(batch))
+    flat, x = data.reshape(-1, 3), torch.from_numpy(data[0])
+    wanted = (data[0] - flat.mean(0)) / flat.std(0)
+    assert np.abs(scale(x).numpy() - wanted).max() < 0.05
+    assert np.allclose(scale.mean.numpy(), flat.mean(0), atol=0.01 * flat.std(0))
+    torch.testing.assert_close(scale.undo(scale(x)), x, rtol=1e-4, atol=1e-4)
+    assert (scale(torch.full((1, 3), 1e9)) == 10).all() and (scale(torch.full((1, 3), -1e9)) == -10).all()
+
+
+def test_running_scale_follows_what_changes_and_stands_what_does_not() -> None:
+    scale = RunningScale(2)
+    for _ in range(50):
+        scale.update(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    assert scale.mean.tolist() == [2.0, 5.0]
+    assert scale(torch.tensor([[3.0, 5.0]])).tolist() == [[1.0, 0.0]]  # a constant is not divided by its own deviation
+    for _ in range(5000):
+        scale.update(torch.tensor([[11.0, 5.0], [13.0, 5.0]]))
+    assert abs(scale.mean[0].item() - 12) < 0.2
+
+
+def test_only_the_loss_moves_the_scale() -> None:
+    encoder = build({"obs": Spec("vector", (2,))})
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    encoder.decode(encoder({"obs": torch.randn(5, 2)}))
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    encoder.loss({"obs": torch.randn(5, 2) + 3})
+    assert any(not torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        (Spec("image", (5, 64, 3)), {"grid": 1}, r"image of 5 x 64.*grid = 1 needs 8 x 8"),
+        (Spec("image", (16, 16, 3)), {"grid": 16}, r"image of 16 x 16.*grid = 16 needs 32 x 32"),
+        (Spec("image", (64, 64, 3)), {"grid": 3}, r"encoder\.grid = 3.*1, 2 or 4"),
+        (Spec("vector", (3,)), {"latent": "categorical", "classes": 5}, r"channels = 16.*classes = 5"),
+    ],
+)
+def test_what_does_not_fit_is_named(spec: Spec, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build({"obs": spec}, **options)
