@@ -18,7 +18,11 @@ class Categoricals:
     """
 
     def __init__(self, logits: Tensor, parts: Sequence[int], unimix: float):
-        self.probs = [(1 - unimix) * p.softmax(-1) + unimix / n for p, n in zip(logits.split(list(parts), -1), parts, strict=True)]
+        probs = (
+            (1 - unimix) * p.softmax(-1) + unimix / n for p, n in zip(logits.split(list(parts), -1), parts, strict=True)
+        )
+        # where unimix is 0 a softmax can underflow, and 0 log 0 is not a number
+        self.probs = [p.clamp(min=torch.finfo(p.dtype).tiny) for p in probs]
 
     def sample(self) -> Tensor:
         """`(..., A)` one-hots."""

@@ -175,7 +175,7 @@ def test_categorical_draws() -> None:
 
 
 class Seen(NamedTuple):
-    """A training pass, what went into M (`noisy`, `level`: of the query stream where there is one), what came out and its
+    """A training pass, what went into M (`noisy`, `level`: of the query stream if there is one), what came out and its
     gradient."""
 
     passed: Pass
