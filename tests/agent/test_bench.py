@@ -1,0 +1,175 @@
+"""The measurements: what they return is consistent. How fast anything is, is not a test's business."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agent import bench, options
+from agent.agent import Agent
+from agent.logger import Logger
+from envs.contract import UserError
+from envs.make import World
+
+
+def test_acting_carries_the_same_bytes_at_any_age() -> None:
+    found = json.loads(json.dumps(bench.act("tiny", steps=60)))
+    assert found["state_bytes_start"] == found["state_bytes_end"] > 0
+    assert found["ms_per_step_start"] > 0 and found["ms_per_step_end"] > 0
+    assert {"preset", "device", "steps", "rss_growth_mb"} <= found.keys()
+
+
+def test_the_bytes_of_a_carry_are_those_of_its_tensors() -> None:
+    config = options.load("tiny")
+    agent = Agent(config, World(config.env.id, 1, 0, config.env.kwargs).spec)
+    carry = agent.initial(3)
+    tensors = [carry.feat, carry.action, *carry.state.ssm, *carry.state.k, *carry.state.v, carry.state.age]
+    assert bench.carry_bytes(carry) == sum(t.numel() * t.element_size() for t in tensors)
+    assert bench.carry_bytes(agent.initial(6)) == 2 * bench.carry_bytes(carry)
+
+
+def test_resident_memory_is_what_the_system_counts() -> None:
+    before = bench.resident_bytes()
+    held = np.ones(64 << 20, np.uint8)
+    assert 48 << 20 < bench.resident_bytes() - before < 96 << 20
+    del held
+
+
+def test_the_agent_is_told_of_one_first_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    firsts, ends = [], []
+    observe = Agent.observe
+
+    def watched(self, carry, row, measure=True):
+        firsts.append(bool(row.is_first[0]))
+        ends.append(bool(row.terminated[0] | row.truncated[0]))
+        return observe(self, carry, row, measure)
+
+    monkeypatch.setattr(Agent, "observe", watched)
+    bench.act("tiny", steps=20)
+    assert firsts == [True] + [False] * 219
+    assert sum(ends) > 2  # the environment did go through episodes
+
+
+@pytest.mark.parametrize(
+    "how", [{"steps": 120}, {"seconds": 0.5}, {"steps": 400, "ratio": 0.5}, {"steps": 40, "ratio": 0.0}]
+)
+def test_the_parts_of_the_loop_add_up(how: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    found = json.loads(json.dumps(bench.loop("tiny", **how)))
+    assert list(found["share"]) == ["collect", "replay", "encoder", "model", "controller", "other"]
+    assert sum(found["share"].values()) == pytest.approx(1)
+    assert all(share >= 0 for share in found["share"].values()) and found["share"]["collect"] > 0
+    config = options.load("tiny")
+    ratio = how.get("ratio", config.learn.ratio)
+    due = found["env_steps"] * ratio / (config.replay.batch * config.replay.length)
+    assert found["updates"] == pytest.approx(due, abs=1)
+    learning = ("replay", "encoder", "model", "controller")
+    if ratio:
+        replay = found["share"]["replay"] / sum(found["share"][part] for part in learning)
+        assert found["replay_share_of_updates"] == pytest.approx(replay) and replay > 0
+    else:
+        assert all(found["share"][part] == 0 for part in learning)
+    if "steps" in how:
+        assert how["steps"] <= found["env_steps"] < how["steps"] + config.env.copies
+    assert found["env_steps_per_s"] == pytest.approx(found["env_steps"] / found["wall_s"], rel=0.1)
+    steps, sizes = zip(*found["rss_mb"], strict=True)
+    assert len(steps) == 10 and list(steps) == sorted(steps) and min(sizes) > 50
+    assert found["rss_growth_mb"] == pytest.approx(sizes[-1] - sizes[0], abs=0.1)
+    assert list(tmp_path.iterdir()) == []  # the folder is gone
+
+
+def test_the_threshold_is_reached_where_the_record_says(tmp_path: Path) -> None:
+    with Logger(tmp_path, console=False, tensorboard=False) as logger:
+        for step, value in ((100, 0.2), (200, 0.95), (300, 0.5), (400, 0.99)):
+            logger.write(step, {"time/wall": step / 10, "train/return": 1.0})
+            logger.write(step, {"evaluate/return_mean": value})
+        logger.write(500, {"final/return_mean": 1.0})
+    assert bench.reached_at(tmp_path / "metrics.jsonl", 0.9) == (200, 20.0)
+    assert bench.reached_at(tmp_path / "metrics.jsonl", 0.95) == (200, 20.0)
+    assert bench.reached_at(tmp_path / "metrics.jsonl", 0.999) == (None, None)
+
+
+def test_the_comparison_is_summed_up_per_objective() -> None:
+    def row(objective: str, seed: int, value: float, steps: int | None) -> dict:
+        told = {"return_mean": value, "env_steps": 1000, "updates": 60, "wall_s": 10.0 * seed}
+        reached = {"steps_to_threshold": steps, "seconds_to_threshold": steps and steps / 100}
+        return {"objective": objective, "stream": "two", "seed": seed, **told, **reached}
+
+    rows = [row("flow", 1, 1.0, 300), row("flow", 2, 0.9, 500), row("flow", 3, 0.2, None), row("mask", 1, 0.5, None)]
+    lines = bench.markdown(rows, 0.9).splitlines()
+    assert "| flow | two | 0.700 | 0.200 | 2 of 3 | 400 | 4 | 20 |" in lines
+    assert "| mask | two | 0.500 | 0.500 | 0 of 1 | – | – | 10 |" in lines
+    assert "| flow | two | 2 | 0.900 | 500 | 5 | 1,000 | 60 | 20 |" in lines
+    assert sum(line.startswith("| flow") for line in lines) == 4
+
+
+def test_objectives_are_trained_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = {"learn.prefill": 40, "learn.warmup": 2, "evaluate.final_episodes": 4, "evaluate.episodes": 2}
+    short |= {"evaluate.every": 50, "env.kwargs": {"corridor": 3, "size": 16, "max_steps": 8}}
+    (tmp_path / "small.yaml").write_text(options.dump(options.update(options.load("tiny"), short)))
+    kinds = ("flow/one", "mask/two")
+    asked = {
+        "preset": "small.yaml",
+        "kinds": kinds,
+        "seeds": (4,),
+        "steps": 80,
+        "parallel": 2,
+        "out": Path("out"),
+        "threshold": 0.0,
+    }
+    found = json.loads(json.dumps(bench.objectives(**asked)))
+    assert [f"{row['objective']}/{row['stream']}" for row in found["rows"]] == list(kinds)
+    assert {row["seed"] for row in found["rows"]} == {4}
+    for row in found["rows"]:
+        assert (
+            80 <= row["env_steps"] < 100 and row["updates"] > 2 and row["wall_s"] > 0 and 0 <= row["return_mean"] <= 1
+        )
+        assert 50 <= row["steps_to_threshold"] < 80 and 0 < row["seconds_to_threshold"] <= row["wall_s"]
+        config = options.load(str(Path(f"out/runs/{row['objective']}-{row['stream']}-s4/config.yaml")))
+        assert (config.forcing.objective, config.forcing.stream) == (row["objective"], row["stream"])
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert json.loads(json.dumps(bench.objectives(**asked))) == found
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times
+    # one that was cut short goes on: without its summary, a run is resumed, not refused
+    (tmp_path / "out/runs/mask-two-s4/summary.json").unlink()
+    again = bench.objectives(**asked)["rows"]
+    assert [row["return_mean"] for row in again] == [row["return_mean"] for row in found["rows"]]
+    assert (tmp_path / "out/runs/mask-two-s4/summary.json").exists()
+
+
+def test_a_training_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
+    broken = options.update(options.load("tiny"), {"env.id": "longdream/Recal-v0"})
+    (tmp_path / "broken.yaml").write_text(options.dump(broken))
+    with pytest.raises(UserError, match=r"training flow-two-s1 ended with code 2 .*Recall-v0.*flow-two-s1\.log"):
+        bench.objectives(str(tmp_path / "broken.yaml"), ("flow/two",), (1,), out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: bench.find("lop"),
+        lambda: bench.act("tiny", steps=3),
+        lambda: bench.loop("tiny", seconds=0),
+        lambda: bench.loop("tiny", steps=0),
+        lambda: bench.objectives("tiny", seeds=()),
+        lambda: bench.objectives("tiny", parallel=0),
+        lambda: bench.objectives("tiny", kinds=("flow",)),
+        lambda: bench.objectives("tinny"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"loop\?|tiny\?|must be"):
+        call()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.cuda
+def test_acting_is_measured_on_cuda() -> None:
+    found = bench.act("tiny", steps=40, device="cuda")
+    assert found["device"] == "cuda" and found["state_bytes_start"] == found["state_bytes_end"] > 0
+    assert torch.cuda.is_initialized()
