@@ -83,7 +83,7 @@ def test_boxes_stay_within_their_bounds() -> None:
     for value in (-1e4, 0.0, 1e4):
         policy = BoundedNormal(torch.full((1, 4), value))
         assert policy.mode().abs().max() <= 1
-        assert 0.1 <= policy.deviation.min().item() and policy.deviation.max().item() <= 1 + 1e-6
+        assert policy.deviation.min().item() >= 0.1 and policy.deviation.max().item() <= 1 + 1e-6
     draws = BoundedNormal(torch.tensor([0.3, -2.0, 0.5, -3.0]).expand(40_000, -1))
     sample = draws.sample()
     assert (sample.mean(0) - draws.mean[0]).abs().max() < 0.02

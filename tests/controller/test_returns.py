@@ -34,7 +34,7 @@ def test_by_hand() -> None:
 
 @given(sizes, sizes, st.floats(0, 1), seeds)
 def test_they_are_the_mixture_of_n_step_returns(batch: int, horizon: int, lam: float, seed: int) -> None:
-    """(1 - lam) sum of lam^(n-1) G_n, and what is left of the weight on the longest (Sutton and Barto 2018, eq. 12.3)."""
+    """(1 - lam) sum of lam^(n-1) G_n, and the weight that is left on the longest (Sutton and Barto 2018, eq. 12.3)."""
     reward, discount, value = draw(batch, horizon, seed)
     got = lambda_returns(reward, discount, value, lam)
     assert got.shape == (batch, horizon)
