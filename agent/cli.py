@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--json"]
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a user's own parts are named by dotted path
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     result: dict[str, Any] | None
     try:
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            warnings.showwarning = _warn
             code, result = 0, command(arguments)
     except KeyboardInterrupt:
         code, result = 130, {"error": "stopped"}
@@ -79,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if as_json and result is not None:
         print(json.dumps(result), flush=True)
     return code
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _tell(error: Exception) -> tuple[int, str] | None:
@@ -136,7 +140,7 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
 
 def train(arguments: list[str]) -> dict[str, Any] | None:
     """Train in a new run or a resumed one; its summary."""
-    from agent import loop, options, run
+    from agent import loop, options, ranges, run
 
     words, flags = options.split(arguments, lambda flag: str if flag in ("name", "resume") else options.hint(flag))
     if flags is None:
@@ -159,7 +163,7 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
         folder = run.unused(name, label, config.seed)
     else:
         raise UserError(f"train what? Name a preset, one of {', '.join(options.presets())}, or a .yaml file")
-    options.check(config)
+    ranges.check(config)
     try:
         summary = loop.train(config, folder, resume=resumed is not None)
     except Exception as error:
@@ -226,7 +230,7 @@ def evaluate(
     Raises:
         UserError: no run, or an environment that does not fit it.
     """
-    from agent import options, run
+    from agent import options, ranges, run
     from agent.judge import judge
 
     agent, config, _, step = run.load_agent(run_folder, device)
@@ -237,7 +241,7 @@ def evaluate(
     }
     wanted["evaluate.final_episodes"] = episodes
     config = options.update(config, {key: value for key, value in wanted.items() if value is not None})
-    options.check(config)
+    ranges.check(config)
     episodes = config.evaluate.final_episodes
     print(f"playing {episodes} episodes of {config.env.id}", file=sys.stderr)
     found = judge(agent, config.env, episodes, config.seed, config.evaluate.copies) | {"env_steps": step}

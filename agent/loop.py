@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agent import checkpoint, options, run, saving
+from agent import checkpoint, ranges, run, saving
 from agent.agent import Agent
 from agent.collect import Collector
 from agent.config import Config
@@ -87,7 +87,7 @@ class Training:
         self.agent = Agent(config, self.world.spec)
         self.replay = Replay(folder / "replay", self.world.spec, self.world.num_envs, config.replay.capacity)
         stack.callback(self.replay.close)
-        options.check_clip(config, self.replay.longest_clip)
+        ranges.check_clip(config, self.replay.longest_clip)
         self.collector = Collector(self.world, self.agent, self.replay, config.learn.explore, self.rng["act"])
         self.world_is_lost = False
         self.window = Window()

@@ -1,0 +1,113 @@
+"""Which numbers make sense, and together with which."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from agent.config import Config
+from envs.contract import UserError
+
+AT_LEAST_0, AT_LEAST_1, SHARE, POSITIVE = (0, math.inf), (1, math.inf), (0, 1), (math.ulp(0.0), math.inf)
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "threads": AT_LEAST_0,
+    "env.copies": AT_LEAST_1,
+    "env.timeout_s": POSITIVE,
+    "replay.capacity": AT_LEAST_1,
+    "replay.batch": AT_LEAST_1,
+    "replay.length": (2, math.inf),
+    "replay.starts": SHARE,
+    "replay.surprise": SHARE,
+    "encoder.grid": (1, 16),
+    "encoder.channels": AT_LEAST_1,
+    "encoder.classes": (2, math.inf),
+    "encoder.unimix": SHARE,
+    "encoder.depth": AT_LEAST_1,
+    "encoder.hidden": AT_LEAST_1,
+    "worldmodel.layers": AT_LEAST_1,
+    "worldmodel.width": AT_LEAST_1,
+    "worldmodel.heads": AT_LEAST_1,
+    "worldmodel.state_size": AT_LEAST_1,
+    "worldmodel.window": AT_LEAST_1,
+    "worldmodel.blocks": AT_LEAST_1,
+    "worldmodel.chunk": AT_LEAST_1,
+    "forcing.steps": AT_LEAST_1,
+    "forcing.blank": SHARE,
+    "heads.hidden": AT_LEAST_1,
+    "heads.reward_weight": AT_LEAST_0,
+    "heads.cont_weight": AT_LEAST_0,
+    "controller.hidden": AT_LEAST_1,
+    "controller.layers": AT_LEAST_1,
+    "controller.starts": AT_LEAST_1,
+    "controller.horizon": AT_LEAST_1,
+    "controller.gamma": SHARE,
+    "controller.lam": SHARE,
+    "controller.entropy": AT_LEAST_0,
+    "controller.unimix": SHARE,
+    "controller.return_floor": POSITIVE,
+    "controller.slow_rate": SHARE,
+    "controller.temperature": AT_LEAST_0,
+    "learn.steps": AT_LEAST_1,
+    "learn.prefill": AT_LEAST_0,
+    "learn.ratio": AT_LEAST_0,
+    "learn.warmup": AT_LEAST_0,
+    "learn.encoder_rows": AT_LEAST_1,
+    "learn.encoder_rate": AT_LEAST_0,
+    "learn.model_rate": AT_LEAST_0,
+    "learn.actor_critic_rate": AT_LEAST_0,
+    "learn.clip": POSITIVE,
+    "learn.explore": SHARE,
+    "learn.curiosity": AT_LEAST_0,
+    "evaluate.every": AT_LEAST_0,
+    "evaluate.episodes": AT_LEAST_1,
+    "evaluate.final_episodes": AT_LEAST_1,
+    "evaluate.copies": AT_LEAST_1,
+    "evaluate.log_every": AT_LEAST_1,
+    "evaluate.save_seconds": AT_LEAST_0,
+}
+"""Bounds, both included, of every number in a Config."""
+
+
+def get(config: Config, name: str) -> Any:
+    """The value of the field with this dotted name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def check(config: Config) -> None:
+    """Raise UserError for numbers out of their range and settings that contradict each other."""
+    for name, (low, high) in RANGES.items():
+        value = get(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high or not math.isfinite(number):
+                least = "greater than 0" if low == math.ulp(0.0) else f"at least {low}"
+                bounds = least if high == math.inf else f"between {low} and {high}"
+                raise UserError(f"{name} = {number}: must be {bounds}")
+    model, replay, learn = config.worldmodel, config.replay, config.learn
+    if not model.blocks:
+        raise UserError("worldmodel.blocks is empty: give one block side per layer, for instance 1")
+    if model.width % model.heads:
+        raise UserError(f"worldmodel.heads = {model.heads} does not divide worldmodel.width = {model.width}")
+    if replay.starts + replay.surprise > 1:
+        raise UserError(
+            f"replay.starts = {replay.starts} and replay.surprise = {replay.surprise} are shares of the same clips: "
+            f"their sum must not exceed 1"
+        )
+    least = max(learn.prefill, config.env.copies * replay.length)
+    if learn.steps <= least:
+        raise UserError(
+            f"learn.steps = {learn.steps}: nothing is learned before step {least} (learn.prefill, and at least "
+            f"replay.length rows in each of the env.copies): raise it or lower these"
+        )
+
+
+def check_clip(config: Config, longest: int) -> None:
+    """Raise UserError where a full replay, which always has clips of `longest` rows, has none of replay.length."""
+    if longest < config.replay.length:
+        raise UserError(
+            f"replay.capacity = {config.replay.capacity} keeps clips of {longest} rows at most, replay.length is "
+            f"{config.replay.length}: raise the one or lower the other"
+        )
