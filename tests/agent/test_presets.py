@@ -1,0 +1,118 @@
+"""What lies in runs/presets can be read, written, built and run."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from agent import options, ranges
+from agent.agent import Agent
+from agent.config import Config
+from agent.replay import Replay
+from envs.contract import UserError
+from envs.make import World
+
+PRESETS = sorted(options.presets())
+
+
+def test_the_presets_are_there() -> None:
+    assert {"quickstart", "quickstart-long", "tiny", "cartpole", "pendulum"} <= set(PRESETS)
+    assert all(path.suffix == ".yaml" for path in options.PRESETS.iterdir() if path.is_file())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_says_what_it_is(name: str) -> None:
+    path = options.PRESETS / f"{name}.yaml"
+    assert path.read_text().startswith("# ")
+    assert 10 < len(options.presets()[name]) < 110
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_goes_through_yaml_and_back(name: str, tmp_path: Path) -> None:
+    config = options.load(name)
+    (tmp_path / "config.yaml").write_text(options.dump(config))
+    assert options.load(str(tmp_path / "config.yaml")) == config
+    named = dict(options.leaves(yaml.safe_load((options.PRESETS / f"{name}.yaml").read_text())))
+    assert {key: ranges.get(config, key) for key in named if key != "worldmodel.blocks"} == {
+        key: value for key, value in named.items() if key != "worldmodel.blocks"
+    }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_builds_an_agent(name: str, tmp_path: Path) -> None:
+    config = options.load(name)
+    config = dataclasses.replace(config, device="cpu")
+    world = World(config.env.id, config.env.copies, config.seed, config.env.kwargs)
+    agent = Agent(config, world.spec)
+    carry, surprise = agent.observe(agent.initial(config.env.copies), world.reset())
+    action = agent.act(carry, greedy=False)
+    assert action.shape == (config.env.copies, world.spec.action.size) and surprise is not None
+    replay = Replay(tmp_path, world.spec, config.env.copies, config.replay.capacity)
+    ranges.check_clip(config, replay.longest_clip)
+    world.close()
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = {name for name, kind in options.fields().items() if kind in (int, float, tuple[int, ...])}
+    assert set(ranges.RANGES) == numbers
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"replay.length": 1}, "replay.length = 1: must be at least 2"),
+        ({"worldmodel.window": 0}, "worldmodel.window = 0: must be at least 1"),
+        ({"worldmodel.layers": 0}, "worldmodel.layers = 0: must be at least 1"),
+        ({"learn.steps": -1}, "learn.steps = -1: must be at least 1"),
+        ({"learn.explore": 1.5}, "learn.explore = 1.5: must be between 0 and 1"),
+        ({"learn.explore": float("nan")}, "learn.explore = nan: must be between 0 and 1"),
+        ({"learn.encoder_rate": float("inf")}, "learn.encoder_rate = inf: must be at least 0"),
+        ({"env.timeout_s": 0}, "env.timeout_s = 0.0: must be greater than 0"),
+        ({"worldmodel.blocks": [1, 0]}, "worldmodel.blocks = 0: must be at least 1"),
+        ({"worldmodel.blocks": []}, "worldmodel.blocks is empty"),
+        ({"worldmodel.heads": 3}, "worldmodel.heads = 3 does not divide worldmodel.width = 64"),
+        ({"replay.starts": 0.7, "replay.surprise": 0.7}, "their sum must not exceed 1"),
+        ({"learn.prefill": 20_000}, "learn.steps = 20000: nothing is learned before step 20000"),
+        ({"seed": -1}, "seed = -1: must be between 0 and"),
+    ],
+)
+def test_numbers_that_make_no_sense(settings: dict, problem: str) -> None:
+    ranges.check(Config())
+    with pytest.raises(UserError) as told:
+        ranges.check(options.update(Config(), settings))
+    assert problem in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("worldmodel: {layres: 3}", "unknown setting worldmodel.layres: did you mean worldmodel.layers"),
+        ("worldmodel: 3", "worldmodel is a group of settings"),
+        ("layers: 3", "unknown setting layers: did you mean worldmodel.layers or controller.layers?"),
+        ("seed: [1]", "seed [1]: should be a valid integer"),
+        ("seed: true", "seed True: should be a number"),
+        ("learn: {ratio: much}", "learn.ratio 'much': should be a valid number"),
+        ("device: gpu", "device 'gpu': should be 'auto', 'cpu' or 'cuda': did you mean cpu?"),
+        ("env: {kwargs: 3}", "env.kwargs 3: should be a valid dictionary"),
+        ("learn: {explore: 2}", "learn.explore = 2.0: must be between 0 and 1"),
+        ("- 3", "holds a list: it must map names of settings to values"),
+        ("a: b: c", "is no YAML file"),
+    ],
+)
+def test_a_file_that_is_no_config(text: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as told:
+        options.load(str(path))
+    assert str(path) in str(told.value) and problem in str(told.value)
+
+
+def test_a_file_may_leave_things_out(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("# nothing\n")
+    assert options.load(str(path)) == Config()
+    path.write_text("learn: {encoder_rate: 1e-4}\nenv: {kwargs: {corridor: 5}}\nworldmodel: {blocks: [1, 1]}")
+    config = options.load(str(path))
+    assert config.learn.encoder_rate == 1e-4  # which YAML 1.1 takes for a string
+    assert config.env.kwargs == {"corridor": 5} and config.worldmodel.blocks == (1, 1)
