@@ -44,8 +44,10 @@ class ReturnScale(torch.nn.Module):
     def update(self, returns: Tensor) -> Tensor:
         """Take in returns of any shape; the scale, a scalar tensor."""
         low, high = torch.quantile(returns.flatten(), returns.new_tensor([0.05, 0.95])).unbind()
+        # a dream that is not finite costs its own update and no later one
+        finite = (high - low).isfinite()
         rate = torch.where(self.started, self.rate, 1.0)
-        self.low.lerp_(low, rate)
-        self.high.lerp_(high, rate)
-        self.started.fill_(True)
+        self.low.lerp_(torch.where(finite, low, self.low), rate)
+        self.high.lerp_(torch.where(finite, high, self.high), rate)
+        self.started.logical_or_(finite)
         return (self.high - self.low).clamp(min=self.floor)

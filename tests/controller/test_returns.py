@@ -89,3 +89,12 @@ def test_the_scale_moves_at_its_rate_and_is_saved() -> None:
     other.load_state_dict(scale.state_dict())
     spread = torch.linspace(0, 1, 50)
     assert other.update(spread) == scale.update(spread)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_the_scale_survives_returns_that_are_not_finite(broken: float) -> None:
+    scale, spread = ReturnScale(0.1), torch.linspace(0, 10, 101)
+    scale.update(torch.full((4,), broken))
+    assert scale.update(spread).item() == pytest.approx(9)  # the first that is finite counts as the first
+    scale.update(torch.cat([spread[:50], torch.full((20,), broken)]))
+    assert scale.update(spread).item() == pytest.approx(9)

@@ -214,7 +214,7 @@ def watch(objective, dynamics: Dynamics, name: str, frames: int = 12, starts: in
 def test_one_stream_learns_from_noised_frames_behind_a_clean_prefix(name: str, frames: int) -> None:
     lengths, levels = set(), []
     for _ in range(8):
-        objective, dynamics = build(name, stream="one", blank=0.5)
+        objective, dynamics = build(name, stream="one", blank=0.25)
         seen = watch(objective, dynamics, name, frames)
         clean = seen.passed.clean
         length = clean.sum(1)
@@ -232,19 +232,19 @@ def test_one_stream_learns_from_noised_frames_behind_a_clean_prefix(name: str, f
         levels.append(seen.level[~clean])
     assert len(lengths) >= min(4, frames - frames // 2)
     if frames > 2:
-        assert 0.3 < (torch.cat(levels) == 0).float().mean() < 0.7
+        assert 0.1 < (torch.cat(levels) == 0).float().mean() < 0.4
 
 
 @pytest.mark.parametrize("name", ["flow", "mask"])
 def test_two_streams_learn_from_every_frame_against_a_clean_past(name: str) -> None:
-    objective, dynamics = build(name, grid=2, stream="two", blank=0.5)
+    objective, dynamics = build(name, grid=2, stream="two", blank=0.25)
     seen = watch(objective, dynamics, name, 50)
     assert torch.equal(seen.inputs, seen.z) and (seen.input_level == 1).all()
     assert seen.passed.clean.all()
     learned = objective.error(seen.pred, seen.z, seen.noisy, seen.level)
     torch.testing.assert_close(seen.passed.loss.detach(), learned.mean())
     assert torch.equal(seen.grad.flatten(2).any(2), learned > 0)
-    assert 0.4 < (seen.level == 0).float().mean() < 0.6
+    assert 0.15 < (seen.level == 0).float().mean() < 0.35
     assert (seen.level[seen.level > 0] - 0.5).abs().mean() == pytest.approx(0.25, abs=0.05)  # uniform
 
 
