@@ -128,7 +128,7 @@ def loop(
     Returns:
         share: of wall-clock time, by part: collect (environment and acting), replay (sampling), encoder (V), model (M),
         controller (C and its dreams), other. replay_share_of_updates: sampling, of the time of an update with it.
-        rss_mb: resident memory at ten marks, [real step, MB]. rss_growth_mb: from the first of them to the last.
+        rss_mb: resident memory at some marks, [real step, MB]. rss_growth_mb: rise of a line through all of them.
         env_steps_per_s, updates_per_s.
     """
     if seconds <= 0 or (steps is not None and steps < 1):
@@ -146,17 +146,18 @@ def loop(
             training.turn()
             signals.check()
         spent, updates, first = _spent(training), training.agent.updates, training.collector.env_steps
-        began, done, marks = time.perf_counter(), 0.0, []
-        while done < 1:
+        began, percent, marks = time.perf_counter(), 0, [(first, resident_bytes() / MB)]
+        while percent < 100:
             training.turn()
             signals.check()
             step = training.collector.env_steps
             if step // config.evaluate.log_every > training.count["logged"]:
                 training.log()
             wall = time.perf_counter() - began
-            done = (step - first) / steps if steps else wall / seconds
-            if done * 10 >= len(marks) + 1:
-                marks.append([step, round(resident_bytes() / MB, 1)])
+            before, percent = percent, int(100 * ((step - first) / steps if steps else wall / seconds))
+            if percent > before:
+                marks.append((step, resident_bytes() / MB))
+            if percent // 10 > before // 10:
                 print(f"step {step:,}: {marks[-1][1]:.0f} MB resident", file=sys.stderr)
         spent = {part: value - spent[part] for part, value in _spent(training).items()}
         updates, walked = training.agent.updates - updates, training.collector.env_steps - first
@@ -173,16 +174,27 @@ def loop(
         "wall_s": round(wall, 2),
         "env_steps_per_s": round(walked / wall, 2),
         "updates_per_s": round(updates / wall, 3),
-        "rss_mb": marks,
-        "rss_growth_mb": round(marks[-1][1] - marks[0][1], 1),
+        "rss_mb": [[step, round(size, 1)] for step, size in marks[:: max(len(marks) // 10, 1)]],
+        "rss_growth_mb": round(growth(marks), 1),
     }
     print(f"preset {preset} on {found['device']}: {walked:,} real steps, {updates:,} updates in {wall:.0f} s")
     for part, value in found["share"].items():
         print(f"  {part:10} {value:6.1%}" + (f" {1e3 * spent[part] / updates:9.2f} ms per update" if updates else ""))
     print(f"  {found['env_steps_per_s']:,} real steps and {found['updates_per_s']} updates per second")
     print(f"  sampling replay is {found['replay_share_of_updates']:.2%} of an update")
-    print(f"  resident memory {marks[0][1]} MB at step {marks[0][0]:,}, {marks[-1][1]} MB at step {marks[-1][0]:,}")
+    sizes = [size for _, size in marks]
+    print(f"  resident memory {min(sizes):.0f} to {max(sizes):.0f} MB, grew by {found['rss_growth_mb']} MB")
     return found
+
+
+def growth(marks: Sequence[tuple[int, float]]) -> float:
+    """How much a straight line through the marks (step, MB) rises from first to last.
+
+    Resident memory goes up and down as mapped replay pages are used and handed back: two marks alone would tell chance.
+    """
+    steps, sizes = np.array(marks, np.float64).T
+    away = steps - steps.mean()
+    return float(away @ sizes / max(away @ away, 1e-9) * (steps[-1] - steps[0]))
 
 
 def _spent(training: Training) -> dict[str, float]:

@@ -76,9 +76,17 @@ def test_the_parts_of_the_loop_add_up(how: dict, tmp_path: Path, monkeypatch: py
         assert how["steps"] <= found["env_steps"] < how["steps"] + config.env.copies
     assert found["env_steps_per_s"] == pytest.approx(found["env_steps"] / found["wall_s"], rel=0.1)
     steps, sizes = zip(*found["rss_mb"], strict=True)
-    assert len(steps) == 10 and list(steps) == sorted(steps) and min(sizes) > 50
-    assert found["rss_growth_mb"] == pytest.approx(sizes[-1] - sizes[0], abs=0.1)
-    assert list(tmp_path.iterdir()) == []  # the folder is gone
+    assert 2 <= len(steps) <= 20 and list(steps) == sorted(steps) and min(sizes) > 50
+    assert abs(found["rss_growth_mb"]) < max(sizes)
+    assert list(tmp_path.rglob("*.jsonl")) == list(tmp_path.rglob("chunk_*")) == []  # the folder is gone
+
+
+def test_growth_is_that_of_the_trend_not_of_its_ends() -> None:
+    steps = np.arange(0, 1000, 10)
+    wave = steps % 80.0
+    assert bench.growth(list(zip(steps, 400 + 0.2 * steps, strict=True))) == pytest.approx(0.2 * 990)
+    assert abs(bench.growth(list(zip(steps, 400 + wave, strict=True)))) < 5 < abs(wave[-1] - wave[0])
+    assert bench.growth([(5, 400.0)] * 3) == 0
 
 
 def test_the_threshold_is_reached_where_the_record_says(tmp_path: Path) -> None:
