@@ -71,13 +71,16 @@ class Consequence(nn.Module):
     def __init__(self, features: int, actions: int, hidden: int, bins: int):
         super().__init__()
         self.two_hot = TwoHot(bins)
-        self.trunk = mlp(features + actions, hidden, hidden, layers=1)[:-1]
+        self.trunk = nn.Linear(features, hidden)
+        self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
+        # the action scales and shifts: what it leads to depends on what is there as a product, not as a sum
+        self.scale, self.shift = nn.Linear(actions, hidden), nn.Linear(actions, hidden)
         self.reward_out = mlp(hidden, hidden, len(self.two_hot.bins), layers=1, zero=True)
         self.cont_out = mlp(hidden, hidden, 1, layers=1)
 
     def forward(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """feat `(..., F)`, action `(..., A)` to reward logits `(..., bins)` and the logit of going on `(...)`."""
-        hidden = self.trunk(torch.cat([feat, action], -1))
+        hidden = F.silu(self.norm(self.trunk(feat)) * (1 + self.scale(action)) + self.shift(action))
         return self.reward_out(hidden), self.cont_out(hidden)[..., 0]
 
     def expect(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
