@@ -33,6 +33,7 @@ class Collector:
         self.carry, surprise = self.agent.observe(self.carry, row)
         assert surprise is not None
         parts = torch.stack([*surprise, surprise.total()]).cpu().numpy()
+        parts = np.where(np.isfinite(parts), parts, 0.0).astype(np.float32)  # of a reward that is not finite
         ended = self._account(row, parts)
         action = self.world.random_action(self.rng)
         if not random:

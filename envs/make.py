@@ -131,7 +131,18 @@ class World:
             np.asarray(terminated, np.bool_),
             np.asarray(truncated, np.bool_),
         )
+        self._check_finite(self.row)
         return self.row
+
+    def _check_finite(self, row: Row) -> None:
+        """An observation that is not a number would stay in M's state: name its source. (Of rewards, updates are skipped.)"""
+        for name, values in row.obs.items():
+            bad = np.flatnonzero(~np.isfinite(values.reshape(self.num_envs, -1)).all(1))
+            if len(bad):
+                self.close()
+                workers = _workers(bad.tolist())
+                message = f"environment {workers} of {self.env_id} returned an observation {name!r} that is not finite"
+                raise EnvError(message, int(bad[0]))
 
     def random_action(self, rng: np.random.Generator) -> np.ndarray:
         """Uniform random actions, encoded: (n, A)."""

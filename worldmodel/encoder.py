@@ -63,11 +63,11 @@ class Encoder(nn.Module):
         self.flats = sorted(k for k, s in spec.items() if s.kind != "image")
         self.grid = config.grid if self.images else 1
         self.tokens, self.channels = self.grid**2, config.channels
-        self.vision = nn.ModuleDict({f"image_{k}": Vision(config, self.grid, spec[k].shape) for k in self.images})
+        self.vision = nn.ModuleDict({module_name(k): Vision(config, self.grid, spec[k].shape) for k in self.images})
         self.sizes = {k: spec[k].n if spec[k].kind == "discrete" else math.prod(spec[k].shape) for k in self.flats}
         flat = sum(self.sizes.values())
         if flat:
-            self.scale = nn.ModuleDict({f"vector_{k}": RunningScale(n) for k, n in self._vectors().items()})
+            self.scale = nn.ModuleDict({module_name(k): RunningScale(n) for k, n in self._vectors().items()})
             self.flat_in = mlp(flat, config.hidden, config.channels)
             self.flat_out = mlp(self.tokens * config.channels, config.hidden, flat)
         if config.latent == "continuous":
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
         lead = self._lead(obs)
         z = 0
         for key in self.images:
-            z = z + self.vision[f"image_{key}"].encode(obs[key].flatten(0, len(lead) - 1))
+            z = z + self.vision[module_name(key)].encode(obs[key].flatten(0, len(lead) - 1))
         if self.flats:
             z = z + self.flat_in(self._flat(obs, lead))[:, None]
         assert isinstance(z, Tensor)
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
             elif spec.kind == "discrete":
                 value = value.argmax(-1)
             else:
-                value = self.scale[f"vector_{key}"].undo(value)
+                value = self.scale[module_name(key)].undo(value)
             out[key] = value.reshape(*lead, *spec.shape)
         return out
 
@@ -107,17 +107,17 @@ class Encoder(nn.Module):
         """Reconstruction: squared error per pixel or normalised entry, cross-entropy of discrete values; summed over keys."""
         lead = self._lead(obs)
         for key in self._vectors():
-            self.scale[f"vector_{key}"].update(obs[key].flatten(0, len(lead) - 1).flatten(1))
+            self.scale[module_name(key)].update(obs[key].flatten(0, len(lead) - 1).flatten(1))
         raw = self._decode(self(obs, draw=True).flatten(0, len(lead) - 1), exact=False)
         metrics, total = {}, torch.zeros((), device=next(iter(raw.values())).device)
         for key, value in raw.items():
             target, spec = obs[key].flatten(0, len(lead) - 1), self.spec[key]
             if spec.kind == "image":
-                error = F.mse_loss(value, self.vision[f"image_{key}"].scaled(target))
+                error = F.mse_loss(value, self.vision[module_name(key)].scaled(target))
             elif spec.kind == "discrete":
                 error = F.cross_entropy(value, target)
             else:
-                error = F.mse_loss(value, self.scale[f"vector_{key}"](target.flatten(1)))
+                error = F.mse_loss(value, self.scale[module_name(key)](target.flatten(1)))
             metrics[f"reconstruction/{key}"] = error.detach()
             total = total + error * (IMAGE_WEIGHT if spec.kind == "image" else 1)
         return Loss(total, metrics)
@@ -133,12 +133,12 @@ class Encoder(nn.Module):
             if self.spec[key].kind == "discrete":
                 parts.append(F.one_hot(value, self.spec[key].n).float())
             else:
-                parts.append(self.scale[f"vector_{key}"](value.flatten(1)))
+                parts.append(self.scale[module_name(key)](value.flatten(1)))
         return torch.cat(parts, -1)
 
     def _decode(self, z: Tensor, exact: bool) -> dict[str, Tensor]:
         """Flat batch of latents to raw outputs: images in [-0.5, 0.5] at their own resolution if `exact`, vectors normalised."""
-        out = {key: self.vision[f"image_{key}"].decode(z, exact) for key in self.images}
+        out = {key: self.vision[module_name(key)].decode(z, exact) for key in self.images}
         if self.flats:
             values = self.flat_out(z.flatten(1)).split([self.sizes[k] for k in self.flats], -1)
             out.update(zip(self.flats, values, strict=True))
@@ -157,6 +157,11 @@ class Encoder(nn.Module):
             index = probs.argmax(-1)
         hard = F.one_hot(index, self.config.classes).to(probs.dtype)
         return (hard + probs - probs.detach()).flatten(-2)
+
+
+def module_name(key: str) -> str:
+    """A name that torch accepts for the module of an observation key: without dots, and no attribute of a ModuleDict."""
+    return "key_" + key.replace(".", "/")
 
 
 IMAGE_WEIGHT = 10.0
