@@ -37,7 +37,7 @@ def film(comparison: Comparison, title: str) -> Iterator[Picture]:
         yield from _unfolding(comparison, title)
 
 
-def sheet(comparison: Comparison, title: str, columns: int = 14) -> Picture:
+def sheet(comparison: Comparison, title: str, columns: int = 16) -> Picture:
     """The comparison as one picture: images as rows of up to `columns` frames, above plots of everything else."""
     blocks = [_contact(comparison, title, key, columns) for key in comparison.keys(image=True)]
     if comparison.keys(image=False):
@@ -131,8 +131,8 @@ def _chosen(total: int, context: int, columns: int) -> np.ndarray:
     """Up to `columns` of `total` rows: all, or first and last of the context and an even choice of what was dreamt."""
     if total <= columns:
         return np.arange(total)
-    shown = np.unique([0, context - 1])
-    return np.concatenate([shown, np.linspace(context, total - 1, columns - len(shown)).round().astype(int)])
+    dreamt = np.linspace(context, total - 1, columns - 2).round().astype(int)
+    return np.unique([0, context - 1, *dreamt])
 
 
 def _two(value: Any) -> str:

@@ -182,9 +182,22 @@ def test_images_of_any_size_are_drawn(shape: tuple[int, int, int], frames: int, 
     assert (
         picture.dtype == np.uint8 and longest_run(picture, CONTEXT, 0) > 50 and longest_run(picture, IMAGINED, 0) > 50
     )
-    assert picture.shape[1] < 2000
+    assert picture.shape[1] < 2000 and sheet(comparison, "title", 30).shape[1] > picture.shape[1] * (frames > 16)
     assert save_film(tmp_path / "x.gif", film(comparison, "title"), 5) == frames
     assert len(iio.imread(tmp_path / "x.gif", index=None)) == frames
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(14, 14), (15, 14), (17, 14), (400, 14), (3, 14), (20, 4)])
+def test_a_picture_shows_each_row_once(rows: int, columns: int) -> None:
+    spec = {"eye": ObsSpec("image", (16, 16, 3))}
+    values = np.stack(np.divmod(np.arange(rows), 256) + (np.zeros(rows),), -1).astype(np.uint8)
+    real = {"eye": np.broadcast_to(values[:, None, None], (rows, 16, 16, 3))}
+    picture = sheet(made(real, real, spec, context=2), "", columns)
+    line = picture[76 + 48]  # through the middle of the first row of images
+    shown = [int(line[x, 0]) * 256 + int(line[x, 1]) for x in range(140 + 48, line.shape[0], 96 + 10)]
+    assert len(shown) == len(set(shown)) <= columns and shown == sorted(shown)
+    assert shown[0] == 0 and shown[-1] == rows - 1
+    assert len(shown) == rows or len(shown) >= columns - 2
 
 
 @pytest.mark.parametrize(
