@@ -95,12 +95,12 @@ def untimed(folder: Path) -> list[dict]:
     [
         ("sync", "raise", "raised in step: ZeroDivisionError: a bug of the environment"),
         ("async", "raise", "raised in step: ZeroDivisionError: a bug of the environment"),
-        ("async", "hang", "gave no answer to step within 2 s"),
+        ("async", "hang", "gave no answer to step within 4 s"),
         ("async", "die", "died in step"),
     ],
 )
 def test_an_environment_that_fails(workers: str, fault: str, what: str, capfd: pytest.CaptureFixture[str]) -> None:
-    flags = ["--env.workers", workers, "--env.copies", "2", "--env.timeout_s", "2"]
+    flags = ["--env.workers", workers, "--env.copies", "2", "--env.timeout_s", "4"]
     assert train(fault, *flags, mark=str(Path("mark").absolute())) == 1
     told = capfd.readouterr().err
     message = next(line for line in told.splitlines() if line.startswith("longdream: "))
