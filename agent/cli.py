@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import os
 import sys
 import textwrap
@@ -77,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"longdream: {message}", file=sys.stderr)
         result = {"error": message.partition("\n")[0]}
     if as_json and result is not None:
-        print(json.dumps(result), flush=True)
+        from agent.run import to_json
+
+        print(to_json(result), flush=True)
     return code
 
 
@@ -140,7 +141,7 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
 
 def train(arguments: list[str]) -> dict[str, Any] | None:
     """Train in a new run or a resumed one; its summary."""
-    from agent import loop, options, ranges, run
+    from agent import loop, options, ranges, report, run
 
     words, flags = options.split(arguments, lambda flag: str if flag in ("name", "resume") else options.hint(flag))
     if flags is None:
@@ -170,8 +171,8 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
         if folder.exists() and not isinstance(error, UserError):
             error.add_note(f"go on with: longdream train --resume {folder}")
         raise
-    _print_summary(summary)
-    print(f"run           {folder}\nnext          longdream dream {folder}")
+    report.summary_table(summary | {"run": str(folder)})
+    print(f"next: longdream dream {folder}")
     return summary
 
 
@@ -191,20 +192,6 @@ def _train_help(preset: str | None) -> None:
     with contextlib.suppress(SystemExit):
         program = f"longdream train {preset or 'PRESET'}"
         tyro.cli(kind, default=config, args=["--help"], prog=program, use_underscores=True)
-
-
-def _print_summary(found: dict[str, Any]) -> None:
-    low, high = found["return_ci95"]
-    lines = {
-        "environment": found["env"],
-        "return": f"{found['return_mean']:.3f}   95% interval {low:.3f} to {high:.3f}, {found['episodes']} episodes",
-        "random": f"{found['random_mean']:.3f}",
-        "no memory": f"{found['without_memory_mean']:.3f}   the same agent, M's long memory cut off",
-        "real steps": f"{found['env_steps']:,}",
-    }
-    if "wall_s" in found:
-        lines["time"] = f"{found['wall_s'] / 60:.1f} minutes"
-    print("\n".join(f"{key:13} {value}" for key, value in lines.items()))
 
 
 # -- evaluate and envs ------------------------------------------------------------------------------------------------
@@ -230,7 +217,7 @@ def evaluate(
     Raises:
         UserError: no run, or an environment that does not fit it.
     """
-    from agent import options, ranges, run
+    from agent import options, ranges, report, run
     from agent.judge import judge
 
     agent, config, _, step = run.load_agent(run_folder, device)
@@ -245,7 +232,7 @@ def evaluate(
     episodes = config.evaluate.final_episodes
     print(f"playing {episodes} episodes of {config.env.id}", file=sys.stderr)
     found = judge(agent, config.env, episodes, config.seed, config.evaluate.copies) | {"env_steps": step}
-    _print_summary(found)
+    report.summary_table(found)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -194,7 +193,7 @@ class Training:
         found = judge(self.agent, config.env, clock.final_episodes, config.seed, clock.copies, self.signals)
         self.log_returns("final", found)
         found |= {"env_steps": self.collector.env_steps, "updates": self.agent.updates, "wall_s": round(self.wall(), 1)}
-        run.write(self.folder / "summary.json", json.dumps(found, indent=1) + "\n")
+        run.write(self.folder / "summary.json", run.to_json(found, indent=1) + "\n")
         return found
 
     def log_returns(self, name: str, returns: dict[str, Any]) -> None:

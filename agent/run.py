@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import platform
 import subprocess
@@ -115,6 +116,19 @@ def write(path: Path, text: str) -> None:
         raise
 
 
+def to_json(values: Any, indent: int | None = None) -> str:
+    """JSON as everybody reads it: a number that is not finite becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), indent=indent, allow_nan=False)
+
+
 def _environment() -> str:
     def version(package: str) -> str:
         try:
@@ -204,11 +218,12 @@ def newest(folder: Path) -> dict[str, Any] | None:
 
 
 def summary(folder: Path) -> dict[str, Any] | None:
-    """What the run's summary.json says; None without one."""
+    """What the run's summary.json says, null standing for what is not a number; None without one."""
     try:
-        return json.loads((folder / "summary.json").read_text())
+        found = json.loads((folder / "summary.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
+    return {key: math.nan if value is None else value for key, value in found.items()}
 
 
 @contextmanager
