@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.heads import mlp
+from worldmodel.heads import mlp, symexp, symlog
 from worldmodel.types import Loss
 
 
@@ -240,7 +240,8 @@ class ChannelNorm(nn.Module):
 
 
 class RunningScale(nn.Module):
-    """Shifts and scales vectors by the mean and deviation of all that was trained on so far; clipped at 10 deviations."""
+    """Shifts and scales vectors by the mean and deviation of what was trained on lately, then symlog: what lies far outside of
+    what a beginner saw (a cart at the track's end, say) stays visible, and does not drown the rest."""
 
     mean: Tensor
     square: Tensor
@@ -254,9 +255,9 @@ class RunningScale(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in x `(B, n)`: a running average whose rate falls to 1e-3."""
+        """Take in x `(B, n)`: a running average whose rate falls to 3e-3."""
         self.count += 1
-        rate = (1 / self.count).clamp(min=1e-3)
+        rate = (1 / self.count).clamp(min=3e-3)
         self.mean.lerp_(x.mean(0), rate)
         self.square.lerp_((x - self.mean).square().mean(0), rate)
 
@@ -264,7 +265,7 @@ class RunningScale(nn.Module):
         return self.square.sqrt().clamp(min=1e-4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / self._deviation()).clamp(-10, 10)
+        return symlog((x - self.mean) / self._deviation())
 
     def undo(self, x: Tensor) -> Tensor:
-        return x * self._deviation() + self.mean
+        return symexp(x) * self._deviation() + self.mean

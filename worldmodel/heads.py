@@ -50,11 +50,26 @@ class TwoHot(nn.Module):
         return -(self.encode(x) * logits.float().log_softmax(-1)).sum(-1)
 
 
+class Gated(nn.Module):
+    """A hidden layer whose outputs are products, norm(W x) * silu(V x) (a gated linear unit, Shazeer 2020, arXiv 2002.05202).
+
+    What is remembered often matters only together with what is seen ("is this the door of that colour?"). Such a product gives
+    a gradient from the first update; a layer of sums sat on a plateau for hundreds of them.
+    """
+
+    def __init__(self, inputs: int, hidden: int):
+        super().__init__()
+        self.both = nn.Linear(inputs, 2 * hidden)
+        self.norm = nn.LayerNorm(hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.both(x).chunk(2, -1)
+        return self.norm(value) * F.silu(gate)
+
+
 def mlp(inputs: int, hidden: int, outputs: int, layers: int = 2, zero: bool = False) -> nn.Sequential:
-    """Linear -> LayerNorm -> SiLU, `layers` times, then a linear output; `zero` starts it at zero output."""
-    parts: list[nn.Module] = []
-    for i in range(layers):
-        parts += [nn.Linear(inputs if i == 0 else hidden, hidden), nn.LayerNorm(hidden, bias=False), nn.SiLU()]
+    """`layers` gated hidden layers, then a linear output; `zero` starts it at zero output."""
+    parts: list[nn.Module] = [Gated(inputs if i == 0 else hidden, hidden) for i in range(layers)]
     out = nn.Linear(hidden, outputs)
     if zero:
         nn.init.zeros_(out.weight)
@@ -71,16 +86,17 @@ class Consequence(nn.Module):
     def __init__(self, features: int, actions: int, hidden: int, bins: int):
         super().__init__()
         self.two_hot = TwoHot(bins)
-        self.trunk = nn.Linear(features, hidden)
+        self.trunk = nn.Linear(features, 2 * hidden)
         self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
-        # the action scales and shifts: what it leads to depends on what is there as a product, not as a sum
+        # the action scales and shifts one factor of the gated layer: what it leads to depends on what is there, not on a sum
         self.scale, self.shift = nn.Linear(actions, hidden), nn.Linear(actions, hidden)
         self.reward_out = mlp(hidden, hidden, len(self.two_hot.bins), layers=1, zero=True)
         self.cont_out = mlp(hidden, hidden, 1, layers=1)
 
     def forward(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """feat `(..., F)`, action `(..., A)` to reward logits `(..., bins)` and the logit of going on `(...)`."""
-        hidden = F.silu(self.norm(self.trunk(feat)) * (1 + self.scale(action)) + self.shift(action))
+        value, gate = self.trunk(feat).chunk(2, -1)
+        hidden = (self.norm(value) * (1 + self.scale(action)) + self.shift(action)) * F.silu(gate)
         return self.reward_out(hidden), self.cont_out(hidden)[..., 0]
 
     def expect(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
