@@ -1,12 +1,15 @@
 """The agent: V, M and C composed into something that acts, is surprised, and learns."""
 
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_*: the fused operations that torch's own optimisers and clip_grad_norm_ are made of
+
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,7 +32,8 @@ class NotFinite(RuntimeError):
 
 
 class Carry(NamedTuple):
-    """What acting carries from row to row for n streams: the last feature `(n, F)`, M's state, the last action `(n, A)`."""
+    """What acting carries from row to row for n streams: the last feature `(n, F)`, M's state, the last action `(n,
+    A)`."""
 
     feat: Tensor
     state: State
@@ -56,7 +60,8 @@ class Agent:
         controller = kind(config.controller, self.model.feature_size, spec.action.parts, spec.action.size)
         self.controller: Controller = controller.to(self.device)
         learn = config.learn
-        model_parts = (self.model.dynamics, self.model.objective, self.model.consequence)
+        objective = cast(nn.Module, self.model.objective)
+        model_parts = (self.model.dynamics, objective, self.model.consequence)
         self.parts = {
             "encoder": Part(self.model.encoder.parameters(), learn.encoder_rate, learn.clip),
             "model": Part((p for m in model_parts for p in m.parameters()), learn.model_rate, learn.clip),
@@ -65,7 +70,7 @@ class Agent:
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
-        self.seconds = dict.fromkeys(("encoder", "model", "controller"), 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(self.parts, 0.0)
 
     # -- acting -------------------------------------------------------------------------------------------------------
 
@@ -146,7 +151,8 @@ class Agent:
         return self.controller.loss(imagine(self.model, starts, policy, config.horizon, config.temperature))
 
     def _learn(self, part: str, metrics: dict[str, Tensor], loss: Callable[[], Loss]) -> bool:
-        """Step one part's optimiser; whether its loss and gradient were finite (if not, its weights stay as they are)."""
+        """Step one part's optimiser; whether its loss and gradient were finite (if not, its weights stay as they
+        are)."""
         began = time.perf_counter()
         value, found = loss()
         ok, norm = self.parts[part].step(value)
@@ -194,8 +200,8 @@ class Agent:
 
 
 class Part:
-    """An optimiser that bounds each weight's gradient by the weight's own size (adaptive gradient clipping, Brock et al. 2021,
-    arXiv 2102.06171, as in DreamerV3) and refuses steps that are not finite."""
+    """An optimiser that bounds each weight's gradient by the weight's own size (adaptive gradient clipping, Brock et
+    al. 2021, arXiv 2102.06171, as in DreamerV3) and refuses steps that are not finite."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], rate: float, clip: float):
         self.parameters = [p for p in parameters if p.requires_grad]
@@ -203,7 +209,8 @@ class Part:
         self.clip = clip
 
     def step(self, loss: Tensor) -> tuple[bool, Tensor]:
-        """Whether loss and gradient were finite, and the gradient's norm. If not, weights and moments stay as they are."""
+        """Whether loss and gradient were finite, and the gradient's norm. If not, weights and moments stay as they
+        are."""
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         pairs = [(p, p.grad) for p in self.parameters if p.grad is not None]

@@ -94,12 +94,12 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     """CPU threads of torch; 0 leaves its choice."""
-    env: EnvConfig = EnvConfig()
-    replay: ReplayConfig = ReplayConfig()
-    encoder: EncoderConfig = EncoderConfig()
-    worldmodel: DynamicsConfig = DynamicsConfig()
-    forcing: ForcingConfig = ForcingConfig()
-    heads: HeadsConfig = HeadsConfig()
-    controller: ControllerConfig = ControllerConfig()
-    learn: LearnConfig = LearnConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    env: EnvConfig = field(default_factory=EnvConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    worldmodel: DynamicsConfig = field(default_factory=DynamicsConfig)
+    forcing: ForcingConfig = field(default_factory=ForcingConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    learn: LearnConfig = field(default_factory=LearnConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

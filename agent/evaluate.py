@@ -42,8 +42,8 @@ Who = Literal["agent", "without_memory", "random"]
 def evaluate(agent: Agent, world: World, episodes: int, seed: int, who: Who = "agent") -> Returns:
     """Play `episodes` whole episodes of a fresh world and sum up their returns.
 
-    Every copy plays the same number of episodes (the last round may be cut short by index, never by length), so that short
-    episodes are not counted more often than long ones.
+    Every copy plays the same number of episodes (the last round may be cut short by index, never by length), so that
+    short episodes are not counted more often than long ones.
 
     Args:
         who: the agent, greedy; the same with M's long memory erased before every step; or uniform random actions.

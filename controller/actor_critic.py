@@ -1,4 +1,4 @@
-"""The default C: an actor-critic that learns in dreams (DreamerV3, arXiv 2301.04104, section "Actor critic learning")."""
+"""The default C: an actor-critic that learns in dreams, after DreamerV3 (arXiv 2301.04104)."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ class Categoricals:
 
 
 class BoundedNormal:
-    """A normal per dimension, mean in [-1, 1] by tanh, deviation in [0.1, 1]; draws may leave the box and are clipped where used.
+    """A normal per dimension, mean in [-1, 1] by tanh, deviation in [0.1, 1]; draws may leave the box and are clipped
+    where used.
 
     Args:
         raw: `(..., 2 A)`.
@@ -70,7 +71,8 @@ Distribution = Categoricals | BoundedNormal
 
 
 def outputs(parts: Sequence[int], size: int) -> int:
-    """How many numbers a policy puts out: a logit per class of each factor, or mean and spread of each of `size` dimensions."""
+    """How many numbers a policy puts out: a logit per class of each factor, or mean and spread of each of `size`
+    dimensions."""
     return sum(parts) if parts else 2 * size
 
 

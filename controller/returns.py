@@ -27,7 +27,7 @@ def lambda_returns(reward: Tensor, discount: Tensor, value: Tensor, lam: float) 
 
 
 class ReturnScale(torch.nn.Module):
-    """max(floor, P95 - P5) of returns, averaged over updates: advantages are divided by it (arXiv 2301.04104, eq. 7)."""
+    """max(floor, P95 - P5) of returns, averaged over updates: advantages are divided by it (2301.04104, eq. 7)."""
 
     low: Tensor
     high: Tensor

@@ -135,7 +135,8 @@ class World:
         return self.row
 
     def _check_finite(self, row: Row) -> None:
-        """An observation that is not a number would stay in M's state: name its source. (Of rewards, updates are skipped.)"""
+        """An observation that is not a number would stay in M's state: name its source. (Of rewards, updates are
+        skipped.)"""
         for name, values in row.obs.items():
             bad = np.flatnonzero(~np.isfinite(values.reshape(self.num_envs, -1)).all(1))
             if len(bad):

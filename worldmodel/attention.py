@@ -1,11 +1,12 @@
 """Frame-local attention: every token of frame t attends to all tokens of frames [t - k + 1, t] of its own episode.
 
-Parallel over a clip it is computed as dense rectangles, blocks of query frames against the frames they can reach, through
-`scaled_dot_product_attention`; streamed, as one query frame against a cache of the last k - 1 frames. Time enters as rotary
-phases (Su et al. 2021, arXiv 2104.09864) of the distance between frames, so that the cache holds keys without any position and
-nothing grows with the age of an episode.
+Parallel over a clip it is computed as dense rectangles, blocks of query frames against the frames they can reach,
+through `scaled_dot_product_attention`; streamed, as one query frame against a cache of the last k - 1 frames. Time
+enters as rotary phases (Su et al. 2021, arXiv 2104.09864) of the distance between frames, so that the cache holds
+keys without any position and nothing grows with the age of an episode.
 
-A *query* stream may run beside the clean one: query frame t attends to the clean frames [t - k + 1, t - 1] and to itself.
+A *query* stream may run beside the clean one: query frame t attends to the clean frames [t - k + 1, t - 1] and to
+itself.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ class Heads(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the last k - 1 frames, `(B, k - 1, N, H, P)`, oldest first; age `(B,)`: how many of them are valid."""
+    """Keys and values of the last k - 1 frames, `(B, k - 1, N, H, P)`, oldest first; age `(B,)`: how many of them are
+    valid."""
 
     k: Tensor
     v: Tensor
     age: Tensor
 
 
-def attend(clean: Heads, first: Tensor, cache: Cache, query: Heads | None = None, block: int = 16) -> tuple[Tensor, Tensor | None]:
+def attend(
+    clean: Heads, first: Tensor, cache: Cache, query: Heads | None = None, block: int = 16
+) -> tuple[Tensor, Tensor | None]:
     """Attention over a clip: y `(B, T, N, H, P)` and, with a query stream, its y.
 
     Args:
@@ -105,7 +109,8 @@ def cache_at(clean: Heads, first: Tensor, cache: Cache, at: Tensor) -> Cache:
 
 
 def attend_reference(clean: Heads, first: Tensor, cache: Cache, query: Heads | None = None) -> Tensor:
-    """The slow truth: one query frame after another, a masked softmax over every key of the clip. y of `query`, or of `clean`."""
+    """The slow truth: one query frame after another, a masked softmax over every key of the clip. y of `query`, or of
+    `clean`."""
     reach = cache.k.shape[1]
     keys, values = torch.cat([cache.k, clean.k], 1), torch.cat([cache.v, clean.v], 1)
     segment = key_segments(first, cache.age, reach)
@@ -114,7 +119,10 @@ def attend_reference(clean: Heads, first: Tensor, cache: Cache, query: Heads | N
         now = t + reach
         stream = clean if query is None else query
         where = torch.arange(now + 1, device=first.device)
-        k, v = torch.cat([keys[:, :now], stream.k[:, t : t + 1]], 1), torch.cat([values[:, :now], stream.v[:, t : t + 1]], 1)
+        k, v = (
+            torch.cat([keys[:, :now], stream.k[:, t : t + 1]], 1),
+            torch.cat([values[:, :now], stream.v[:, t : t + 1]], 1),
+        )
         seen = (segment[:, : now + 1] == segment[:, now : now + 1]) & (where >= now - reach)
         q, k = rotate(stream.q[:, t : t + 1], where[now:]), rotate(k, where)
         score = torch.einsum("bqnhp,bkmhp->bhnkm", q, k) / q.shape[-1] ** 0.5
@@ -124,7 +132,8 @@ def attend_reference(clean: Heads, first: Tensor, cache: Cache, query: Heads | N
 
 
 def key_segments(first: Tensor, age: Tensor, reach: int) -> Tensor:
-    """`(B, reach + T)`: the episode (counted from the clip's start) that each cached and each new frame is of; -1 if not valid."""
+    """`(B, reach + T)`: the episode (counted from the clip's start) that each cached and each new frame is of; -1 if
+    not valid."""
     cached = torch.arange(reach, device=first.device) >= reach - age[:, None]
     return torch.cat([cached.long() - 1, first.long().cumsum(1)], 1)
 

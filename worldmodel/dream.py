@@ -13,7 +13,8 @@ from worldmodel.model import WorldModel
 
 
 class Starts(NamedTuple):
-    """Moments to dream from: feat `(B, F)`, the state after that frame, and weight `(B,)`: 0 where the episode had ended."""
+    """Moments to dream from: feat `(B, F)`, the state after that frame, and weight `(B,)`: 0 where the episode had
+    ended."""
 
     feat: Tensor
     state: State

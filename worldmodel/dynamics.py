@@ -1,18 +1,20 @@
-"""M, the dynamics: layers of block-wise state-space scan -> frame-local attention -> MLP over the latent tokens of each frame.
+"""M, the dynamics: layers of block-wise state-space scan -> frame-local attention -> MLP over the latent tokens of
+each frame.
 
-After Long-Context State-Space Video World Models (Po et al. 2025, arXiv 2505.20171): the scan keeps what was seen long ago at
-constant cost per frame, the attention over the last k frames keeps detail, and a noise level per frame lets one network commit
-clean frames to memory and predict noised ones. Action and level condition every layer through AdaLN.
+After Long-Context State-Space Video World Models (Po et al. 2025, arXiv 2505.20171): the scan keeps what was seen
+long ago at constant cost per frame, the attention over the last k frames keeps detail, and a noise level per frame
+lets one network commit clean frames to memory and predict noised ones. Action and level condition every layer through
+AdaLN.
 
-State is a value: it goes in and comes out, nothing is remembered here. `commit` is the only call that advances time; `predict`
-reads; `forward` is the same computation over a whole clip.
+State is a value: it goes in and comes out, nothing is remembered here. `commit` is the only call that advances time;
+`predict` reads; `forward` is the same computation over a whole clip.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,8 @@ class DynamicsConfig:
     """Size and shape of M."""
 
     mixer: Mixer = "hybrid"
-    """hybrid: scan and frame-local attention. window: frame-local attention alone, so nothing older than it is remembered."""
+    """hybrid: scan and frame-local attention. window: frame-local attention alone, so nothing older than it is
+    remembered."""
     layers: int = 2
     width: int = 64
     heads: int = 4
@@ -47,8 +50,8 @@ class DynamicsConfig:
 class State(NamedTuple):
     """M's memory of B streams, a tuple of tensors.
 
-    ssm: per layer `(B, G, H, S, P)`, one scan state for each of G token blocks. k, v: per layer `(B, window - 1, N, H, P)`,
-    the last frames' keys and values. age: `(B,)`, how many of these are valid.
+    ssm: per layer `(B, G, H, S, P)`, one scan state for each of G token blocks. k, v: per layer `(B, window - 1, N,
+    H, P)`, the last frames' keys and values. age: `(B,)`, how many of these are valid.
     """
 
     ssm: tuple[Tensor, ...]
@@ -58,7 +61,8 @@ class State(NamedTuple):
 
     def map(self, fn) -> State:
         """Apply fn to every tensor (index rows, repeat, detach, move)."""
-        return State(*(tuple(fn(t) for t in part) for part in self[:3]), fn(self.age))
+        ssm, k, v = (tuple(fn(t) for t in part) for part in (self.ssm, self.k, self.v))
+        return State(ssm, k, v, fn(self.age))
 
     def reset(self, first: Tensor) -> State:
         """Forget everything where first `(B,)` is true."""
@@ -74,8 +78,9 @@ class State(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Of `forward`. feat: `(B, T, F)` of the clean stream; pred: `(B, T, N, D)`, of the query stream if there is one, else of the
-    clean one; state after the last frame; at: states after the asked-for frames, `(B * M, ...)`, row by row."""
+    """Of `forward`. feat: `(B, T, F)` of the clean stream; pred: `(B, T, N, D)`, of the query stream if there is one,
+    else of the clean one; state after the last frame; at: states after the asked-for frames, `(B * M, ...)`, row by
+    row."""
 
     feat: Tensor
     pred: Tensor
@@ -101,12 +106,13 @@ class Dynamics(nn.Module):
         self.place = nn.Parameter(torch.randn(self.tokens, width) * 0.02)
         self.action = nn.Linear(actions, width)
         self.level = nn.Linear(2 * LEVEL_FEATURES + 1, width)
-        # AdaLN: scale, shift and gate of each layer's three parts from the condition, by one map that all layers share (as in
-        # PixArt-alpha, arXiv 2310.00426); a map per layer would cost as much as the layers themselves. Zero at first, so that a
-        # layer starts as a plain pre-norm one.
-        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 9 * width))
-        nn.init.zeros_(self.condition[-1].weight)
-        nn.init.zeros_(self.condition[-1].bias)
+        # AdaLN: scale, shift and gate of each layer's three parts from the condition, by one map that all layers
+        # share (as in PixArt-alpha, arXiv 2310.00426); a map per layer would cost as much as the layers themselves.
+        # Zero at first, so that a layer starts as a plain pre-norm one.
+        modulation = nn.Linear(width, 9 * width)
+        nn.init.zeros_(modulation.weight)
+        nn.init.zeros_(modulation.bias)
+        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), modulation)
         blocks = [min(config.blocks[i % len(config.blocks)], grid) for i in range(config.layers)]
         self.layers = nn.ModuleList(Layer(config, grid, block) for block in blocks)
         self.norm = nn.LayerNorm(width, bias=False)
@@ -122,13 +128,15 @@ class Dynamics(nn.Module):
         device = device or self.place.device
         head = config.width // config.heads
         cache = torch.zeros(batch, config.window - 1, self.tokens, config.heads, head, device=device)
-        ssm = tuple(layer.mix.initial(batch, device) for layer in self.scanning)
-        return State(ssm, (cache,) * config.layers, (cache,) * config.layers, torch.zeros(batch, dtype=torch.long, device=device))
+        ssm = tuple(layer.mix.initial(batch, device) for layer in self.stack if layer.mix is not None)
+        return State(
+            ssm, (cache,) * config.layers, (cache,) * config.layers, torch.zeros(batch, dtype=torch.long, device=device)
+        )
 
     @property
-    def scanning(self) -> list[Layer]:
-        """The layers that hold scan states."""
-        return [layer for layer in self.layers if layer.mix is not None]
+    def stack(self) -> list[Layer]:
+        """The layers, bottom to top."""
+        return cast("list[Layer]", list(self.layers))
 
     def forward(
         self,
@@ -146,8 +154,8 @@ class Dynamics(nn.Module):
             z: `(B, T, N, D)` latents, noised as `level` `(B, T)` says (1 clean, 0 pure noise).
             prev_action: `(B, T, A)`, the action that led to frame t; masked where `is_first` `(B, T)` is true.
             state: before frame 0.
-            query: `(z, level)` of a second stream, whose frame t sees the first stream's frames before t and itself: `predict`
-                at every frame at once.
+            query: `(z, level)` of a second stream, whose frame t sees the first stream's frames before t and itself:
+                `predict` at every frame at once.
             at: `(B, M)` frames after which the state is wanted as well, without gradient, to start dreams from.
         """
         u, cond = self._enter(z, prev_action, level, is_first)
@@ -155,7 +163,7 @@ class Dynamics(nn.Module):
         ssm, ks, vs, ages = [], [], [], None
         ssm_at, ks_at, vs_at, ages_at = [], [], [], None
         s = 0
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.stack):
             cache = Cache(state.k[i], state.v[i], state.age)
             ssm_in = state.ssm[s] if layer.mix is not None else None
             step = layer(u, cond, is_first, ssm_in, cache, uq, cond_q, at)
@@ -178,12 +186,12 @@ class Dynamics(nn.Module):
         return Output(self._feature(u), self.out(u if uq is None else self.norm(uq)), end, starts)
 
     def predict(self, state: State, z_noisy: Tensor, prev_action: Tensor, level: Tensor) -> Tensor:
-        """What the next frame's latents are, `(B, N, D)`, from their noised version `(B, N, D)` at `level` `(B,)`, the state and
-        the action `(B, A)` that leads there. Reads only."""
+        """What the next frame's latents are, `(B, N, D)`, from their noised version `(B, N, D)` at `level` `(B,)`,
+        the state and the action `(B, A)` that leads there. Reads only."""
         first = torch.zeros_like(level, dtype=torch.bool)[:, None]
         u, cond = self._enter(z_noisy[:, None], prev_action[:, None], level[:, None], first)
         s = 0
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.stack):
             ssm = state.ssm[s] if layer.mix is not None else None
             u = layer.peek(u, cond, ssm, Cache(state.k[i], state.v[i], state.age))
             s += layer.mix is not None
@@ -192,7 +200,8 @@ class Dynamics(nn.Module):
     def commit(
         self, state: State, z: Tensor, prev_action: Tensor, is_first: Tensor, level: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Advance time by a frame: z `(B, N, D)`, prev_action `(B, A)`, is_first `(B,)` to feat `(B, F)` and the new state.
+        """Advance time by a frame: z `(B, N, D)`, prev_action `(B, A)`, is_first `(B,)` to feat `(B, F)` and the new
+        state.
 
         level `(B,)` defaults to 1, clean; a little less tells M to trust the frame a little less.
         """
@@ -200,7 +209,7 @@ class Dynamics(nn.Module):
         level = torch.ones_like(prev_action[:, 0]) if level is None else level
         u, cond = self._enter(z[:, None], prev_action[:, None], level[:, None], is_first[:, None])
         ssm, ks, vs, age = [], [], [], state.age
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.stack):
             before = state.ssm[len(ssm)] if layer.mix is not None else None
             u, after, cache = layer.step(u, cond, before, Cache(state.k[i], state.v[i], state.age))
             if after is not None:
@@ -211,8 +220,8 @@ class Dynamics(nn.Module):
         return self._feature(self.norm(u))[:, 0], State(tuple(ssm), tuple(ks), tuple(vs), age)
 
     def _enter(self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Token embeddings `(B, T, N, W)` and the condition `(B, T, 1, 9, W)`. The previous action is masked here and nowhere
-        else."""
+        """Token embeddings `(B, T, N, W)` and the condition `(B, T, 1, 9, W)`. The previous action is masked here and
+        nowhere else."""
         action = self.action(prev_action) * ~first[..., None]
         cond = self.condition(action + self.level(level_features(level)))
         return self.embed(z) + self.place, cond.unflatten(-1, (9, -1)).unsqueeze(2)
@@ -312,7 +321,8 @@ class Layer(nn.Module):
 
 
 class ScanMixer(nn.Module):
-    """The block-wise scan: the token grid falls into blocks, each of which is scanned through time with a state of its own."""
+    """The block-wise scan: the token grid falls into blocks, each of which is scanned through time with a state of
+    its own."""
 
     def __init__(self, config: DynamicsConfig, grid: int, block: int):
         super().__init__()
@@ -326,8 +336,9 @@ class ScanMixer(nn.Module):
         self.skip = nn.Parameter(torch.ones(self.heads, 1))
         self.norm = nn.LayerNorm(width, bias=False)
         self.out = nn.Linear(width, width)
-        # Memory is an initialisation: time constants log-spaced over 4 to 1000 frames across heads, and not input-dependent at
-        # first; Mamba-2's own, short for most heads, left the cue forgotten before any gradient could ask for it.
+        # Memory is an initialisation: time constants log-spaced over 4 to 1000 frames across heads, and not
+        # input-dependent at first; Mamba-2's own, short for most heads, left the cue forgotten before any gradient
+        # could ask for it.
         tau = torch.logspace(math.log10(4), math.log10(1000), self.heads)
         self.rate = nn.Parameter(torch.log(torch.expm1(1 / tau)))
         with torch.no_grad():
@@ -342,7 +353,8 @@ class ScanMixer(nn.Module):
     def forward(
         self, h: Tensor, first: Tensor, ssm: Tensor, hq: Tensor | None, at: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """h, hq `(B, T, N, W)` to their outputs, the state after the clip and the states after the frames `at`, `(B * M, ...)`."""
+        """h, hq `(B, T, N, W)` to their outputs, the state after the clip and the states after the frames `at`, `(B *
+        M, ...)`."""
         tubes = self.side**2
         stream, gate = self._project(h)
         query, gate_q = (None, None) if hq is None else self._project(hq)

@@ -1,7 +1,7 @@
 """V, the encoder: turns observations into N latent tokens of D channels per frame, and back.
 
-Images pass through strided convolutions down to the token grid; vectors and discrete values through an MLP that is added to every
-token. Latents are either continuous, bounded by tanh, or categorical with straight-through gradients.
+Images pass through strided convolutions down to the token grid; vectors and discrete values through an MLP that is
+added to every token. Latents are either continuous, bounded by tanh, or categorical with straight-through gradients.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,9 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, spec: Mapping[str, Observed]):
         super().__init__()
         if config.latent == "categorical" and config.channels % config.classes:
-            raise ValueError(f"encoder.channels = {config.channels} is not a multiple of encoder.classes = {config.classes}")
+            raise ValueError(
+                f"encoder.channels = {config.channels} is not a multiple of encoder.classes = {config.classes}"
+            )
         self.config, self.spec = config, dict(spec)
         self.images = sorted(k for k, s in spec.items() if s.kind == "image")
         self.flats = sorted(k for k, s in spec.items() if s.kind != "image")
@@ -73,6 +75,12 @@ class Encoder(nn.Module):
         if config.latent == "continuous":
             self.norm = nn.RMSNorm(config.channels)
 
+    def _eye(self, key: str) -> Vision:
+        return cast(Vision, self.vision[module_name(key)])
+
+    def _scale(self, key: str) -> RunningScale:
+        return cast(RunningScale, self.scale[module_name(key)])
+
     def _vectors(self) -> dict[str, int]:
         return {k: n for k, n in self.sizes.items() if self.spec[k].kind == "vector"}
 
@@ -81,7 +89,7 @@ class Encoder(nn.Module):
         lead = self._lead(obs)
         z = 0
         for key in self.images:
-            z = z + self.vision[module_name(key)].encode(obs[key].flatten(0, len(lead) - 1))
+            z = z + self._eye(key).encode(obs[key].flatten(0, len(lead) - 1))
         if self.flats:
             z = z + self.flat_in(self._flat(obs, lead))[:, None]
         assert isinstance(z, Tensor)
@@ -99,25 +107,26 @@ class Encoder(nn.Module):
             elif spec.kind == "discrete":
                 value = value.argmax(-1)
             else:
-                value = self.scale[module_name(key)].undo(value)
+                value = self._scale(key).undo(value)
             out[key] = value.reshape(*lead, *spec.shape)
         return out
 
     def loss(self, obs: Mapping[str, Tensor]) -> Loss:
-        """Reconstruction: squared error per pixel or normalised entry, cross-entropy of discrete values; summed over keys."""
+        """Reconstruction: squared error per pixel or normalised entry, cross-entropy of discrete values; summed over
+        keys."""
         lead = self._lead(obs)
         for key in self._vectors():
-            self.scale[module_name(key)].update(obs[key].flatten(0, len(lead) - 1).flatten(1))
+            self._scale(key).update(obs[key].flatten(0, len(lead) - 1).flatten(1))
         raw = self._decode(self(obs, draw=True).flatten(0, len(lead) - 1), exact=False)
         metrics, total = {}, torch.zeros((), device=next(iter(raw.values())).device)
         for key, value in raw.items():
             target, spec = obs[key].flatten(0, len(lead) - 1), self.spec[key]
             if spec.kind == "image":
-                error = F.mse_loss(value, self.vision[module_name(key)].scaled(target))
+                error = F.mse_loss(value, self._eye(key).scaled(target))
             elif spec.kind == "discrete":
                 error = F.cross_entropy(value, target)
             else:
-                error = F.mse_loss(value, self.scale[module_name(key)](target.flatten(1)))
+                error = F.mse_loss(value, self._scale(key)(target.flatten(1)))
             metrics[f"reconstruction/{key}"] = error.detach()
             total = total + error * (IMAGE_WEIGHT if spec.kind == "image" else 1)
         return Loss(total, metrics)
@@ -133,12 +142,13 @@ class Encoder(nn.Module):
             if self.spec[key].kind == "discrete":
                 parts.append(F.one_hot(value, self.spec[key].n).float())
             else:
-                parts.append(self.scale[module_name(key)](value.flatten(1)))
+                parts.append(self._scale(key)(value.flatten(1)))
         return torch.cat(parts, -1)
 
     def _decode(self, z: Tensor, exact: bool) -> dict[str, Tensor]:
-        """Flat batch of latents to raw outputs: images in [-0.5, 0.5] at their own resolution if `exact`, vectors normalised."""
-        out = {key: self.vision[module_name(key)].decode(z, exact) for key in self.images}
+        """Flat batch of latents to raw outputs: images in [-0.5, 0.5] at their own resolution if `exact`, vectors
+        normalised."""
+        out = {key: self._eye(key).decode(z, exact) for key in self.images}
         if self.flats:
             values = self.flat_out(z.flatten(1)).split([self.sizes[k] for k in self.flats], -1)
             out.update(zip(self.flats, values, strict=True))
@@ -160,7 +170,8 @@ class Encoder(nn.Module):
 
 
 def module_name(key: str) -> str:
-    """A name that torch accepts for the module of an observation key: without dots, and no attribute of a ModuleDict."""
+    """A name that torch accepts for the module of an observation key: without dots, and no attribute of a
+    ModuleDict."""
     return "key_" + key.replace(".", "/")
 
 
@@ -169,7 +180,8 @@ IMAGE_WEIGHT = 10.0
 
 
 class Vision(nn.Module):
-    """One image key: `(B, H, W, C)` uint8 to `(B, N, D)` and back. Sizes that do not halve down to the grid are resized first."""
+    """One image key: `(B, H, W, C)` uint8 to `(B, N, D)` and back. Sizes that do not halve down to the grid are
+    resized first."""
 
     def __init__(self, config: EncoderConfig, grid: int, shape: tuple[int, ...]):
         super().__init__()
@@ -179,7 +191,9 @@ class Vision(nn.Module):
             raise ValueError(f"encoder.grid = {grid}: grids under 4 must divide 4 (use 1, 2 or 4 and up)")
         halvings = round(math.log2(min(height, width) / base))
         if halvings < 1:
-            raise ValueError(f"image of {height} x {width}: encoder.grid = {grid} needs {2 * base} x {2 * base} pixels or more")
+            raise ValueError(
+                f"image of {height} x {width}: encoder.grid = {grid} needs {2 * base} x {2 * base} pixels or more"
+            )
         self.shape, self.grid, self.merge = (height, width), grid, base // grid
         self.size = base * 2**halvings
         # the first halving only moves 2 x 2 pixels into channels: convolutions at full size would cost most of all
@@ -191,7 +205,8 @@ class Vision(nn.Module):
             up = [nn.ConvTranspose2d(coarse, fine, 4, 2, 1)] + ([ChannelNorm(fine), nn.SiLU()] if i else []) + up
         before = depths[-1]
         self.down, self.up = nn.Sequential(*down), nn.Sequential(*up)
-        self.to(memory_format=torch.channels_last)
+        for part in (self.down, self.up):
+            part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         cell = before * self.merge**2
         self.to_token = nn.Linear(cell, config.channels)
         self.from_token = nn.Sequential(nn.Linear(config.channels, cell), nn.SiLU())
@@ -240,8 +255,8 @@ class ChannelNorm(nn.Module):
 
 
 class RunningScale(nn.Module):
-    """Shifts and scales vectors by the mean and deviation of what was trained on lately, then symlog: what lies far outside of
-    what a beginner saw (a cart at the track's end, say) stays visible, and does not drown the rest."""
+    """Shifts and scales vectors by the mean and deviation of what was trained on lately, then symlog: what lies far
+    outside of what a beginner saw (a cart at the track's end, say) stays visible, and does not drown the rest."""
 
     mean: Tensor
     square: Tensor

@@ -1,18 +1,20 @@
 """How M is trained to predict, and how it is sampled: objectives behind one interface.
 
-* `Flow`: diffusion forcing (Chen et al. 2024, arXiv 2407.01392) in flow form on continuous latents: z_tau = (1 - tau) noise + tau z,
-  the network predicts z (x-prediction, x-loss; Hafner et al. 2025, arXiv 2509.24527).
+* `Flow`: diffusion forcing (Chen et al. 2024, arXiv 2407.01392) in flow form on continuous latents: z_tau = (1 - tau)
+  noise + tau z, the network predicts z (x-prediction, x-loss; Hafner et al. 2025, arXiv 2509.24527).
 * `Mask`: the same idea on categorical latents, where noise is absorbing: a variable is hidden with probability 1 - tau.
 * `Teacher`: plain teacher-forced prediction of categorical latents from the last feature and action. The yardstick.
 
-`stream` says what a noised frame sees of its past. "one" is the paper's: a single pass, in which each row has a clean prefix longer
-than half of the clip and independent levels after it. "two" gives every frame both roles in one pass: a clean stream writes the
-memory, and a query stream, every frame of it noised, reads it. Reward heads and dream starts may use clean frames only.
+`stream` says what a noised frame sees of its past. "one" is the paper's: a single pass, in which each row has a clean
+prefix longer than half of the clip and independent levels after it. "two" gives every frame both roles in one pass: a
+clean stream writes the memory, and a query stream, every frame of it noised, reads it. Reward heads and dream starts
+may use clean frames only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -65,7 +67,8 @@ class Objective(Protocol):
     latent: Literal["continuous", "categorical"]
 
     def run(self, dynamics: Dynamics, z: Tensor, prev_action: Tensor, first: Tensor, starts: int) -> Pass:
-        """One training pass: z `(B, T, N, D)`, prev_action `(B, T, A)`, first `(B, T)`; M = starts states per row come back."""
+        """One training pass: z `(B, T, N, D)`, prev_action `(B, T, A)`, first `(B, T)`; M = starts states per row
+        come back."""
         ...
 
     def sample(
@@ -101,7 +104,8 @@ class Forcing(nn.Module):
         raise NotImplementedError
 
     def advance(self, z: Tensor, pred: Tensor, level: Tensor, to: Tensor, temperature: float) -> Tensor:
-        """From z at `level` `(...)` to the higher level `to`, given M's prediction for it. At to = 1 the frame is clean."""
+        """From z at `level` `(...)` to the higher level `to`, given M's prediction for it. At to = 1 the frame is
+        clean."""
         raise NotImplementedError
 
     def run(self, dynamics: Dynamics, z: Tensor, prev_action: Tensor, first: Tensor, starts: int) -> Pass:
@@ -141,13 +145,14 @@ class Forcing(nn.Module):
     ) -> Tensor:
         """Denoise T frames `(B, T, N, D)` together under given actions `(B, T, A)`, action t leading to frame t.
 
-        matrix: `(rows, T)` steps left per frame, row by row, from `schedule`; every level of a row is one pass over the clip.
+        matrix: `(rows, T)` steps left per frame, row by row, from `schedule`; every level of a row is one pass over
+            the clip.
         """
         total = int(matrix.max())
         z = self.blank(action.new_empty(*action.shape[:2], dynamics.tokens, dynamics.channels), temperature)
         first = torch.zeros(action.shape[:2], dtype=torch.bool, device=action.device)
         levels = (1 - matrix.to(action) / total)[:, None].expand(-1, len(action), -1)
-        for level, to in zip(levels[:-1], levels[1:], strict=True):
+        for level, to in pairwise(levels):
             pred = dynamics(z, action, level, first, state).pred
             moved = (to > level)[..., None, None]
             z = torch.where(moved, self.advance(z, pred, level, to, temperature), z)
@@ -224,7 +229,9 @@ class Teacher(nn.Module):
     def __init__(self, config: ForcingConfig, dynamics: Dynamics, classes: int, actions: int):
         super().__init__()
         self.classes = classes
-        self.head = mlp(dynamics.feature_size + actions, 2 * dynamics.config.width, dynamics.tokens * dynamics.channels, layers=1)
+        self.head = mlp(
+            dynamics.feature_size + actions, 2 * dynamics.config.width, dynamics.tokens * dynamics.channels, layers=1
+        )
 
     def _logits(self, feat: Tensor, action: Tensor, like: Tensor) -> Tensor:
         return self.head(torch.cat([feat, action], -1)).view_as(like)
@@ -254,8 +261,8 @@ class Teacher(nn.Module):
 def schedule(frames: int, steps: int, slope: float) -> Tensor:
     """Denoising schedule `(rows, frames)`: steps left for each frame, row by row (arXiv 2407.01392, section 3; DFoT).
 
-    K[m, t] = clip(S + floor(t u) - m, 0, S). Slope u = 0 denoises all frames together, u = S one after another, u between them is
-    a pyramid.
+    K[m, t] = clip(S + floor(t u) - m, 0, S). Slope u = 0 denoises all frames together, u = S one after another, u
+    between them is a pyramid.
     """
     if steps < 1 or slope < 0:
         raise ValueError(f"schedule: steps = {steps} must be at least 1 and slope = {slope} at least 0")

@@ -20,8 +20,8 @@ def symexp(x: Tensor) -> Tensor:
 class TwoHot(nn.Module):
     """A number as a distribution over bins spaced evenly in symlog, from symexp(-limit) to symexp(limit).
 
-    Two-hot targets and the expectation over the bins' values as prediction (arXiv 2301.04104, eqs. 10-11), which keeps gradients
-    independent of the numbers' scale.
+    Two-hot targets and the expectation over the bins' values as prediction (arXiv 2301.04104, eqs. 10-11), which
+    keeps gradients independent of the numbers' scale.
     """
 
     bins: Tensor
@@ -32,13 +32,15 @@ class TwoHot(nn.Module):
         self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]).float(), persistent=False)
 
     def mean(self, logits: Tensor) -> Tensor:
-        """Expectation of `(..., bins)` logits. Summed symmetrically: with even weights the huge outer bins cancel exactly."""
+        """Expectation of `(..., bins)` logits. Summed symmetrically: with even weights the huge outer bins cancel
+        exactly."""
         weighted = logits.float().softmax(-1) * self.bins
         half = len(self.bins) // 2
         return (weighted[..., :half] + weighted[..., half + 1 :].flip(-1)).flip(-1).sum(-1) + weighted[..., half]
 
     def encode(self, x: Tensor) -> Tensor:
-        """`(...)` to two-hot `(..., bins)`: weights on the two neighbouring bins whose mean is x; clipped to the bins' range."""
+        """`(...)` to two-hot `(..., bins)`: weights on the two neighbouring bins whose mean is x; clipped to the
+        bins' range."""
         x = x.float().clamp(self.bins[0].item(), self.bins[-1].item())
         above = torch.searchsorted(self.bins, x.contiguous()).clamp(1, len(self.bins) - 1)
         low, high = self.bins[above - 1], self.bins[above]
@@ -51,10 +53,11 @@ class TwoHot(nn.Module):
 
 
 class Gated(nn.Module):
-    """A hidden layer whose outputs are products, norm(W x) * silu(V x) (a gated linear unit, Shazeer 2020, arXiv 2002.05202).
+    """A hidden layer whose outputs are products, norm(W x) * silu(V x) (a gated linear unit, Shazeer 2020, arXiv
+    2002.05202).
 
-    What is remembered often matters only together with what is seen ("is this the door of that colour?"). Such a product gives
-    a gradient from the first update; a layer of sums sat on a plateau for hundreds of them.
+    What is remembered often matters only together with what is seen ("is this the door of that colour?"). Such a
+    product gives a gradient from the first update; a layer of sums sat on a plateau for hundreds of them.
     """
 
     def __init__(self, inputs: int, hidden: int):
@@ -80,7 +83,8 @@ def mlp(inputs: int, hidden: int, outputs: int, layers: int = 2, zero: bool = Fa
 class Consequence(nn.Module):
     """Reward and continuation of the next row, from the feature of this one and the action taken there.
 
-    Read from (feat_t, a_t) rather than from feat_{t+1}: only so does feat_t have a reason to hold what the action needs.
+    Read from (feat_t, a_t) rather than from feat_{t+1}: only so does feat_t have a reason to hold what the action
+    needs.
     """
 
     def __init__(self, features: int, actions: int, hidden: int, bins: int):
@@ -88,7 +92,8 @@ class Consequence(nn.Module):
         self.two_hot = TwoHot(bins)
         self.trunk = nn.Linear(features, 2 * hidden)
         self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
-        # the action scales and shifts one factor of the gated layer: what it leads to depends on what is there, not on a sum
+        # the action scales and shifts one factor of the gated layer: what it leads to depends on what
+        # is there, not on a sum
         self.scale, self.shift = nn.Linear(actions, hidden), nn.Linear(actions, hidden)
         self.reward_out = mlp(hidden, hidden, len(self.two_hot.bins), layers=1, zero=True)
         self.cont_out = mlp(hidden, hidden, 1, layers=1)

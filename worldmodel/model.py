@@ -31,7 +31,8 @@ class HeadsConfig:
 
 
 class Surprise(NamedTuple):
-    """The difference between what M expected of a row and what came, each `(B,)`, >= 0; 0 at the first row of an episode.
+    """The difference between what M expected of a row and what came, each `(B,)`, >= 0; 0 at the first row of an
+    episode.
 
     latent: the objective's (squared error or nats). reward: |expected - real|. end: nats, -log p(what happened).
     """
@@ -65,8 +66,8 @@ class WorldModel(nn.Module):
         kind = objective_class(forcing.objective)
         if encoder.latent not in ("auto", kind.latent):
             raise ValueError(
-                f"encoder.latent = {encoder.latent} but forcing.objective = {forcing.objective} needs {kind.latent} latents: "
-                f"set encoder.latent to auto"
+                f"encoder.latent = {encoder.latent} but forcing.objective = {forcing.objective} needs {kind.latent} "
+                f"latents: set encoder.latent to auto"
             )
         self.encoder = Encoder(replace(encoder, latent=kind.latent), obs)
         self.dynamics = Dynamics(worldmodel, self.encoder.grid, self.encoder.channels, actions)
@@ -95,7 +96,9 @@ class WorldModel(nn.Module):
         known = (out.clean[:, :-1] & ~batch.is_first[:, 1:]).float()
         reward_logits, cont_logit = self.consequence(out.feat[:, :-1], batch.action[:, :-1])
         reward = self.consequence.two_hot.loss(reward_logits, batch.reward[:, 1:])
-        cont = F.binary_cross_entropy_with_logits(cont_logit.float(), (~batch.terminated[:, 1:]).float(), reduction="none")
+        cont = F.binary_cross_entropy_with_logits(
+            cont_logit.float(), (~batch.terminated[:, 1:]).float(), reduction="none"
+        )
         reward, cont = ((v * known).sum() / known.sum().clamp(min=1) for v in (reward, cont))
         value = out.loss + self.heads.reward_weight * reward + self.heads.cont_weight * cont
         rows = torch.arange(len(z), device=z.device)[:, None]
@@ -129,7 +132,8 @@ class WorldModel(nn.Module):
         terminated: Tensor,
         is_first: Tensor,
     ) -> Surprise:
-        """Set what came (z, reward, terminated, each leading with B) against what M expected after (feat, state, action)."""
+        """Set what came (z, reward, terminated, each leading with B) against what M expected after (feat, state,
+        action)."""
         latent = self.objective.surprise(self.dynamics, feat, state, action, z)
         expected, cont = self.consequence.expect(feat, action)
         end = -torch.where(terminated, 1 - cont, cont).clamp(min=1e-6).log()

@@ -7,9 +7,9 @@ Recurrence, per head, with one token after another (Dao and Gu 2024, arXiv 2405.
 
 Tokens come frame by frame, `n` to a frame. Where a frame begins an episode the state is zero before its first token.
 
-A *query* stream may run beside the clean one. Query frame t starts from the state that the clean frames before t left and is
-then scanned alone: what M computes for a noised frame at time t, for every t at once. That is how denoising is trained against
-a clean past at every frame in one pass.
+A *query* stream may run beside the clean one. Query frame t starts from the state that the clean frames before t left
+and is then scanned alone: what M computes for a noised frame at time t, for every t at once. That is how denoising is
+trained against a clean past at every frame in one pass.
 
 `scan` is the fast form (cost linear in time), `scan_step` advances one frame, `scan_reference` is the slow truth.
 """
@@ -26,7 +26,8 @@ from torch import Tensor
 class Stream(NamedTuple):
     """Inputs of a scan: B tubes, T frames, n tokens a frame, H heads.
 
-    x: `(B, T, n, H, P)` values. b, c: `(B, T, n, S)` write and read keys, shared by the heads. a: `(B, T, n, H)` log decay <= 0.
+    x: `(B, T, n, H, P)` values. b, c: `(B, T, n, S)` write and read keys, shared by the heads. a: `(B, T, n, H)` log
+    decay <= 0.
     """
 
     x: Tensor
@@ -36,7 +37,8 @@ class Stream(NamedTuple):
 
 
 class ScanOut(NamedTuple):
-    """y: `(B, T, n, H, P)`; state: `(B, H, S, P)` after the last frame; query: y of the query stream; at: `(B, M, H, S, P)`."""
+    """y and query: `(B, T, n, H, P)` of the two streams; state: `(B, H, S, P)` after the last frame; at:
+    `(B, M, H, S, P)`."""
 
     y: Tensor
     state: Tensor
@@ -97,7 +99,8 @@ def scan(
     chunks = (frames + pad) // chunk
     x, b, c, a = _chunked(clean, chunks)
     seg = segment.view(len(segment), chunks, chunk)  # (B, K, frames)
-    before = torch.cat([torch.zeros_like(seg[:, :1, 0]), seg[:, :-1, -1]], 1)  # (B, K): the segment that a chunk's state is of
+    # (B, K): the segment that a chunk's incoming state is of
+    before = torch.cat([torch.zeros_like(seg[:, :1, 0]), seg[:, :-1, -1]], 1)
     token_seg = seg.repeat_interleave(tokens, 2)
     cum = a.cumsum(-1)  # (B, K, H, L), log decay from the chunk's start, inclusive
 
@@ -131,7 +134,8 @@ def _read(query: Stream, clean, start, alive, same, tokens: int, chunks: int) ->
     frame_of = torch.arange(qx.shape[-2], device=qx.device) // tokens
     own = qa.unflatten(-1, (-1, tokens)).cumsum(-1)  # (B, K, H, frames, n)
     ends = cum.unflatten(-1, (-1, tokens))[..., -1]
-    since = (F.pad(ends, (1, 0))[..., :-1, None] + own).flatten(-2)  # log decay from the chunk's start to the query token
+    # log decay from the chunk's start to the query token
+    since = (F.pad(ends, (1, 0))[..., :-1, None] + own).flatten(-2)
     past = (same & (frame_of[:, None] > frame_of))[:, :, None]
     decay = torch.where(past, since[..., :, None] - cum[..., None, :], -torch.inf).exp()
     y = ((qc @ b.transpose(-1, -2))[:, :, None] * decay) @ x
@@ -159,8 +163,10 @@ def _states_at(at: Tensor, clean, token_seg, before, start, chunk: int, tokens: 
     return carry[..., None, None] * start[rows, k] + written
 
 
-def scan_reference(clean: Stream, first: Tensor, state: Tensor, query: Stream | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The slow truth: the recurrence token by token. Returns y, the state after every frame, and the query stream's y."""
+def scan_reference(
+    clean: Stream, first: Tensor, state: Tensor, query: Stream | None = None
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The slow truth: the recurrence token by token. Returns y, the state after each frame, and the queries' y."""
     ys, states, query_ys = [], [], []
     for t in range(clean.x.shape[1]):
         state = torch.where(first[:, t, None, None, None], torch.zeros_like(state), state)
@@ -182,7 +188,8 @@ def _token_by_token(stream: Stream, t: int, state: Tensor) -> tuple[Tensor, Tens
 
 
 def _causal_decay(to: Tensor, since: Tensor, same: Tensor | None = None) -> Tensor:
-    """exp(to_i - since_j) for j <= i (and the same episode), else 0. Masked before exp: the upper half would overflow."""
+    """exp(to_i - since_j) for j <= i (and the same episode), else 0. Masked before exp, which would
+    overflow above the diagonal."""
     causal = torch.ones(to.shape[-1], since.shape[-1], dtype=torch.bool, device=to.device).tril()
     mask = causal if same is None else same & causal
     return torch.where(mask, to[..., :, None] - since[..., None, :], -torch.inf).exp()

@@ -190,7 +190,7 @@ def test_images_of_any_size_are_drawn(shape: tuple[int, int, int], frames: int, 
 @pytest.mark.parametrize(("rows", "columns"), [(14, 14), (15, 14), (17, 14), (400, 14), (3, 14), (20, 4)])
 def test_a_picture_shows_each_row_once(rows: int, columns: int) -> None:
     spec = {"eye": ObsSpec("image", (16, 16, 3))}
-    values = np.stack(np.divmod(np.arange(rows), 256) + (np.zeros(rows),), -1).astype(np.uint8)
+    values = np.stack((*np.divmod(np.arange(rows), 256), np.zeros(rows)), -1).astype(np.uint8)
     real = {"eye": np.broadcast_to(values[:, None, None], (rows, 16, 16, 3))}
     picture = sheet(made(real, real, spec, context=2), "", columns)
     line = picture[76 + 48]  # through the middle of the first row of images

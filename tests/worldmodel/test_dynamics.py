@@ -339,4 +339,4 @@ def test_a_fine_grid_is_pooled_into_features() -> None:
 def test_blocks_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"worldmodel\.blocks.*3.*4"):
         build("hybrid", 4, (3,))
-    assert [layer.mix.block for layer in build("hybrid", 2, (4, 1), layers=3).scanning] == [2, 1, 2]
+    assert [layer.mix.block for layer in build("hybrid", 2, (4, 1), layers=3).stack] == [2, 1, 2]
