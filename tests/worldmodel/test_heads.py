@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worldmodel.heads import Consequence, TwoHot, mlp, symexp, symlog
+from worldmodel.heads import Consequence, Gated, TwoHot, mlp, symexp, symlog
 
 numbers = st.floats(-(2.0**23), 2.0**23, width=32)
 
@@ -116,7 +116,7 @@ def test_mlp_depth_and_zero_start() -> None:
     x = torch.randn(5, 3)
     for layers in (1, 2, 4):
         net = mlp(3, 8, 2, layers)
-        assert sum(isinstance(part, torch.nn.Linear) for part in net) == layers + 1
+        assert sum(isinstance(part, Gated) for part in net) == layers and isinstance(net[-1], torch.nn.Linear)
         assert net(x).shape == (5, 2) and net(x).any()
         zero = mlp(3, 8, 2, layers, zero=True)
         assert not zero(x).any()
