@@ -129,9 +129,12 @@ def test_ctrl_c_on_a_terminal_does_not_end_the_workers_first(tmp_path: Path) -> 
     assert tree["collector"] is not None and tree["count"]["lost"] == 0
 
 
-def test_stopped_in_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It leaves training as it was: nothing is drawn from its generators."""
-    config = options.update(options.load("tiny"), {"learn.steps": 160})
+@pytest.mark.parametrize("env", ["longdream/Recall-v0", "CartPole-v1", "Pendulum-v1"])
+def test_stopped_in_an_evaluation(env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which leaves training as it was. Environments that cannot be saved are run again up to where they were."""
+    settings = {"learn.steps": 132, "evaluate.final_episodes": 1, "evaluate.episodes": 1, "env.id": env}
+    kwargs = {"corridor": 3, "size": 16} if env == "longdream/Recall-v0" else {}
+    config = options.update(options.load("tiny"), settings | {"env.kwargs": kwargs})
     train(config, tmp_path / "whole", console=False)
 
     from agent import loop
