@@ -87,10 +87,10 @@ def taught() -> WorldModel:
     """A model that has learned the game; V is as it was made."""
     torch.manual_seed(0)
     model = build()
-    optimiser = torch.optim.Adam(model.parameters(), 4e-3)
-    for _ in range(150):
+    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(200):
         optimiser.zero_grad()
-        model.loss(rows(16, 12), 1)[0].value.backward()
+        model.loss(rows(24, 12), 1)[0].value.backward()
         optimiser.step()
     return model
 
