@@ -172,7 +172,7 @@ class Encoder(nn.Module):
 def module_name(key: str) -> str:
     """A name that torch accepts for the module of an observation key: without dots, and no attribute of a
     ModuleDict."""
-    return "key_" + key.replace(".", "/")
+    return "key_" + key.replace("%", "%25").replace(".", "%2E")
 
 
 IMAGE_WEIGHT = 10.0
