@@ -138,6 +138,8 @@ class World:
         """An observation that is not a number would stay in M's state: name its source. (Of rewards, updates are
         skipped.)"""
         for name, values in row.obs.items():
+            if values.dtype.kind != "f":
+                continue
             bad = np.flatnonzero(~np.isfinite(values.reshape(self.num_envs, -1)).all(1))
             if len(bad):
                 self.close()

@@ -1,4 +1,4 @@
-"""Dreaming: M rolled forward from real moments under a policy or under given actions."""
+"""Dreaming: M rolled forward from real moments under a policy."""
 
 from __future__ import annotations
 
@@ -60,13 +60,3 @@ def imagine(
     feat, action = torch.stack(feats, 1), torch.stack(actions, 1)
     reward, cont = model.consequence.expect(feat[:, :-1], action.clamp(-1, 1))
     return Dream(feat, action, reward, cont, torch.stack(zs, 1), starts.weight)
-
-
-@torch.no_grad()
-def replayed(
-    model: WorldModel, feat: Tensor, state: State, action: Tensor, temperature: float = 1.0, steps: int | None = None
-) -> Tensor:
-    """The latents `(B, H, N, D)` that M dreams under given actions `(B, H, A)`."""
-    plan = iter(action.unbind(1))
-    starts = Starts(feat, state, torch.ones(len(feat), device=feat.device))
-    return imagine(model, starts, lambda _: next(plan), action.shape[1], temperature, steps).z
