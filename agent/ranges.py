@@ -33,7 +33,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "worldmodel.blocks": AT_LEAST_1,
     "worldmodel.chunk": AT_LEAST_1,
     "forcing.steps": AT_LEAST_1,
-    "forcing.noise": AT_LEAST_0,
     "forcing.blank": SHARE,
     "heads.hidden": AT_LEAST_1,
     "heads.bins": (3, math.inf),

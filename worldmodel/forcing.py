@@ -37,8 +37,6 @@ class ForcingConfig:
     """Denoising steps per dreamt frame."""
     ramp: bool = True
     """Weight the loss by 0.9 tau + 0.1 rather than evenly (flow)."""
-    noise: float = 1.0
-    """Deviation of the noise (flow). 0 makes M a plain regression, more exact where the world has no chance in it."""
     blank: float = 0.3
     """Share of noised frames whose level is exactly 0: where sampling begins."""
 
@@ -154,8 +152,7 @@ class Forcing(nn.Module):
         levels = (1 - matrix.to(action) / total)[:, None].expand(-1, len(action), -1)
         for level, to in pairwise(levels):
             pred = dynamics(z, action, level, first, state).pred
-            moved = (to > level)[..., None, None]
-            z = torch.where(moved, self.advance(z, pred, level, to, temperature), z)
+            z = self.advance(z, pred, level, to, temperature)
         return z
 
 
@@ -165,11 +162,11 @@ class Flow(Forcing):
     latent = "continuous"
 
     def blank(self, like: Tensor, temperature: float) -> Tensor:
-        return torch.randn_like(like) * (self.config.noise * temperature)
+        return torch.randn_like(like) * temperature
 
     def corrupt(self, z: Tensor, level: Tensor) -> Tensor:
         level = level[..., None, None]
-        return (1 - level) * self.config.noise * torch.randn_like(z) + level * z
+        return (1 - level) * torch.randn_like(z) + level * z
 
     def error(self, pred: Tensor, z: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
         error = (pred - z).square().mean((-2, -1))
