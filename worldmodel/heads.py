@@ -56,8 +56,8 @@ class Gated(nn.Module):
     """A hidden layer whose outputs are products, norm(W x) * silu(V x) (a gated linear unit, Shazeer 2020, arXiv
     2002.05202).
 
-    What is remembered often matters only together with what is seen ("is this the door of that colour?"). Such a
-    product gives a gradient from the first update; a layer of sums sat on a plateau for hundreds of them.
+    What is remembered often matters only together with what is seen ("is this the door of that colour?"): a product
+    can say so in one layer.
     """
 
     def __init__(self, inputs: int, hidden: int):
