@@ -9,13 +9,15 @@ import torch
 
 from agent import bench, options
 from agent.agent import Agent
+from agent.bench import act, loop, objectives
+from agent.bench.common import resident_bytes
 from agent.logger import Logger
 from envs.contract import UserError
 from envs.make import World
 
 
 def test_acting_carries_the_same_bytes_at_any_age() -> None:
-    found = json.loads(json.dumps(bench.act("tiny", steps=60)))
+    found = json.loads(json.dumps(act.measure("tiny", steps=60)))
     assert found["state_bytes_start"] == found["state_bytes_end"] > 0
     assert found["ms_per_step_start"] > 0 and found["ms_per_step_end"] > 0
     assert {"preset", "device", "steps", "rss_growth_mb"} <= found.keys()
@@ -26,14 +28,14 @@ def test_the_bytes_of_a_carry_are_those_of_its_tensors() -> None:
     agent = Agent(config, World(config.env.id, 1, 0, config.env.kwargs).spec)
     carry = agent.initial(3)
     tensors = [carry.feat, carry.action, *carry.state.ssm, *carry.state.k, *carry.state.v, carry.state.age]
-    assert bench.carry_bytes(carry) == sum(t.numel() * t.element_size() for t in tensors)
-    assert bench.carry_bytes(agent.initial(6)) == 2 * bench.carry_bytes(carry)
+    assert act.carry_bytes(carry) == sum(t.numel() * t.element_size() for t in tensors)
+    assert act.carry_bytes(agent.initial(6)) == 2 * act.carry_bytes(carry)
 
 
 def test_resident_memory_is_what_the_system_counts() -> None:
-    before = bench.resident_bytes()
+    before = resident_bytes()
     held = np.ones(64 << 20, np.uint8)
-    assert 48 << 20 < bench.resident_bytes() - before < 96 << 20
+    assert 48 << 20 < resident_bytes() - before < 96 << 20
     del held
 
 
@@ -47,7 +49,7 @@ def test_the_agent_is_told_of_one_first_row_only(monkeypatch: pytest.MonkeyPatch
         return observe(self, carry, row, measure)
 
     monkeypatch.setattr(Agent, "observe", watched)
-    bench.act("tiny", steps=20)
+    act.measure("tiny", steps=20)
     assert firsts == [True] + [False] * 219
     assert sum(ends) > 2  # the environment did go through episodes
 
@@ -58,7 +60,7 @@ def test_the_agent_is_told_of_one_first_row_only(monkeypatch: pytest.MonkeyPatch
 def test_the_parts_of_the_loop_add_up(how: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    found = json.loads(json.dumps(bench.loop("tiny", **how)))
+    found = json.loads(json.dumps(loop.measure("tiny", **how)))
     assert list(found["share"]) == ["collect", "replay", "encoder", "model", "controller", "other"]
     assert sum(found["share"].values()) == pytest.approx(1)
     assert all(share >= 0 for share in found["share"].values()) and found["share"]["collect"] > 0
@@ -84,9 +86,9 @@ def test_the_parts_of_the_loop_add_up(how: dict, tmp_path: Path, monkeypatch: py
 def test_growth_is_that_of_the_trend_not_of_its_ends() -> None:
     steps = np.arange(0, 1000, 10)
     wave = steps % 80.0
-    assert bench.growth(list(zip(steps, 400 + 0.2 * steps, strict=True))) == pytest.approx(0.2 * 990)
-    assert abs(bench.growth(list(zip(steps, 400 + wave, strict=True)))) < 5 < abs(wave[-1] - wave[0])
-    assert bench.growth([(5, 400.0)] * 3) == 0
+    assert loop.growth(list(zip(steps, 400 + 0.2 * steps, strict=True))) == pytest.approx(0.2 * 990)
+    assert abs(loop.growth(list(zip(steps, 400 + wave, strict=True)))) < 5 < abs(wave[-1] - wave[0])
+    assert loop.growth([(5, 400.0)] * 3) == 0
 
 
 def test_the_threshold_is_reached_where_the_record_says(tmp_path: Path) -> None:
@@ -95,9 +97,9 @@ def test_the_threshold_is_reached_where_the_record_says(tmp_path: Path) -> None:
             logger.write(step, {"time/wall": step / 10, "train/return": 1.0})
             logger.write(step, {"evaluate/return_mean": value})
         logger.write(500, {"final/return_mean": 1.0})
-    assert bench.reached_at(tmp_path / "metrics.jsonl", 0.9) == (200, 20.0)
-    assert bench.reached_at(tmp_path / "metrics.jsonl", 0.95) == (200, 20.0)
-    assert bench.reached_at(tmp_path / "metrics.jsonl", 0.999) == (None, None)
+    assert objectives.reached_at(tmp_path / "metrics.jsonl", 0.9) == (200, 20.0)
+    assert objectives.reached_at(tmp_path / "metrics.jsonl", 0.95) == (200, 20.0)
+    assert objectives.reached_at(tmp_path / "metrics.jsonl", 0.999) == (None, None)
 
 
 def test_the_comparison_is_summed_up_per_objective() -> None:
@@ -107,7 +109,7 @@ def test_the_comparison_is_summed_up_per_objective() -> None:
         return {"objective": objective, "stream": "two", "seed": seed, **told, **reached}
 
     rows = [row("flow", 1, 1.0, 300), row("flow", 2, 0.9, 500), row("flow", 3, 0.2, None), row("mask", 1, 0.5, None)]
-    lines = bench.markdown(rows, 0.9).splitlines()
+    lines = objectives.markdown(rows, 0.9).splitlines()
     assert "| flow | two | 0.700 | 0.200 | 2 of 3 | 400 | 4 | 20 |" in lines
     assert "| mask | two | 0.500 | 0.500 | 0 of 1 | – | – | 10 |" in lines
     assert "| flow | two | 2 | 0.900 | 500 | 5 | 1,000 | 60 | 20 |" in lines
@@ -129,7 +131,7 @@ def test_objectives_are_trained_once_each(tmp_path: Path, monkeypatch: pytest.Mo
         "out": Path("out"),
         "threshold": 0.0,
     }
-    found = json.loads(json.dumps(bench.objectives(**asked)))
+    found = json.loads(json.dumps(objectives.measure(**asked)))
     assert [f"{row['objective']}/{row['stream']}" for row in found["rows"]] == list(kinds)
     assert {row["seed"] for row in found["rows"]} == {4}
     for row in found["rows"]:
@@ -140,11 +142,11 @@ def test_objectives_are_trained_once_each(tmp_path: Path, monkeypatch: pytest.Mo
         config = options.load(str(Path(f"out/runs/{row['objective']}-{row['stream']}-s4/config.yaml")))
         assert (config.forcing.objective, config.forcing.stream) == (row["objective"], row["stream"])
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert json.loads(json.dumps(bench.objectives(**asked))) == found
+    assert json.loads(json.dumps(objectives.measure(**asked))) == found
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times
     # one that was cut short goes on: without its summary, a run is resumed, not refused
     (tmp_path / "out/runs/mask-two-s4/summary.json").unlink()
-    again = bench.objectives(**asked)["rows"]
+    again = objectives.measure(**asked)["rows"]
     assert [row["return_mean"] for row in again] == [row["return_mean"] for row in found["rows"]]
     assert (tmp_path / "out/runs/mask-two-s4/summary.json").exists()
 
@@ -153,20 +155,20 @@ def test_a_training_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
     broken = options.update(options.load("tiny"), {"env.id": "longdream/Recal-v0"})
     (tmp_path / "broken.yaml").write_text(options.dump(broken))
     with pytest.raises(UserError, match=r"training flow-two-s1 ended with code 2 .*Recall-v0.*flow-two-s1\.log"):
-        bench.objectives(str(tmp_path / "broken.yaml"), ("flow/two",), (1,), out=tmp_path / "out")
+        objectives.measure(str(tmp_path / "broken.yaml"), ("flow/two",), (1,), out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     "call",
     [
         lambda: bench.find("lop"),
-        lambda: bench.act("tiny", steps=3),
-        lambda: bench.loop("tiny", seconds=0),
-        lambda: bench.loop("tiny", steps=0),
-        lambda: bench.objectives("tiny", seeds=()),
-        lambda: bench.objectives("tiny", parallel=0),
-        lambda: bench.objectives("tiny", kinds=("flow",)),
-        lambda: bench.objectives("tinny"),
+        lambda: act.measure("tiny", steps=3),
+        lambda: loop.measure("tiny", seconds=0),
+        lambda: loop.measure("tiny", steps=0),
+        lambda: objectives.measure("tiny", seeds=()),
+        lambda: objectives.measure("tiny", parallel=0),
+        lambda: objectives.measure("tiny", kinds=("flow",)),
+        lambda: objectives.measure("tinny"),
     ],
 )
 def test_what_cannot_be_measured_is_told(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +180,6 @@ def test_what_cannot_be_measured_is_told(call, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.cuda
 def test_acting_is_measured_on_cuda() -> None:
-    found = bench.act("tiny", steps=40, device="cuda")
+    found = act.measure("tiny", steps=40, device="cuda")
     assert found["device"] == "cuda" and found["state_bytes_start"] == found["state_bytes_end"] > 0
     assert torch.cuda.is_initialized()

@@ -1,0 +1,31 @@
+"""Measurements that the docs rest on: `longdream bench NAME` makes one and prints what it found.
+
+One file each, with a function `measure`: its parameters are the flags, its docstring the help, its value the JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from agent import options
+from agent.bench import act, loop, objectives
+from envs.contract import UserError
+
+BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
+    "act": act.measure,
+    "loop": loop.measure,
+    "objectives": objectives.measure,
+}
+"""Name and function of each measurement: prints what it found, and returns it as JSON values."""
+
+
+def find(name: str) -> Callable[..., dict[str, Any]]:
+    """The measurement of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in BENCHES:
+        raise UserError(f"unknown bench {name!r}" + options.suggest(name, BENCHES, f"there are {', '.join(BENCHES)}"))
+    return BENCHES[name]
