@@ -22,6 +22,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.vector.async_vector_env import AsyncState
 
 from envs.contract import EnvError, Row, UserError, env_spec
+from envs.memory_maze.sizes import SIZES
 
 REPLAYED_STEPS_PER_TIMEOUT = 100  # restoring a copy steps through its episode; it is given a time-out for each so many
 
@@ -32,6 +33,9 @@ def register() -> None:
         if (env_id := f"longdream/{name}-v0") not in gym.registry:
             entry = f"envs.{module}:{name}"
             gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv")
+    for size in SIZES:
+        if (env_id := f"longdream/MemoryMaze-{size}x{size}-v0") not in gym.registry:
+            gym.register(env_id, entry_point="envs.memory_maze.env:MemoryMazeEnv", kwargs={"size": size})
 
 
 def find(env_id: str) -> Registration:

@@ -1,0 +1,265 @@
+"""Memory Maze's own task, stepped, reset and drawn without what costs time and changes nothing.
+
+Maze, body, targets, rewards and pictures are those of the package `memory-maze` and of dm_control: their classes make
+the model, place the targets, spawn the agent and decide what a touch is. Left out are
+
+* contacts examined one by one in Python: whether any is a target's is seen in one array, and only then is the target
+  asked (upstream, 3 to 6 targets walk through all contacts at each of 50 substeps);
+* observables that nobody looks at, and the picture of every maze before the agent is in it;
+* textures that no material uses, and copies of one picture: of 88 of a 9x9, about 11 remain. They would be decoded,
+  uploaded and mip-mapped again at each reset, since each maze is a model of its own;
+* a scene that is allocated anew for each picture.
+
+tests/envs/test_memory_maze_identity.py compares pictures and rewards with upstream's, bit for bit.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (MuJoCo's functions live in compiled modules that carry no types.)
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import mujoco
+import numpy as np
+from dm_control import mjcf
+from dm_control.locomotion.arenas import labmaze_textures
+from dm_control.mujoco import Camera
+from memory_maze import maze as upstream
+
+from envs.memory_maze.sizes import ACTION_CONTROLS, SIZES
+
+CELL = 2.0
+"""Side of a cell in metres."""
+PROMPT = 0.7
+"""Brightness of the border, of the prompted target's colour."""
+EARS = (((0.22, 0.0, 0.0), (0.7, 0.0, 0.0, 1.0)), ((-0.22, 0.0, 0.0), (0.0, 0.0, 0.7, 1.0)))
+EAR_RADIUS = 0.26
+"""The red ear, right, and the blue one, left, that show on maps where the agent is and looks; in the head's frame."""
+
+
+class Simulation:
+    """One Memory Maze: `seed`, then `reset`, then `step`; `image`, `draw` and `probes` look at it.
+
+    As long as neither `image` nor `draw` is called, no OpenGL is needed.
+
+    Args:
+        size: 9, 11, 13 or 15, cells along a side.
+        resolution: pixels along a side of `image`.
+        top_camera: `image` is the map from above.
+        good_visibility: low walls, and targets above the floor.
+        control_freq: steps per second.
+        randomize_colors: the targets' colours are drawn from all six in each episode.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        resolution: int = 64,
+        top_camera: bool = False,
+        good_visibility: bool = False,
+        control_freq: float = 4.0,
+        randomize_colors: bool = False,
+    ) -> None:
+        kind = SIZES[size]
+        self.resolution, self.top_camera = resolution, top_camera
+        self.arena: Any = _Arena(
+            x_cells=size + 2,
+            y_cells=size + 2,
+            xy_scale=CELL,
+            z_height=0.4 if good_visibility else 1.5,
+            max_rooms=kind.rooms,
+            room_min_size=kind.room_sides[0],
+            room_max_size=kind.room_sides[1],
+            spawns_per_room=1,
+            targets_per_room=1,
+            floor_textures=upstream.FixedFloorTexture("style_01", ["blue", "blue_bright"]),
+            # upstream's dictionary, unused entries included: each draws a random number when a maze is made
+            wall_textures={"*": upstream.FixedWallTexture("style_01", "yellow")}
+            | {str(i): labmaze_textures.WallTextures("style_01") for i in range(10)},
+            skybox_texture=None,
+            random_seed=1,  # `seed` replaces it
+        )
+        self.walker: Any = _Walker(camera_height=0.3, add_ears=top_camera)
+        self.task = upstream.MemoryMazeTask(
+            walker=self.walker,
+            maze_arena=self.arena,
+            n_targets=kind.targets,
+            target_radius=0.6,
+            target_height_above_ground=0.5 if good_visibility else -0.6,
+            enable_global_task_observables=True,
+            control_timestep=1.0 / control_freq,
+            camera_resolution=resolution,
+            target_randomize_colors=randomize_colors,
+        )
+        self.substeps = self.task.physics_steps_per_control_step
+        self.time_limit = kind.seconds - 1e-3
+        self.random_state = np.random.RandomState(0)
+        self.physics: mjcf.Physics | None = None
+        self.cameras: dict[tuple[str, int], Camera] = {}
+
+    def seed(self, seed: int) -> None:
+        """The next episode is the first that upstream's environment made with this seed, 0 to 2**32 − 1, has."""
+        self.random_state = np.random.RandomState(seed)
+        self.arena.seed(self.random_state.randint(2**31))
+        self.task._target_colors = list(upstream.TARGET_COLORS)  # shuffled in place by earlier episodes
+
+    def reset(self) -> None:
+        """A new maze, and the agent in it."""
+        self.task.initialize_episode_mjcf(self.random_state)
+        for entity in self.arena.iter_entities():
+            entity.initialize_episode_mjcf(self.random_state)
+        self.close()
+        self.physics = physics = _compile(self.arena.mjcf_model)
+        self.task.after_compile(physics, self.random_state)
+        entities = list(self.arena.iter_entities())
+        for entity in entities:
+            entity.after_compile(physics, self.random_state)
+        with physics.reset_context():
+            self.task.initialize_episode(physics, self.random_state)
+            for entity in entities:
+                entity.initialize_episode(physics, self.random_state)
+        if physics.is_dirty:
+            physics.forward()
+        self._target_of = {physics.bind(target.geom).element_id: target for target in self.task._targets}
+        self._is_target = np.zeros(physics.model.ngeom, np.bool_)
+        self._is_target[list(self._target_of)] = True
+        maze = np.flipud(self.arena.maze.entity_layer[1:-1, 1:-1])
+        self.layout = np.isin(maze, (" ", "P", "G")).astype(np.uint8)
+
+    def step(self, action: int) -> tuple[float, bool]:
+        """One step of the agent, many of the physics: the reward, and whether the time is up."""
+        physics, rng = self._physics, self.random_state
+        model, data = physics.model.ptr, physics.data.ptr
+        self.task.before_step(physics, np.array(ACTION_CONTROLS[action]), rng)
+        with physics.check_invalid_state():
+            for _ in range(self.substeps):
+                # velocities and contacts are up to date before and after: dm_control's order of things
+                mujoco.mj_step2(model, data)
+                mujoco.mj_step1(model, data)
+                geoms = data.contact.geom
+                touched = self._is_target[geoms]
+                if touched.any():
+                    for geom in geoms[touched]:
+                        self._target_of[int(geom)].after_substep(physics, rng)
+        self.task.after_step(physics, rng)
+        return float(self.task.get_reward(physics)), physics.time() >= self.time_limit
+
+    def image(self) -> np.ndarray:
+        """The observation, uint8 (resolution, resolution, 3)."""
+        return self.draw("top" if self.top_camera else "egocentric", self.resolution)
+
+    def draw(self, view: str, side: int) -> np.ndarray:
+        """A picture with the prompt as its border, uint8 (side, side, 3); the view is "egocentric" or "top".
+
+        On a map the agent wears ears, red to the right and blue to the left, if its body has none (top_camera).
+        """
+        key = (view, side)
+        if key not in self.cameras:
+            camera = self.arena.top_camera if view == "top" else self.walker.egocentric_camera
+            ears = self._add_ears if view == "top" and not self.top_camera else None
+            self.cameras[key] = Camera(self._physics, side, side, camera.full_identifier, scene_callback=ears)
+        image = np.array(self.cameras[key].render())  # the camera draws into the same memory again
+        border = int(2 * np.sqrt(side // 64))
+        frame = np.ones((side, side), np.bool_)
+        frame[border:-border, border:-border] = False
+        image[frame] = (self.color * 255 * PROMPT).astype(np.uint8)
+        return image
+
+    @property
+    def color(self) -> np.ndarray:
+        """RGB of the prompted target, (3,), 0 to 1."""
+        return self.task._target_colors[self.task._current_target_ix]
+
+    def probes(self) -> dict[str, Any]:
+        """What the picture hides; docs/memory-maze.md tells names, shapes and units."""
+        physics = self._physics
+        body = physics.bind(self.walker.root_body)
+        axes = np.reshape(body.xmat, (3, 3))
+        middle = self.layout.shape[0] / 2.0
+        targets = np.array([physics.bind(target.geom).xpos for target in self.task._targets])
+        return {
+            "maze_layout": self.layout.copy(),
+            "agent_pos": body.xpos[:2] / CELL + middle,
+            "agent_dir": axes[:2, 1].copy(),
+            "targets_pos": targets[:, :2] / CELL + middle,
+            "targets_vec": ((targets - body.xpos) @ axes)[:, :2] / CELL,
+            "target_index": np.int64(self.task._current_target_ix),
+            "target_color": self.color.copy(),
+        }
+
+    def close(self) -> None:
+        """Free model and OpenGL context; `reset` makes new ones."""
+        self.cameras.clear()
+        if self.physics is not None:
+            self.physics.free()
+            self.physics = None
+
+    @property
+    def _physics(self) -> mjcf.Physics:
+        if self.physics is None:
+            raise RuntimeError("Simulation used before reset, or after close")
+        return self.physics
+
+    def _add_ears(self, physics: Any, scene: mujoco.MjvScene) -> None:
+        body = physics.bind(self.walker.root_body)
+        axes = np.reshape(body.xmat, (3, 3))
+        for place, color in EARS:
+            scene.ngeom += 1
+            sphere, size = mujoco.mjtGeom.mjGEOM_SPHERE, np.full(3, EAR_RADIUS)
+            where = body.xpos + axes @ np.array(place)
+            mujoco.mjv_initGeom(scene.geoms[-1], sphere, size, where, np.eye(3).ravel(), np.array(color, np.float32))
+
+
+class _Arena(upstream.MazeWithTargetsArena):
+    """Upstream's maze, whose generator can be seeded after it was made."""
+
+    def seed(self, seed: int) -> None:
+        old = self._maze
+        self._maze = upstream.TextMazeVaryingWalls(
+            height=old.height,
+            width=old.width,
+            max_rooms=old.max_rooms,
+            room_min_size=old.room_min_size,
+            room_max_size=old.room_max_size,
+            max_variations=old.max_variations,
+            spawns_per_room=old.spawns_per_room,
+            objects_per_room=old.objects_per_room,
+            simplify=True,
+            random_seed=seed,
+        )
+
+
+class _Walker(upstream.RollingBallWithFriction):
+    """Upstream's body. It has no velocity of its own to set, and does not warn of that at each reset."""
+
+    def set_velocity(self, physics: Any, velocity: Any = None, angular_velocity: Any = None) -> None:
+        pass
+
+
+def _compile(root: mjcf.RootElement) -> mjcf.Physics:
+    """The model, without the textures that nothing shows; of several with the same picture, the first serves all."""
+    tree = ElementTree.fromstring(root.to_xml_string())
+    assets = tree.find("asset")
+    if assets is None:
+        raise RuntimeError("a maze without materials")
+    materials = assets.findall("material")
+    used = {material.get("texture") for material in materials}
+    first: dict[str, str] = {}
+    instead: dict[str, str] = {}
+    for texture in assets.findall("texture"):
+        name, file = texture.get("name", ""), texture.get("file")
+        if texture.get("type") == "skybox":
+            continue
+        if name in used and file and texture.get("type") == "2d":
+            instead[name] = first.setdefault(file, name)
+        if name not in used or instead.get(name, name) != name:
+            assets.remove(texture)
+    for material in materials:
+        texture = material.get("texture")
+        if texture in instead:
+            material.set("texture", instead[texture])
+    files = {element.get("file") for element in tree.iter()}
+    pictures = {name: content for name, content in root.get_assets().items() if name in files}
+    return mjcf.Physics.from_xml_string(ElementTree.tostring(tree, encoding="unicode"), pictures)
