@@ -15,6 +15,7 @@ Everything here is written in functions of numbers that hold for many copies at 
 """
 
 # ruff: noqa: F821  -- where, sqrt, ... are given by the dialect
+# pyright: reportUndefinedVariable=false
 
 STEP = 0.005  # s, of a substep
 GRAVITY = 9.81
