@@ -113,14 +113,17 @@ class Agent:
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
-    def update(self, rows: dict, warmup: bool = False) -> dict[str, Tensor]:
-        """One update of V, M and C (of V alone in warm-up) from replayed rows; returns metrics as scalar tensors.
+    def update(self, rows: dict, warmup: bool = False, pace: float = 1.0) -> dict[str, Tensor]:
+        """One update of V, M and C (of V alone in warm-up) from replayed rows, at `pace` times the learning rates;
+        returns metrics as scalar tensors.
 
         Raises:
             NotFinite: after PATIENCE updates in a row whose loss or gradient was not finite.
         """
         batch = Batch.from_numpy(rows, self.device)
         learn, metrics = self.config.learn, {}
+        for part in self.parts.values():
+            part.set_pace(pace)
         if learn.curiosity:
             batch.reward = batch.reward + learn.curiosity * batch.surprise
         ok = self._learn("encoder", metrics, lambda: self.model.encoder.loss(self._some_rows(batch)))
@@ -206,7 +209,12 @@ class Part:
     def __init__(self, parameters: Iterable[nn.Parameter], rate: float, clip: float):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.95), weight_decay=1e-3)
-        self.clip = clip
+        self.rate, self.clip = rate, clip
+
+    def set_pace(self, pace: float) -> None:
+        """Learn at `pace` times the learning rate."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate * pace
 
     def step(self, loss: Tensor) -> tuple[bool, Tensor]:
         """Whether loss and gradient were finite, and the gradient's norm. If not, weights and moments stay as they

@@ -62,6 +62,8 @@ class LearnConfig:
     """Learning rates, of AdamW."""
     model_rate: float = 6e-4
     actor_critic_rate: float = 3e-4
+    decay: float = 1.0
+    """Share of the learning rates that is left at the end; they fall on a straight line."""
     clip: float = 0.3
     """Bound on the norm of each weight's gradient, as a share of the weight's own norm."""
     explore: float = 0.0

@@ -155,9 +155,15 @@ class Training:
         replay, skipped = self.config.replay, self.agent.skipped
         with self.timed("replay"):
             rows = self.replay.sample(self.rng["sample"], replay.batch, replay.length, replay.starts, replay.surprise)
-        metrics = self.agent.update(rows, warmup)
+        metrics = self.agent.update(rows, warmup, self.pace())
         if self.agent.skipped == skipped:  # one that was skipped has no finite metrics
             self.window.add(metrics)
+
+    def pace(self) -> float:
+        """Share of the learning rates at this step: from 1 when learning begins to `learn.decay` at the last step."""
+        learn, begun = self.config.learn, self.count["begun"]
+        done = (self.collector.env_steps - begun) / max(1, learn.steps - begun)
+        return 1 - (1 - learn.decay) * min(1.0, done)
 
     def save(self) -> None:
         """Write a checkpoint. What a lost world did last is kept; is_first rows of new episodes will follow it."""

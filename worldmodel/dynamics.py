@@ -224,7 +224,9 @@ class Dynamics(nn.Module):
         nowhere else."""
         action = self.action(prev_action) * ~first[..., None]
         cond = self.condition(action + self.level(level_features(level)))
-        return self.embed(z) + self.place, cond.unflatten(-1, (9, -1)).unsqueeze(2)
+        # noise enters in proportion to the signal in it: at level 0, where it says nothing, not at all
+        clear = level * torch.rsqrt(level.square() + (1 - level).square())
+        return self.embed(z) * clear[..., None, None] + self.place, cond.unflatten(-1, (9, -1)).unsqueeze(2)
 
     def _feature(self, u: Tensor) -> Tensor:
         """`(B, T, N, W)` to `(B, T, F)`."""
