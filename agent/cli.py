@@ -20,8 +20,12 @@ USAGE = """longdream: agents that learn in their dreams
   longdream train PRESET|FILE.yaml [options]   train, evaluate, write runs/NAME
   longdream train --resume runs/NAME           go on where a run stopped
   longdream evaluate runs/NAME                 play real episodes with a trained agent
+  longdream evaluate oracle|random --env ID    the same with a scripted policy
   longdream dream runs/NAME                    a dream beside reality, as video
   longdream envs                               environments that can be named
+  longdream check-env ID|module:ID             what is wrong with an environment, and how to mend it
+  longdream collect --env ID --out DIR         episodes of a scripted policy as NPZ files
+  longdream doctor                             what of the install works on this machine
   longdream bench NAME                         measure costs
   longdream demo                               train, evaluate and dream, in some minutes
 
@@ -64,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
             warnings.showwarning = _warn
-            code, result = 0, command(arguments)
+            result = command(arguments)
+            code = 1 if result is not None and result.get("ok") is False else 0  # a check that found something
     except KeyboardInterrupt:
         code, result = 130, {"error": "stopped"}
         print("longdream: stopped", file=sys.stderr)
@@ -115,6 +120,14 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
             return train(rest)
         case "evaluate" | "envs":
             return call(f"longdream {name}", {"evaluate": evaluate, "envs": envs}[name], rest)
+        case "doctor" | "check-env":
+            from agent import doctor
+
+            return call(f"longdream {name}", doctor.doctor if name == "doctor" else doctor.check_env, rest)
+        case "collect":
+            from agent import scripted
+
+            return call("longdream collect", scripted.collect, rest)
         case "dream" | "demo":
             from agent import report
 
@@ -132,7 +145,7 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
             return call(f"longdream bench {rest[0]}", bench.find(rest[0]), rest[1:])
     from agent import options
 
-    known = ("train", "evaluate", "dream", "envs", "bench", "demo")
+    known = ("train", "evaluate", "dream", "envs", "check-env", "collect", "doctor", "bench", "demo")
     raise UserError(f"unknown command {name!r}" + options.suggest(name, known, f"there are {', '.join(known)}"))
 
 
@@ -204,26 +217,45 @@ def evaluate(
     episodes: int | None = None,
     seed: int | None = None,
     device: Literal["auto", "cpu", "cuda"] | None = None,
+    workers: Literal["sync", "async"] | None = None,
 ) -> dict[str, Any]:
     """Play whole real episodes: with the trained agent, greedily; the same without long memory; and at random.
 
+    In place of a run, the name of a scripted policy, oracle, navigator or random, plays in Memory Maze.
+
+    examples
+      longdream evaluate runs/quickstart-s0-1 --episodes 100
+      longdream evaluate runs/maze-s0-1 --env longdream/MemoryMaze-9x9-v0 --episodes 50 --workers async
+      longdream evaluate oracle --env longdream/MemoryMaze-15x15-v0 --episodes 10
+
     Args:
+        run_folder: of the run, or the name of a scripted policy.
         env: another environment, with the same observations and actions (default: the run's own).
         env_kwargs: its arguments, '{"corridor": 24}'.
-        episodes: how many (default: the run's evaluate.final_episodes).
+        episodes: how many (default: the run's evaluate.final_episodes; 10 for a scripted policy).
         seed: of the episodes (default: the run's, for those of its own evaluation).
         device: where the agent computes (default: as in the run).
+        workers: copies of the environment in this process, or in one each (default: as in the run).
 
     Raises:
         UserError: no run, or an environment that does not fit it.
     """
     from agent import options, ranges, report, run
     from agent.judge import judge
+    from envs.memory_maze.sizes import references
 
+    if str(run_folder) in ("oracle", "navigator", "random"):
+        from agent import scripted
+
+        policy: Any = str(run_folder)
+        found = scripted.evaluate(policy, env or "longdream/MemoryMaze-9x9-v0", env_kwargs, episodes or 10, seed or 0)
+        report.summary_table(found)
+        return found
     agent, config, _, step = run.load_agent(run_folder, device)
     wanted = {
         "env.id": env,
         "env.kwargs": env_kwargs if env_kwargs is not None else ({} if env else None),
+        "env.workers": workers,
         "seed": seed,
     }
     wanted["evaluate.final_episodes"] = episodes
@@ -231,7 +263,9 @@ def evaluate(
     ranges.check(config)
     episodes = config.evaluate.final_episodes
     print(f"playing {episodes} episodes of {config.env.id}", file=sys.stderr)
-    found = judge(agent, config.env, episodes, config.seed, config.evaluate.copies) | {"env_steps": step}
+    found = judge(agent, config.env, episodes, config.seed, config.evaluate.copies)
+    known = references(config.env.id)
+    found |= {"env_steps": step} | ({"references": known} if known else {})
     report.summary_table(found)
     return found
 

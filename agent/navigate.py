@@ -38,16 +38,16 @@ class Policy(Protocol):
 
 
 class Random:
-    """Uniform random actions."""
+    """Uniform random actions, of Memory Maze or of whatever else has n of them."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng, self.n = rng, 0
+    def __init__(self, rng: np.random.Generator, actions: int = 6) -> None:
+        self.rng, self.actions, self.n = rng, actions, 0
 
     def reset(self, n: int) -> None:
         self.n = n
 
     def act(self, probes: Probes) -> np.ndarray:
-        return self.rng.integers(6, size=self.n)
+        return self.rng.integers(self.actions, size=self.n)
 
 
 class Oracle:

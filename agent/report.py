@@ -178,6 +178,14 @@ def _next_steps(folder: Path, preset: str) -> str:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
+REFERENCES = {
+    "random": ("known: random", "uniform random actions, docs/memory-maze.md"),
+    "human": ("known: human", "people, by Pasukonis et al. 2022"),
+    "oracle": ("known: oracle", "the most that can be had, by Pasukonis et al. 2022"),
+}
+"""Label and remark of each mean return that is known of an environment."""
+
+
 def summary_table(summary: dict[str, Any]) -> None:
     """Print what a summary.json says: a table where stdout is a terminal, plain lines elsewhere.
 
@@ -205,7 +213,7 @@ def summary_table(summary: dict[str, Any]) -> None:
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(what, value, remark) of each line of the table."""
     low, high = map(_number, summary["return_ci95"])
-    over = f"95% interval {low} to {high}, {summary['episodes']} real episodes, greedy"
+    over = f"95% interval {low} to {high}, {summary['episodes']} real episodes, {summary.get('policy', 'greedy')}"
     rows = [("return", _number(summary["return_mean"]), over)]
     for key, label, remark in (
         ("optimum", "  optimum", "the most that can be had"),
@@ -215,6 +223,8 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     ):
         if summary.get(key) is not None:
             rows.append((label, _number(summary[key]), remark))
+    for key, value in summary.get("references", {}).items():
+        rows.append((f"  {REFERENCES[key][0]}", _number(value), REFERENCES[key][1]))
     rows.append(("real steps", f"{summary['env_steps']:,}", ""))
     if summary.get("dream_steps"):
         rows.append(

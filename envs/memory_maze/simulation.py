@@ -176,15 +176,16 @@ class Simulation:
         """What the picture hides; docs/memory-maze.md tells names, shapes and units."""
         physics = self._physics
         body = physics.bind(self.walker.root_body)
-        axes = np.reshape(body.xmat, (3, 3))
+        # np.array: what `bind` gives are views that follow the simulation
+        place, axes = np.array(body.xpos), np.array(body.xmat).reshape(3, 3)
         middle = self.layout.shape[0] / 2.0
         targets = np.array([physics.bind(target.geom).xpos for target in self.task._targets])
         return {
             "maze_layout": self.layout.copy(),
-            "agent_pos": body.xpos[:2] / CELL + middle,
+            "agent_pos": place[:2] / CELL + middle,
             "agent_dir": axes[:2, 1].copy(),
             "targets_pos": targets[:, :2] / CELL + middle,
-            "targets_vec": ((targets - body.xpos) @ axes)[:, :2] / CELL,
+            "targets_vec": ((targets - place) @ axes)[:, :2] / CELL,
             "target_index": np.int64(self.task._current_target_ix),
             "target_color": self.color.copy(),
         }
