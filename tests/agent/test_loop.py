@@ -114,6 +114,33 @@ def test_no_updates_where_nothing_is_due(tmp_path: Path) -> None:
 # -- rows where they belong -------------------------------------------------------------------------------------------
 
 
+def test_learning_rates_fall_on_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the whole rate when learning begins to `learn.decay` of it at the last step, for every part, after a stop
+    too."""
+    seen: list[tuple[int, list[float]]] = []
+
+    class Told(Agent):
+        def update(self, rows: dict, warmup: bool = False, pace: float = 1.0) -> dict:
+            found = super().update(rows, warmup, pace)
+            seen.append((warmup, [part.optimiser.param_groups[0]["lr"] / part.rate for part in self.parts.values()]))
+            if len(seen) == 20:
+                signal.raise_signal(signal.SIGTERM)
+            return found
+
+    monkeypatch.setattr(loop, "Agent", Told)
+    config = tiny(learn__decay=0.2)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run", console=False)
+    assert len(seen) == 20
+    train(config, tmp_path / "run", resume=True, console=False)
+    paces = [pace for _, pace in seen]
+    assert all(max(pace) == pytest.approx(min(pace)) for pace in paces)
+    falling = [pace[0] for warmup, pace in seen if not warmup]
+    assert all(pace[0] == 1 for warmup, pace in seen if warmup)
+    assert falling == sorted(falling, reverse=True) and falling[0] > 0.9 and 0.2 <= falling[-1] < 0.25
+    assert np.diff(sorted(set(falling))).max() < 0.1  # no jumps, where it was stopped either
+
+
 def follow(obs: dict, action: np.ndarray, reward: Any, first: Any, terminated: Any, truncated: Any) -> Any:
     """Assert that rows of the counting environment `(..., T, ...)` follow on each other as rows do.
 
@@ -160,11 +187,11 @@ class Watchful(Agent):
             assert (found[0].state.age == 1).all()
         return found
 
-    def update(self, rows: dict, warmup: bool = False) -> dict:
+    def update(self, rows: dict, warmup: bool = False, pace: float = 1.0) -> dict:
         grew = follow(*(rows[key] for key in ("obs", "action", "reward", "is_first", "terminated", "truncated")))
         assert (grew == self.numbered).all()
         assert (rows["surprise"][rows["is_first"]] == 0).all() and rows["surprise"].max() > 0
-        found = super().update(rows, warmup)
+        found = super().update(rows, warmup, pace)
         if self.updates == type(self).stop_after:
             signal.raise_signal(signal.SIGTERM)
         return found
