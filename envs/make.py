@@ -36,6 +36,11 @@ def register() -> None:
     for size in SIZES:
         if (env_id := f"longdream/MemoryMaze-{size}x{size}-v0") not in gym.registry:
             gym.register(env_id, entry_point="envs.memory_maze.env:MemoryMazeEnv", kwargs={"size": size})
+        if (env_id := f"longdream/FastMemoryMaze-{size}x{size}-v0") not in gym.registry:
+            entry = "envs.fast_memory_maze.env:FastMemoryMaze"
+            gym.register(
+                env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv", kwargs={"size": size}
+            )
 
 
 def find(env_id: str) -> Registration:

@@ -281,32 +281,34 @@ def substep(x, y, z, h, vx, vy, vz, w, r, turn, roll, gap_a, ax, ay, gap_b, bx, 
     # Newton's method for the accelerations (a, b, e, d, g), from the free ones
     a, b, e, d, g = nx, ny, nz + 0.0 * x, nw, nr
     decrement = 1.0 + 0.0 * x
+    walled = some((dist_1 < 0.0) | (dist_2 < 0.0))
+    o = 0.0 * x
     tries = 0
     while some(decrement > 1e-14) & (tries < 30):
         u0, u1, u2, u3 = along(c0, a, b, e, d, g)
         u0, u1, u2, u3 = u0 - want_0[0], u1 - want_0[1], u2 - want_0[2], u3 - want_0[3]
-        v0, v1, v2, v3 = along(c1, a, b, e, d, g)
-        v0, v1, v2, v3 = v0 - want_1[0], v1 - want_1[1], v2 - want_1[2], v3 - want_1[3]
-        t0, t1, t2, t3 = along(c2, a, b, e, d, g)
-        t0, t1, t2, t3 = t0 - want_2[0], t1 - want_2[1], t2 - want_2[2], t3 - want_2[3]
         f0, f1, f2, f3 = force(soft_0, u0, u1, u2, u3)
-        p0 = push(c0, f0, f1, f2, f3)
-        f0, f1, f2, f3 = force(soft_1, v0, v1, v2, v3)
-        p1 = push(c1, f0, f1, f2, f3)
-        f0, f1, f2, f3 = force(soft_2, t0, t1, t2, t3)
-        p2 = push(c2, f0, f1, f2, f3)
+        px, py, pz, pw, pr = push(c0, f0, f1, f2, f3)
         # minus the gradient
         dx, dy, dz, dw, dr = a - nx, b - ny, e - nz, d - nw, g - nr
-        gx = p0[0] + p1[0] + p2[0] - MASS * dx - sx * dw
-        gy = p0[1] + p1[1] + p2[1] - MASS * dy - sy * dw
-        gz = p0[2] + p1[2] + p2[2] - MASS * dz
-        gw = p0[3] + p1[3] + p2[3] - sx * dx - sy * dy - TURN_INERTIA * dw
-        gr = p0[4] + p1[4] + p2[4] - ROLL_INERTIA * dr
-        o = 0.0 * x
+        gx, gy, gz = px - MASS * dx - sx * dw, py - MASS * dy - sy * dw, pz - MASS * dz
+        gw, gr = pw - sx * dx - sy * dy - TURN_INERTIA * dw, pr - ROLL_INERTIA * dr
         hessian = (MASS + o, o, MASS + o, o, o, MASS + o, sx, sy, o, TURN_INERTIA + o, o, o, o, o, ROLL_INERTIA + o)
         hessian = add_curvature(hessian, c0, soft_0, u0, u1, u2, u3)
-        hessian = add_curvature(hessian, c1, soft_1, v0, v1, v2, v3)
-        hessian = add_curvature(hessian, c2, soft_2, t0, t1, t2, t3)
+        v0, v1, v2, v3, t0, t1, t2, t3 = o, o, o, o, o, o, o, o
+        if walled:
+            v0, v1, v2, v3 = along(c1, a, b, e, d, g)
+            v0, v1, v2, v3 = v0 - want_1[0], v1 - want_1[1], v2 - want_1[2], v3 - want_1[3]
+            t0, t1, t2, t3 = along(c2, a, b, e, d, g)
+            t0, t1, t2, t3 = t0 - want_2[0], t1 - want_2[1], t2 - want_2[2], t3 - want_2[3]
+            f0, f1, f2, f3 = force(soft_1, v0, v1, v2, v3)
+            px, py, pz, pw, pr = push(c1, f0, f1, f2, f3)
+            gx, gy, gz, gw, gr = gx + px, gy + py, gz + pz, gw + pw, gr + pr
+            f0, f1, f2, f3 = force(soft_2, t0, t1, t2, t3)
+            px, py, pz, pw, pr = push(c2, f0, f1, f2, f3)
+            gx, gy, gz, gw, gr = gx + px, gy + py, gz + pz, gw + pw, gr + pr
+            hessian = add_curvature(hessian, c1, soft_1, v0, v1, v2, v3)
+            hessian = add_curvature(hessian, c2, soft_2, t0, t1, t2, t3)
         kx, ky, kz, kw, kr = cholesky_solve(hessian, gx, gy, gz, gw, gr)
         decrement = gx * kx + gy * ky + gz * kz + gw * kw + gr * kr
         # how far along k: where the derivative of the cost is zero, by safeguarded secants between low and high
@@ -325,10 +327,11 @@ def substep(x, y, z, h, vx, vy, vz, w, r, turn, roll, gap_a, ax, ay, gap_b, bx, 
         while some(looking) & (probes < 10):
             f0, f1, f2, f3 = force(soft_0, u0 + step * r0, u1 + step * r1, u2 + step * r2, u3 + step * r3)
             slope = mass_d + step * mass_k - f0 * r0 - f1 * r1 - f2 * r2 - f3 * r3
-            f0, f1, f2, f3 = force(soft_1, v0 + step * s0, v1 + step * s1, v2 + step * s2, v3 + step * s3)
-            slope = slope - f0 * s0 - f1 * s1 - f2 * s2 - f3 * s3
-            f0, f1, f2, f3 = force(soft_2, t0 + step * q0, t1 + step * q1, t2 + step * q2, t3 + step * q3)
-            slope = slope - f0 * q0 - f1 * q1 - f2 * q2 - f3 * q3
+            if walled:
+                f0, f1, f2, f3 = force(soft_1, v0 + step * s0, v1 + step * s1, v2 + step * s2, v3 + step * s3)
+                slope = slope - f0 * s0 - f1 * s1 - f2 * s2 - f3 * s3
+                f0, f1, f2, f3 = force(soft_2, t0 + step * q0, t1 + step * q1, t2 + step * q2, t3 + step * q3)
+                slope = slope - f0 * q0 - f1 * q1 - f2 * q2 - f3 * q3
             short = slope < 0.0
             # a full Newton step that still descends is taken as it is
             looking = looking & (absolute(slope) > 0.05 * decrement) & ((probes > 0) | (slope > 0.0))
@@ -349,7 +352,6 @@ def substep(x, y, z, h, vx, vy, vz, w, r, turn, roll, gap_a, ax, ay, gap_b, bx, 
     n1, f11, f12, f13 = force(soft_1, u0 - want_1[0], u1 - want_1[1], u2 - want_1[2], u3 - want_1[3])
     u0, u1, u2, u3 = along(c2, a, b, e, d, g)
     n2, f21, f22, f23 = force(soft_2, u0 - want_2[0], u1 - want_2[1], u2 - want_2[2], u3 - want_2[3])
-    walled = some((dist_1 < 0.0) | (dist_2 < 0.0))
     sweeps = 0
     while sweeps < 5:
         f01, f02, f03, a, b, e, d, g = rub(c0, sx, sy, n0, f01, f02, f03, want_0, a, b, e, d, g)

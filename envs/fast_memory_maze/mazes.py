@@ -111,5 +111,9 @@ class Mazes:
         self.ahead[copy] = self.worker.submit(self.make, self.seeds[copy], self.index[copy])
         return made
 
+    def position(self) -> tuple[list[int], list[int]]:
+        """The copies' seeds, and the number of each one's next episode."""
+        return list(self.seeds), list(self.index)
+
     def close(self) -> None:
         self.worker.shutdown(wait=False, cancel_futures=True)

@@ -10,6 +10,7 @@ SPHERE_NUMBERS = 7  # of a sphere in the scene: centre x, y, z, red, green, blue
 
 WALL_HEIGHT, WALL_HEIGHT_LOW = 1.5, 0.4  # m; the second with good visibility
 TARGET_RADIUS = 0.6  # m
+BALL_RADIUS = 0.2  # m
 TARGET_HEIGHT, TARGET_HEIGHT_HIGH = 0.0, 1.1  # m, of a target's centre
 
 CAMERA_AHEAD, CAMERA_ABOVE = 0.15, 0.7  # m, of the ball's centre

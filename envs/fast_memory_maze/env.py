@@ -1,0 +1,380 @@
+"""The twin as a Gymnasium vector environment, and as tensors that stay on the device."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, ClassVar, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+from envs.contract import OneCopy, UserError
+from envs.fast_memory_maze import scene
+from envs.fast_memory_maze.mazes import COLOURS, Mazes
+from envs.fast_memory_maze.textures import texels
+from envs.memory_maze.sizes import ACTIONS, SIZES
+
+PHYSICS_HZ = 200
+RENDER_SIDE = 480  # pixels, of rendered frames
+BYTES_PER_PIXEL = 16  # of the observation, its copy and what drawing it needs
+
+
+class Rows(NamedTuple):
+    """One time step of n copies, on the device: obs (n, H, H, 3) uint8, reward (n,) float32, flags (n,) bool."""
+
+    obs: torch.Tensor
+    reward: torch.Tensor
+    terminated: torch.Tensor
+    truncated: torch.Tensor
+
+
+class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
+    """num_envs mazes side by side, with NEXT_STEP autoreset: what `longdream/MemoryMaze-*` shows and does, batched.
+
+    The ball is moved by the equations that MuJoCo solves for it, 50 substeps an action, and the picture is cast ray by
+    ray with the textures, light, filtering and edges of MuJoCo's renderer: docs/fast-memory-maze.md says how closely.
+    Constants are those of the original's compiled model.
+
+    Every episode has a maze of its own, made by labmaze's generator from one of 2^31 seeds, drawn from (the copy's
+    seed, the number of its episode): no copy meets a maze twice but by chance, and a run of a million episodes meets a
+    million mazes. The next episode's is made in a background thread while the present one is played. What a copy does
+    depends on its seed and its actions alone, whatever other copies there are.
+
+    Observation: uint8 (camera_resolution, camera_resolution, 3). Action: Discrete(6), as in the original. Reward 1 for
+    touching the prompted target. Only the time limit ends an episode: truncated, never terminated. Info: the probes
+    (docs/memory-maze.md) with a leading axis n, if asked for, else empty.
+
+    `reset_tensors` and `step_tensors` are the same without leaving the device.
+
+    Args:
+        num_envs: copies.
+        size, probes, camera_resolution, top_camera, good_visibility, control_freq, randomize_colors, render_mode: as
+            of the original, envs.memory_maze.env.MemoryMazeEnv.
+        device: "cpu", or "cuda" or "cuda:1" and so on (which needs Triton, as CUDA builds of torch bring it).
+
+    Raises:
+        UserError: an argument that cannot be, a device that is not there, or more copies than fit its memory.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {
+        "render_modes": ["rgb_array", "top"],
+        "render_fps": 4,
+        "autoreset_mode": AutoresetMode.NEXT_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        size: int = 9,
+        probes: bool = False,
+        camera_resolution: int = 64,
+        top_camera: bool = False,
+        good_visibility: bool = False,
+        control_freq: float = 4.0,
+        randomize_colors: bool = False,
+        render_mode: str | None = None,
+        device: str = "cpu",
+    ) -> None:
+        if size not in SIZES:
+            raise UserError(f"Memory Maze has size={size}: there are {', '.join(map(str, SIZES))}")
+        if not 64 <= camera_resolution <= RENDER_SIDE:
+            raise UserError(f"Memory Maze has camera_resolution={camera_resolution}: it must be 64 to {RENDER_SIDE}")
+        substeps = PHYSICS_HZ / control_freq if control_freq > 0 else 0.0
+        if substeps < 1 or abs(substeps - round(substeps)) > 1e-6:
+            raise UserError(
+                f"Memory Maze has control_freq={control_freq}: it must be {PHYSICS_HZ} divided by a whole number, like"
+                " 4, 20 or 40"
+            )
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UserError(f"Memory Maze has render_mode={render_mode!r}: use None, 'rgb_array' or 'top'")
+        self.device = _device(device)
+        self._backend = _backend(self.device)
+        _check_memory(self.device, num_envs, camera_resolution, size)
+        self.num_envs, self.size, self.probes, self.render_mode = num_envs, size, probes, render_mode
+        self.top_camera, self.randomize_colors = top_camera, randomize_colors
+        self.metadata = {**self.metadata, "render_fps": control_freq}  # type: ignore[misc]
+        self.substeps, self.count = round(substeps), SIZES[size].targets
+        self.max_steps = math.ceil((SIZES[size].seconds - 1e-3) * control_freq)
+        self.wall_height = (scene.WALL_HEIGHT_LOW if good_visibility else scene.WALL_HEIGHT) / scene.CELL
+        self.target_height = (scene.TARGET_HEIGHT_HIGH if good_visibility else scene.TARGET_HEIGHT) / scene.CELL
+        self.resolution = camera_resolution
+        self.single_observation_space = spaces.Box(0, 255, (camera_resolution, camera_resolution, 3), np.uint8)
+        self.single_action_space = spaces.Discrete(len(ACTIONS))
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+        self.texels = _texels(self.device)
+        outer, spheres = size + 2, self.count + len(scene.EARS)
+        self.cells = self._zeros(outer, outer, dtype=torch.int32)
+        self.spheres = self._zeros(spheres, scene.SPHERE_NUMBERS, dtype=torch.float32)
+        self.colours = self._zeros(self.count, 3, dtype=torch.float64)  # of targets, 0 to 1
+        self.body = self._zeros(9, dtype=torch.float64)  # x, y, z of the ball's centre (m), heading, velocities
+        self.prompt, self.key, self.picks = (self._zeros(dtype=torch.int64) for _ in range(3))
+        self.steps = np.zeros(num_envs, np.int64)
+        self.ended = np.zeros(num_envs, np.bool_)
+        self.mazes: Mazes | None = None
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """A new episode in every copy. An int seeds copy i with seed + i, which then starts at its first episode; a
+        copy without a seed goes on to its next one."""
+        return self.reset_tensors(seed).cpu().numpy(), self._info()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        rows = self.step_tensors(torch.as_tensor(np.asarray(actions)))
+        obs, reward, terminated, truncated = (value.cpu().numpy() for value in rows)
+        return obs, reward.astype(np.float64), terminated, truncated, self._info()
+
+    def reset_tensors(self, seed: int | list[int | None] | None = None) -> torch.Tensor:
+        """As `reset`: the observations, (n, H, H, 3) uint8 on the device."""
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
+        if len(seeds) != self.num_envs:
+            raise UserError(f"{len(seeds)} seeds for {self.num_envs} copies: give one for each, or a whole number")
+        before, index = ([0] * self.num_envs, [0] * self.num_envs) if self.mazes is None else self.mazes.position()
+        if self.mazes is None:
+            entropy = np.random.SeedSequence().generate_state(self.num_envs).tolist()
+            before = [int(number) for number in entropy]
+        chosen = [old if new is None else new for old, new in zip(before, seeds, strict=True)]
+        begin = [i if new is None else 0 for i, new in zip(index, seeds, strict=True)]
+        if min(chosen) < 0:
+            raise UserError(f"seed {min(chosen)}: seeds are not negative")
+        if self.mazes is None or any(new is not None for new in seeds):
+            self._set_mazes(chosen, begin)
+        self._begin(np.arange(self.num_envs))
+        return self._observe()
+
+    def step_tensors(self, actions: torch.Tensor) -> Rows:
+        """As `step`, of actions (n,) of whole numbers, on this or another device.
+
+        Raises:
+            ResetNeeded: before the first reset.
+            UserError: actions of another shape or out of range.
+        """
+        if self.mazes is None:
+            raise ResetNeeded("Memory Maze: call reset before step")
+        if actions.shape != (self.num_envs,) or actions.is_floating_point():
+            raise UserError(f"actions {tuple(actions.shape)} {actions.dtype}: give {self.num_envs} whole numbers")
+        actions = actions.to(self.device, torch.int64).contiguous()
+        low, high = (int(bound) for bound in torch.stack(torch.aminmax(actions)).tolist())
+        if low < 0 or high >= len(ACTIONS):
+            names = ", ".join(f"{i} {name}" for i, name in enumerate(ACTIONS))
+            raise UserError(f"action {low if low < 0 else high}: Memory Maze has {names}")
+        fresh = np.flatnonzero(self.ended)
+        reward = torch.zeros(self.num_envs, dtype=torch.float32, device=self.device)
+        if len(fresh) < self.num_envs:
+            self._backend.advance(
+                self.cells, self.spheres, self.count, self.substeps, actions, self.body, self.prompt, self.key,
+                self.picks, reward,
+            )  # fmt: skip
+        self.steps += 1
+        if len(fresh):
+            reward[torch.from_numpy(fresh).to(self.device)] = 0.0
+            self._begin(fresh)
+        self.ended = self.steps >= self.max_steps
+        truncated = torch.from_numpy(self.ended).to(self.device)
+        return Rows(self._observe(), reward, torch.zeros_like(truncated), truncated)
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """A large picture of every copy, uint8 (480, 480, 3): what the agent sees, or the map."""
+        if self.render_mode is None or self.mazes is None:
+            return None
+        return tuple(self._draw(self.render_mode == "top", RENDER_SIDE, framed=False).cpu().numpy())
+
+    def get_probes(self) -> dict[str, np.ndarray]:
+        """What the image hides: the probes of docs/memory-maze.md, each with a leading axis n."""
+        n, body = np.arange(self.num_envs), self.body.cpu().numpy()
+        at = body[:, :2] / scene.CELL - 1.0
+        ahead = np.stack([np.cos(body[:, 3]), np.sin(body[:, 3])], 1)
+        targets = self.spheres[:, : self.count, :2].double().cpu().numpy() - 1.0
+        away = targets - at[:, None]
+        right = np.stack([ahead[:, 1], -ahead[:, 0]], 1)
+        prompt = self.prompt.cpu().numpy().copy()
+        return {
+            "maze_layout": (self.cells[:, 1:-1, 1:-1] < scene.WALL).to(torch.uint8).cpu().numpy(),
+            "agent_pos": at.astype(np.float32),
+            "agent_dir": ahead.astype(np.float32),
+            "targets_pos": targets.astype(np.float32),
+            "targets_vec": np.stack([(away * right[:, None]).sum(-1), (away * ahead[:, None]).sum(-1)], -1).astype(
+                np.float32
+            ),
+            "target_index": prompt,
+            "target_color": self.colours.cpu().numpy()[n, prompt].astype(np.float32),
+        }
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that the future depends on: numpy arrays (num_envs, ...) and lists of numbers."""
+        if self.mazes is None:
+            raise ResetNeeded("Memory Maze: call reset before get_state")
+        seeds, index = self.mazes.position()
+        tensors = {key: getattr(self, key).cpu().numpy().copy() for key in _STATE}
+        return {**tensors, "steps": self.steps.copy(), "ended": self.ended.copy(), "seeds": seeds, "episodes": index}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for key in _STATE:
+            getattr(self, key).copy_(torch.from_numpy(np.ascontiguousarray(state[key])))
+        self.steps, self.ended = np.array(state["steps"], np.int64), np.array(state["ended"], np.bool_)
+        self._set_mazes([int(s) for s in state["seeds"]], [int(i) for i in state["episodes"]])
+
+    def close_extras(self, **kwargs: Any) -> None:
+        if self.mazes is not None:
+            self.mazes.close()
+
+    def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros((self.num_envs, *shape), dtype=dtype, device=self.device)
+
+    def _set_mazes(self, seeds: list[int], index: list[int]) -> None:
+        if self.mazes is not None:
+            self.mazes.close()
+        self.mazes = Mazes(self.size, self.randomize_colors, seeds, index)
+
+    def _begin(self, copies: np.ndarray) -> None:
+        """The next episode of these copies."""
+        assert self.mazes is not None
+        made = [self.mazes.next(int(i)) for i in copies]
+        k, c = self.count, len(copies)
+        spheres = np.zeros((c, self.spheres.shape[1], scene.SPHERE_NUMBERS), np.float32)
+        colours = COLOURS[np.stack([e.colours for e in made])]
+        spheres[:, :k, :2] = [e.targets for e in made]
+        spheres[:, :k, 2] = self.target_height
+        spheres[:, :k, 3:6] = np.floor(colours * 255.0)
+        spheres[:, :k, 6] = scene.TARGET_RADIUS / scene.CELL
+        spheres[:, k:, 3:6] = scene.EARS
+        spheres[:, k:, 6] = scene.EARS_RADIUS / scene.CELL
+        body = np.zeros((c, 9))
+        body[:, :2] = np.stack([e.spawn for e in made]) * scene.CELL
+        body[:, 2] = scene.BALL_RADIUS
+        body[:, 3] = [e.heading for e in made]
+        where = torch.from_numpy(copies).to(self.device)
+        for target, values in (
+            (self.cells, np.stack([e.cells for e in made])),
+            (self.spheres, spheres),
+            (self.colours, colours),
+            (self.body, body),
+            (self.prompt, np.array([e.prompt for e in made])),
+            (self.key, np.array([e.key for e in made])),
+            (self.picks, np.zeros(c, np.int64)),
+        ):
+            target[where] = torch.from_numpy(values).to(self.device)
+        self.steps[copies] = 0
+
+    def _observe(self) -> torch.Tensor:
+        return self._draw(self.top_camera, self.resolution, framed=True)
+
+    def _draw(self, top: bool, side: int, framed: bool) -> torch.Tensor:
+        """Pictures (n, side, side, 3) uint8 of all copies, framed in the prompted target's colour if asked for."""
+        x, y, z, h = self.body[:, :4].unbind(1)
+        c, s, one = torch.cos(h), torch.sin(h), torch.ones_like(h)
+        count, tan = self.count, scene.CAMERA_TAN
+        if top:
+            count, outer = self.spheres.shape[1], self.size + 2
+            tan = scene.MAP_PADDING * outer * scene.CELL / 2 / scene.MAP_HEIGHT
+            camera = [one * outer / 2, one * outer / 2, one * scene.MAP_HEIGHT / scene.CELL, 0 * c, one, 0 * c, one]
+            aside = torch.tensor([scene.EARS_ASIDE, -scene.EARS_ASIDE], device=self.device, dtype=h.dtype)
+            ears = [x[:, None] + s[:, None] * aside, y[:, None] - c[:, None] * aside]
+            ears.append((z + scene.EARS_ABOVE)[:, None].expand(-1, len(scene.EARS)))
+            self.spheres[:, self.count :, :3] = (torch.stack(ears, -1) / scene.CELL).float()
+        else:
+            ahead = scene.CAMERA_AHEAD
+            camera = [x + ahead * c, y + ahead * s, z + scene.CAMERA_ABOVE]
+            camera = [v / scene.CELL for v in camera] + [c, s, one * scene.CAMERA_COS, one * scene.CAMERA_SIN]
+        edge = int(2 * math.sqrt(side // 64)) if framed else 0
+        prompted = self.colours[torch.arange(self.num_envs, device=self.device), self.prompt]
+        out = torch.empty((self.num_envs, side, side, 3), dtype=torch.uint8, device=self.device)
+        self._backend.draw(
+            self.cells, self.spheres, count, torch.stack(camera, 1).float(), tan, self.wall_height, self.texels, edge,
+            (prompted * 255 * 0.7).to(torch.uint8), out,
+        )  # fmt: skip
+        return out
+
+    def _info(self) -> dict[str, Any]:
+        return self.get_probes() if self.probes else {}
+
+
+_STATE = ("cells", "spheres", "colours", "body", "prompt", "key", "picks")
+
+
+class FastMemoryMazeEnv(OneCopy):
+    """One maze, for ``gym.make``. Arguments as FastMemoryMazeVecEnv, without num_envs."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array", "top"], "render_fps": 4}
+    vector: FastMemoryMazeVecEnv
+
+    def __init__(self, size: int = 9, **kwargs: Any) -> None:
+        super().__init__(FastMemoryMazeVecEnv(1, size, **kwargs))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        obs, _ = super().reset(seed=seed)
+        return obs, self._info()
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if not self.vector.steps.any() and self.vector.mazes is None or self.vector.ended.any():
+            raise ResetNeeded("Memory Maze: call reset before step, at the beginning and after an episode ended")
+        if not self.action_space.contains(action):
+            names = ", ".join(f"{i} {name}" for i, name in enumerate(ACTIONS))
+            raise UserError(f"action {action!r}: Memory Maze has {names}")
+        obs, reward, terminated, truncated, _ = super().step(action)
+        return obs, reward, terminated, truncated, self._info()
+
+    def close(self) -> None:
+        self.vector.close()
+
+    def _info(self) -> dict[str, Any]:
+        return {key: value[0] for key, value in self.vector.get_probes().items()} if self.vector.probes else {}
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: use 'cpu', 'cuda' or 'cuda:0'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"the twin of Memory Maze runs on 'cpu' and 'cuda', not on {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device {name!r}: torch finds no CUDA device here; use device='cpu'")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return device
+
+
+def _backend(device: torch.device) -> Any:
+    if device.type == "cpu":
+        from envs.fast_memory_maze import cpu
+
+        return cpu
+    from envs.fast_memory_maze import cuda
+
+    return cuda
+
+
+def _texels(device: torch.device) -> torch.Tensor:
+    if device not in _TEXELS:
+        _TEXELS[device] = torch.from_numpy(texels()).to(device)
+    return _TEXELS[device]
+
+
+_TEXELS: dict[torch.device, torch.Tensor] = {}  # 112 MB, shared by all environments of a process
+
+
+def _check_memory(device: torch.device, copies: int, side: int, size: int) -> None:
+    if copies < 1:
+        raise UserError(f"num_envs={copies}: there must be at least 1 copy")
+    each = side * side * BYTES_PER_PIXEL + 4 * (size + 2) ** 2
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if copies * each > free:
+        raise UserError(
+            f"num_envs={copies} needs {copies * each / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free:"
+            f" use at most {free // each} copies"
+        )
