@@ -34,10 +34,12 @@ def hit(cells, at, size, x, y, z, dx, dy, dz, wall_height, targets, first, count
     (floor, or top of a wall), 3 is a sphere, whose index is the texture then, 4 is the sky."""
     column, row = floor(x), floor(y)
     cell = at + row * size + column
-    right, up = where(dx > 0.0, 1, 0), where(dy > 0.0, 1, 0)
-    per_x, per_y = 1.0 / where(absolute(dx) < 1e-9, 1e-9, dx), 1.0 / where(absolute(dy) < 1e-9, 1e-9, dy)
+    per_x, per_y = where(absolute(dx) < 1e-9, 1e-9, dx), where(absolute(dy) < 1e-9, 1e-9, dy)
+    right, up = where(per_x > 0.0, 1, 0), where(per_y > 0.0, 1, 0)
+    per_x, per_y = 1.0 / per_x, 1.0 / per_y
     next_x, next_y = (column + right - x) * per_x, (row + up - y) * per_y
-    leaving = minimum((size * right - x) * per_x, (size * up - y) * per_y)
+    # a little early, so that rounding never lets a ray step out of the grid
+    leaving = 0.9999 * minimum((size * right - x) * per_x, (size * up - y) * per_y)
     wide_x, wide_y = absolute(per_x), absolute(per_y)
     step_x, step_y = 2 * right - 1, (2 * up - 1) * size
     # a ray ends at the floor, at the grid's border, or where it rises above the walls
