@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from agent import options
-from agent.bench import act, loop, objectives
+from agent.bench import act, loop, memory_maze, objectives
 from envs.contract import UserError
 
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "act": act.measure,
     "loop": loop.measure,
+    "memory-maze": memory_maze.measure,
     "objectives": objectives.measure,
 }
 """Name and function of each measurement: prints what it found, and returns it as JSON values."""
