@@ -82,11 +82,12 @@ class Agent:
         )
 
     @torch.no_grad()
-    def observe(self, carry: Carry, row: Row, measure: bool = True) -> tuple[Carry, Surprise | None]:
-        """Take in a row of n streams: the carry after it and, if `measure`, how it surprised."""
-        obs = {k: torch.from_numpy(v).to(self.device) for k, v in row.obs.items()}
+    def observe(self, carry: Carry, row: Row | Any, measure: bool = True) -> tuple[Carry, Surprise | None]:
+        """Take in a row of n streams, of arrays or of tensors: the carry after it and, if `measure`, how it
+        surprised."""
+        obs = {k: torch.as_tensor(v).to(self.device) for k, v in row.obs.items()}
         reward, terminated, first = (
-            torch.from_numpy(v).to(self.device) for v in (row.reward, row.terminated, row.is_first)
+            torch.as_tensor(v).to(self.device) for v in (row.reward, row.terminated, row.is_first)
         )
         z = self.model.encoder(obs)
         surprise = None
@@ -120,7 +121,7 @@ class Agent:
         Raises:
             NotFinite: after PATIENCE updates in a row whose loss or gradient was not finite.
         """
-        batch = Batch.from_numpy(rows, self.device)
+        batch = Batch.of(rows, self.device)
         learn, metrics = self.config.learn, {}
         for part in self.parts.values():
             part.set_pace(pace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from controller.actor_critic import ControllerConfig
@@ -30,10 +30,13 @@ class EnvConfig:
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """What happened, kept on disk, and how clips are drawn from it."""
+    """What happened, where it is kept, and how clips are drawn from it."""
 
     capacity: int = 1_000_000
     """Rows kept, over all copies."""
+    keep: Literal["disk", "device"] = "disk"
+    """disk: outlives the run. device: in the memory of the device that learns, with an environment that makes tensors
+    there; collected anew where a run is resumed."""
     batch: int = 16
     """Clips per update."""
     length: int = 64
@@ -80,6 +83,10 @@ class EvaluateConfig:
     """Real steps between evaluations; 0 for none before the end."""
     episodes: int = 50
     final_episodes: int = 200
+    env: str = ""
+    """Id of an environment to evaluate in that is not the one of training, with its default arguments."""
+    workers: Literal["sync", "async"] = "sync"
+    """How the copies of that one run."""
     copies: int = 16
     """Environments side by side."""
     log_every: int = 500
@@ -105,3 +112,9 @@ class Config:
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    @property
+    def evaluation_env(self) -> EnvConfig:
+        """The environment that counts."""
+        told = self.evaluate
+        return replace(self.env, id=told.env, kwargs={}, workers=told.workers) if told.env else self.env

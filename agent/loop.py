@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ import numpy as np
 import torch
 
 from agent import checkpoint, ranges, run, saving
-from agent.agent import Agent
+from agent.agent import Agent, resolve_device
 from agent.collect import Collector
 from agent.config import Config
 from agent.judge import judge, make_world, play
 from agent.logger import Logger
+from agent.on_device import DeviceCollector, DeviceReplay
 from agent.replay import Replay
 from agent.saving import Window
 from agent.signals import Interrupted, Signals
-from envs.contract import EnvError
-from envs.make import World
+from envs.contract import EnvError, UserError
+from envs.make import World, makes_tensors
 
 SHOW = ("train/return", "evaluate/return_mean")
 WARMUP_LOG = 100
@@ -76,18 +78,32 @@ class Training:
         # wall: seconds of earlier sessions. begun: real steps when learning began. lost: worlds that failed
         self.count = {"wall": 0.0, "begun": None, "warmup": 0, "updates": 0, "logged": 0, "evaluated": 0, "lost": 0}
         self.count |= tree["count"] if tree else {}
+        learn = config.learn
         torch.manual_seed(config.seed)
         self.rng = {name: np.random.default_rng((config.seed, i)) for i, name in enumerate(("act", "sample"))}
         seed = config.seed
         if self.count["lost"]:  # the next world plays other episodes, not those of the beginning again
             seed = int(np.random.SeedSequence((seed, self.count["lost"])).generate_state(1)[0])
-        self.world = make_world(World, config.env, config.env.copies, seed, signals)
+        env, stays = config.env, config.replay.keep == "device"
+        if stays:
+            if not makes_tensors(env.id):
+                raise UserError(
+                    f"{env.id} makes no tensors: keep the replay on disk (replay.keep = disk), or train on an "
+                    f"environment that does, like longdream/FastMemoryMaze-9x9-v0"
+                )
+            env = replace(env, kwargs={"device": resolve_device(config.device)} | env.kwargs)
+        self.world = make_world(World, env, env.copies, seed, signals)
         stack.callback(self.world.close)
         self.agent = Agent(config, self.world.spec)
-        self.replay = Replay(folder / "replay", self.world.spec, self.world.num_envs, config.replay.capacity)
+        spec, copies, capacity, explore = self.world.spec, self.world.num_envs, config.replay.capacity, learn.explore
+        if stays:
+            self.replay = DeviceReplay(self.agent.device, spec, copies, capacity)
+            self.collector = DeviceCollector(self.world, self.agent, self.replay, explore, self.rng["act"], seed)
+        else:
+            self.replay = Replay(folder / "replay", spec, copies, capacity)
+            self.collector = Collector(self.world, self.agent, self.replay, explore, self.rng["act"])
         stack.callback(self.replay.close)
         ranges.check_clip(config, self.replay.longest_clip)
-        self.collector = Collector(self.world, self.agent, self.replay, config.learn.explore, self.rng["act"])
         self.world_is_lost = False
         self.window = Window()
         self.seconds: dict[str, float] = defaultdict(float)
@@ -137,10 +153,14 @@ class Training:
             count["warmup"] += 1
             if count["warmup"] % WARMUP_LOG == 0 or count["warmup"] == learn.warmup:
                 self.log()
+        elif not self.replay.can_sample(replay.length):  # resumed without it: these steps bring no updates
+            before = self.collector.env_steps
+            self.act(random=False)
+            count["begun"] += self.collector.env_steps - before
         else:
             self.act(random=False)
             due = int((self.collector.env_steps - count["begun"]) * learn.ratio / (replay.batch * replay.length))
-            while count["updates"] < due and self.replay.can_sample(replay.length):
+            while count["updates"] < due:
                 self.learn(warmup=False)
                 count["updates"] += 1
 
@@ -186,7 +206,7 @@ class Training:
 
     def evaluate(self) -> None:
         """Play some episodes in a world of their own: this changes nothing in training."""
-        env, clock = self.config.env, self.config.evaluate
+        env, clock = self.config.evaluation_env, self.config.evaluate
         with self.timed("evaluate"):
             found = play(self.agent, env, clock.episodes, self.config.seed, "agent", clock.copies, self.signals)
         self.log_returns("evaluate", found.to_json())
@@ -196,7 +216,7 @@ class Training:
         """The last evaluation, written to summary.json."""
         config, clock = self.config, self.config.evaluate
         self.logger.note(f"evaluating over {clock.final_episodes} episodes")
-        found = judge(self.agent, config.env, clock.final_episodes, config.seed, clock.copies, self.signals)
+        found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock.copies, self.signals)
         self.log_returns("final", found)
         found |= {"env_steps": self.collector.env_steps, "updates": self.agent.updates, "wall_s": round(self.wall(), 1)}
         run.write(self.folder / "summary.json", run.to_json(found, indent=1) + "\n")

@@ -65,6 +65,14 @@ def find(env_id: str) -> Registration:
     raise UserError(f"unknown environment {env_id!r}: {hint}")
 
 
+def makes_tensors(env_id: str) -> bool:
+    """Whether the environment's native vector form can keep its rows on a device, with `reset_tensors(seed)` and
+    `step_tensors(actions)`, as envs/fast_memory_maze does."""
+    entry: Any = find(env_id).vector_entry_point
+    entry = load_env_creator(entry) if isinstance(entry, str) else entry
+    return hasattr(entry, "step_tensors") and hasattr(entry, "reset_tensors")
+
+
 class World:
     """num_envs copies of an environment, seen as rows (see envs.contract).
 

@@ -40,11 +40,11 @@ class Batch:
     surprise: Tensor
 
     @classmethod
-    def from_numpy(cls, rows: dict, device: torch.device | str = "cpu") -> Batch:
-        """Build from the arrays that the replay returns, in one transfer per field."""
+    def of(cls, rows: dict, device: torch.device | str = "cpu") -> Batch:
+        """Build from the arrays or tensors that a replay returns, in one transfer per field."""
 
         def move(x):
-            return torch.from_numpy(x).to(device, non_blocking=True)
+            return torch.as_tensor(x).to(device, non_blocking=True)
 
         fields = {k: move(v) for k, v in rows.items() if k != "obs"}
         return cls(obs={k: move(v) for k, v in rows["obs"].items()}, **fields)

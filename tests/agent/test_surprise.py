@@ -72,7 +72,7 @@ def test_curiosity_is_a_reward_that_m_expects(config: Config, tmp_path: Path, cu
         rows["reward"][:] = 0
         rows["surprise"][:, 1:] = 2.0 * (rows["action"][:, :-1, 1] == 1)
         agent.update(rows)
-    batch = Batch.from_numpy(rows)
+    batch = Batch.of(rows)
     with torch.no_grad():
         z = agent.model.encoder(batch.obs)
         first = batch.clip_first()

@@ -207,7 +207,7 @@ def test_batches_out_of_arrays() -> None:
         "truncated": np.zeros((1, 3), bool),
         "surprise": np.zeros((1, 3), np.float32),
     }
-    batch = Batch.from_numpy(arrays)
+    batch = Batch.of(arrays)
     assert batch.obs["symbol"].tolist() == [[0, 2, 1]] and batch.reward.tolist() == [[0, 1, 2]]
     assert batch.prev_action().tolist() == [[[0, 0], [1, 0], [0, 1]]]
     assert batch.clip_first().tolist() == [[True, False, True]]
