@@ -76,7 +76,7 @@ class MemoryMazeEnv(gym.Env):
             )
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise UserError(f"Memory Maze has render_mode={render_mode!r}: use None, 'rgb_array' or 'top'")
-        self.simulation = _simulation()(
+        self.simulation = simulation_class()(
             size, camera_resolution, top_camera, good_visibility, control_freq, randomize_colors
         )
         self.probes, self.render_mode, self.running = probes, render_mode, False
@@ -121,9 +121,14 @@ class MemoryMazeEnv(gym.Env):
         return self.simulation.probes() if self.probes else {}
 
 
-def _simulation() -> type[Simulation]:
-    """The class, imported with MuJoCo and an OpenGL back-end behind it."""
-    gl.choose()
+def simulation_class(draws: bool = True) -> type[Simulation]:
+    """The class, imported with what it stands on; OpenGL is looked for only where it `draws`.
+
+    Raises:
+        UserError: a package of it, or OpenGL, does not work here.
+    """
+    if draws:
+        gl.choose()
     with upstream_imports():
         try:
             from envs.memory_maze.simulation import Simulation

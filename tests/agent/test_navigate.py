@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from agent.navigate import Navigator, Oracle, Pilot, Policy, Random, aim, distances, visible
-from envs.memory_maze.env import MemoryMazeEnv
+from envs.memory_maze.env import MemoryMazeEnv, simulation_class, upstream_imports
 
 
 def slow_distances(layout: np.ndarray, x: int, y: int) -> np.ndarray:
@@ -56,7 +56,7 @@ class Mazes:
     """Real mazes without pictures, their probes stacked."""
 
     def __init__(self, size: int, seeds: list[int]) -> None:
-        make = type(MemoryMazeEnv(size).simulation)
+        make = simulation_class(draws=False)
         self.copies = [make(size) for _ in seeds]
         for copy, seed in zip(self.copies, seeds, strict=True):
             copy.seed(seed)
@@ -119,8 +119,6 @@ def test_noise_replaces_that_share_of_the_actions() -> None:
 
 
 def test_touches_are_upstreams() -> None:
-    from envs.memory_maze.env import upstream_imports
-
     ours = MemoryMazeEnv(9, probes=True)
     with upstream_imports():
         from memory_maze import tasks
