@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from agent.config import Config
+from agent.graphs import Graphed
 from controller.actor_critic import ActorCritic, Controller
 from envs.contract import EnvSpec, Row, UserError
-from worldmodel.dream import Starts, imagine
+from worldmodel.dream import Dream, Starts, imagine
 from worldmodel.dynamics import State
 from worldmodel.model import Surprise, WorldModel
 from worldmodel.types import Batch, Loss
@@ -67,6 +68,9 @@ class Agent:
             "model": Part((p for m in model_parts for p in m.parameters()), learn.model_rate, learn.clip),
             "controller": Part(controller.parameters(), learn.actor_critic_rate, learn.clip),
         }
+        capturable = all(getattr(part, "capturable", False) for part in (self.controller, self.model.objective))
+        # a dream is thousands of small kernels, and launching them takes longer than running them
+        self._dreams = Graphed(self._dream) if self.device.type == "cuda" and capturable else self._dream
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -137,7 +141,7 @@ class Agent:
                 return loss
 
             ok &= self._learn("model", metrics, model_loss)
-            ok &= self._learn("controller", metrics, lambda: self._dream_loss(starts[0]))
+            ok &= self._learn("controller", metrics, lambda: self.controller.loss(self._dreams(starts[0])))
             self.controller.after_update()
         self.updates += 1
         self.skipped += not ok
@@ -149,10 +153,10 @@ class Agent:
             )
         return metrics
 
-    def _dream_loss(self, starts: Starts) -> Loss:
+    def _dream(self, starts: Starts) -> Dream:
         config = self.config.controller
         policy: Callable[[Tensor], Tensor] = lambda feat: self.controller.act(feat, greedy=False)  # noqa: E731
-        return self.controller.loss(imagine(self.model, starts, policy, config.horizon, config.temperature))
+        return imagine(self.model, starts, policy, config.horizon, config.temperature)
 
     def _learn(self, part: str, metrics: dict[str, Tensor], loss: Callable[[], Loss]) -> bool:
         """Step one part's optimiser; whether its loss and gradient were finite (if not, its weights stay as they

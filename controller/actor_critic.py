@@ -19,7 +19,10 @@ from worldmodel.types import Loss
 
 class Controller(Protocol):
     """What every C offers. An `nn.Module` built as `Class(config, features, parts, actions)`: features F, the sizes of
-    categorical action factors (empty for a box) and A, the length of an encoded action."""
+    categorical action factors (empty for a box) and A, the length of an encoded action.
+
+    It may also say `capturable = True`: `act` can be recorded in a CUDA graph (the same work at every call, nothing
+    moved to the host)."""
 
     def act(self, feat: Tensor, greedy: bool) -> Tensor:
         """feat `(B, F)` to an encoded action `(B, A)`; boxes may need clipping to [-1, 1]."""
@@ -63,6 +66,8 @@ class ControllerConfig:
 
 class ActorCritic(nn.Module):
     """REINFORCE on lambda-returns with a two-hot critic, which a slow copy of itself regularises."""
+
+    capturable = True
 
     def __init__(self, config: ControllerConfig, features: int, parts: Sequence[int], actions: int):
         super().__init__()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worldmodel.heads import draw
+
 
 class Categoricals:
     """Independent categorical factors, with a share `unimix` of a uniform distribution mixed into each.
@@ -26,8 +28,7 @@ class Categoricals:
 
     def sample(self) -> Tensor:
         """`(..., A)` one-hots."""
-        index = (torch.multinomial(p.flatten(0, -2), 1).view(p.shape[:-1]) for p in self.probs)
-        return torch.cat([F.one_hot(i, p.shape[-1]).to(p.dtype) for i, p in zip(index, self.probs, strict=True)], -1)
+        return torch.cat([F.one_hot(draw(p), p.shape[-1]).to(p.dtype) for p in self.probs], -1)
 
     def mode(self) -> Tensor:
         return torch.cat([F.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype) for p in self.probs], -1)

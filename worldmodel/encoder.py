@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldmodel.heads import draw as sample
 from worldmodel.heads import mlp, symexp, symlog
 from worldmodel.types import Loss
 
@@ -162,7 +163,7 @@ class Encoder(nn.Module):
         logits = 2 * F.rms_norm(logits, logits.shape[-2:])
         probs = (1 - self.config.unimix) * logits.softmax(-1) + self.config.unimix / self.config.classes
         if draw:
-            index = torch.multinomial(probs.flatten(0, -2), 1).view(probs.shape[:-1])
+            index = sample(probs)
         else:
             index = probs.argmax(-1)
         hard = F.one_hot(index, self.config.classes).to(probs.dtype)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldmodel.dynamics import Dynamics, State
-from worldmodel.heads import mlp
+from worldmodel.heads import draw, mlp
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Objective(Protocol):
     """What M is trained for. An `nn.Module` built as `Class(config, dynamics)`.
 
     latent: the kind of latents it needs.
+    It may also say `capturable = True`: `sample` can be recorded in a CUDA graph (the same work at every call, nothing
+    moved to the host).
     """
 
     latent: Literal["continuous", "categorical"]
@@ -84,6 +86,7 @@ class Forcing(nn.Module):
     """What Flow and Mask share: the training pass and the samplers. They differ in what noise is."""
 
     latent: Literal["continuous", "categorical"]
+    capturable = True
 
     def __init__(self, config: ForcingConfig, dynamics: Dynamics):
         super().__init__()
@@ -222,6 +225,7 @@ class Teacher(nn.Module):
     """Teacher-forced prediction: a head on (feat_t, a_t) gives all variables of frame t + 1 at once."""
 
     latent: Literal["continuous", "categorical"] = "categorical"
+    capturable = True
 
     def __init__(self, config: ForcingConfig, dynamics: Dynamics, classes: int, actions: int):
         super().__init__()
@@ -277,5 +281,4 @@ def categorical_nats(logits: Tensor, z: Tensor, classes: int) -> Tensor:
 def draw_categorical(logits: Tensor, classes: int, temperature: float) -> Tensor:
     """One-hots `(..., D)` drawn from logits `(..., D)`."""
     probs = (logits.unflatten(-1, (-1, classes)) / temperature).softmax(-1)
-    index = torch.multinomial(probs.flatten(0, -2), 1).view(probs.shape[:-1])
-    return F.one_hot(index, classes).to(logits.dtype).flatten(-2)
+    return F.one_hot(draw(probs), classes).to(logits.dtype).flatten(-2)

@@ -17,6 +17,12 @@ def symexp(x: Tensor) -> Tensor:
     return x.sign() * x.abs().expm1()
 
 
+def draw(probs: Tensor) -> Tensor:
+    """Indices `(...)` drawn from `(..., n)` probabilities, as torch.multinomial draws them, without its checks: these
+    wait for the device, and cannot be recorded in a CUDA graph."""
+    return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+
+
 class TwoHot(nn.Module):
     """A number as a distribution over bins spaced evenly in symlog, from symexp(-limit) to symexp(limit).
 
