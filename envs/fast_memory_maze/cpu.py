@@ -73,7 +73,24 @@ def kernels() -> tuple[Callable[..., None], Callable[..., None]]:
                 for column in range(edge, side - edge):
                     a = (column + 0.5) * pixel - tan
                     red, green, blue, name = paint(
-                        cells, at, size, x, y, z, ch, sh, cp, sp, a, b, pixel, wall_height, spheres, first, count, texels
+                        cells,
+                        at,
+                        size,
+                        x,
+                        y,
+                        z,
+                        ch,
+                        sh,
+                        cp,
+                        sp,
+                        a,
+                        b,
+                        pixel,
+                        wall_height,
+                        spheres,
+                        first,
+                        count,
+                        texels,
                     )
                     names[row, column] = name
                     out[i, row, column, 0] = int(red + 0.5)

@@ -42,9 +42,7 @@ def digest() -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:6])
 
 
-def _load(
-    name: str, dialect: str, words: dict[str, Any], constant: Callable[[float], Any] | None
-) -> ModuleType:
+def _load(name: str, dialect: str, words: dict[str, Any], constant: Callable[[float], Any] | None) -> ModuleType:
     full = f"{__package__}.{name}_{dialect}"
     spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
     assert spec is not None and spec.loader is not None

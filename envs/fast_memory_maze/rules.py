@@ -63,9 +63,7 @@ def act(cells, at, size, targets, first, count, substeps, action, x, y, z, h, vx
     i = 0
     while i < substeps:
         gap_a, ax, ay, gap_b, bx, by = walls(cells, at, size, x, y)
-        x, y, z, h, vx, vy, vz, w, r = substep(
-            x, y, z, h, vx, vy, vz, w, r, turn, roll, gap_a, ax, ay, gap_b, bx, by
-        )
+        x, y, z, h, vx, vy, vz, w, r = substep(x, y, z, h, vx, vy, vz, w, r, turn, roll, gap_a, ax, ay, gap_b, bx, by)
         for k in range(count):
             ball = first + SPHERE_NUMBERS * k
             tx, ty = fetch(targets, ball) * CELL, fetch(targets, ball + 1) * CELL
