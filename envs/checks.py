@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 import warnings
 from contextlib import closing
 from typing import Any
@@ -56,8 +57,10 @@ def check(env_id: str, kwargs: dict[str, Any] | None = None, steps: int = 300) -
         try:
             if _spaces(envs[0], report):
                 _gymnasium(envs[0], report)
-                _rows(envs[0], steps, report)
-                _determinism(envs[0], envs[1], steps, report)
+                if _rows(envs[0], steps, report):
+                    _determinism(envs[0], envs[1], steps, report)
+        except Exception as error:  # it is the environment that raised: what it does is what is asked for
+            report.problem(f"reset or step raised {_one_line(error)} ({_where(error)})")
         finally:
             for env in envs:
                 env.close()
@@ -94,8 +97,8 @@ def _gymnasium(env: gym.Env, report: Report) -> None:
         report.passed.append("Gymnasium's check_env")
 
 
-def _rows(env: gym.Env, steps: int, report: Report) -> None:
-    """Observations, rewards and flags of whole episodes, as rows need them."""
+def _rows(env: gym.Env, steps: int, report: Report) -> bool:
+    """Whether observations, rewards and flags of whole episodes are what rows need."""
     before, ended = len(report.problems), 0
     env.action_space.seed(SEED)
     obs, _ = env.reset(seed=SEED)
@@ -115,7 +118,7 @@ def _rows(env: gym.Env, steps: int, report: Report) -> None:
         if terminated and truncated:
             report.notes.append("an end was both terminated and truncated: it counts as terminated, a real end")
         if len(report.problems) > before:
-            return
+            return False
         if terminated or truncated:
             ended += 1
             obs, _ = env.reset()
@@ -127,6 +130,7 @@ def _rows(env: gym.Env, steps: int, report: Report) -> None:
             " max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit), which truncates and does not terminate"
         )
     report.passed.append(f"{steps} rows, {ended} ends of episodes")
+    return True
 
 
 def _observed(env: gym.Env, obs: Any, where: str, report: Report) -> None:
@@ -206,6 +210,11 @@ def _world(env_id: str, kwargs: dict[str, Any], steps: int, report: Report) -> N
         report.problem(" ".join(str(error).splitlines()[0].split()))
         return
     report.passed.append("two copies side by side, continued exactly from a saved state")
+
+
+def _where(error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}, line {last.lineno}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -40,6 +40,8 @@ def choose() -> str:
         reasons[name] = PROBES[name]()
         if reasons[name] is None:
             os.environ["MUJOCO_GL"] = name
+            if name == "osmesa":  # drawn by a thread that dm_control starts, it complains of environments left open
+                os.environ.setdefault("DISABLE_RENDER_THREAD_OFFLOADING", "1")
             return name
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     mend = " or ".join(INSTALL[name] for name in wanted)

@@ -18,6 +18,7 @@ tests/envs/test_memory_maze_identity.py compares pictures and rewards with upstr
 
 from __future__ import annotations
 
+import os
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
@@ -28,6 +29,7 @@ from dm_control.locomotion.arenas import labmaze_textures
 from dm_control.mujoco import Camera
 from memory_maze import maze as upstream
 
+from envs.contract import UserError
 from envs.memory_maze.sizes import ACTION_CONTROLS, SIZES
 
 CELL = 2.0
@@ -157,6 +159,7 @@ class Simulation:
         """
         key = (view, side)
         if key not in self.cameras:
+            _context(self._physics)
             camera = self.arena.top_camera if view == "top" else self.walker.egocentric_camera
             ears = self._add_ears if view == "top" and not self.top_camera else None
             self.cameras[key] = Camera(self._physics, side, side, camera.full_identifier, scene_callback=ears)
@@ -237,6 +240,19 @@ class _Walker(upstream.RollingBallWithFriction):
 
     def set_velocity(self, physics: Any, velocity: Any = None, angular_velocity: Any = None) -> None:
         pass
+
+
+def _context(physics: mjcf.Physics) -> None:
+    """Make the model's OpenGL context, unless there is one.
+
+    Raises:
+        UserError: OpenGL fails, as with MUJOCO_GL=glfw where there is no display.
+    """
+    try:
+        physics.contexts  # noqa: B018 (made when it is first asked for)
+    except (RuntimeError, mujoco.FatalError) as error:
+        told = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} gives no OpenGL ({' '.join(str(error).split())})"
+        raise UserError(f"{told}: unset it; longdream doctor tells what works here") from error
 
 
 def _compile(root: mjcf.RootElement) -> mjcf.Physics:

@@ -1,0 +1,107 @@
+"""What check-env finds: nothing in environments that are right, and each fault in one that has it."""
+
+import re
+import time
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from envs.checks import check
+from envs.contract import UserError
+
+
+class Right(gym.Env):
+    """Walks at random along a line; the faults are its arguments."""
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault = fault
+        self.observation_space = spaces.Dict(
+            {"place": spaces.Box(-100, 100, (2,), np.float32), "image": spaces.Box(0, 255, (16, 16, 3), np.uint8)}
+        )
+        if fault == "tuple":
+            self.observation_space = spaces.Tuple([spaces.Discrete(2)])
+        self.action_space = spaces.Discrete(3)
+        self.played = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.t, self.place = 0, self.np_random.normal(size=2)
+        self.played += self.fault == "history"
+        if self.fault == "unseeded":
+            self.place = np.random.default_rng(time.perf_counter_ns()).normal(size=2)
+        if self.fault == "deaf":
+            self.place = np.zeros(2)
+        return self._seen(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.t += 1
+        if self.fault == "raises" and self.t == 3:
+            raise RuntimeError("at step 3")
+        noise = 0 if self.fault == "deaf" else self.np_random.normal()
+        self.place += [action - 1, noise + 0.01 * self.played]
+        reward: Any = float(self.place[0])
+        if self.t == 5 and self.fault in ("nan", "array reward", "inf obs"):
+            reward = {"nan": np.nan, "array reward": np.array([1.0]), "inf obs": 0.0}[self.fault]
+        over: Any = self.t == 8 and self.fault != "endless"
+        return self._seen(), reward, 1 * over if self.fault == "flag" else over, False, {}
+
+    def _seen(self) -> Any:
+        place = self.place.astype(np.float64 if self.fault == "dtype" else np.float32)
+        if self.fault == "range" and self.t == 6:
+            place[0] = 1000
+        if self.fault == "inf obs" and self.t == 5:
+            place[0] = np.nan
+        side = 15 if self.fault == "shape" and self.t == 7 else 16
+        return {"place": place, "image": np.zeros((side, side, 3), np.uint8)}
+
+
+gym.register("Checked-v0", entry_point=Right)
+
+
+@pytest.mark.parametrize("env_id", ["Checked-v0", "longdream/Recall-v0", "CartPole-v1", "Pendulum-v1"])
+def test_nothing_is_wrong_with_what_is_right(env_id: str) -> None:
+    report = check(env_id)
+    assert report.problems == [] and len(report.passed) == 5 and report.steps_per_s
+
+
+def test_memory_maze_is_right() -> None:
+    report = check("longdream/MemoryMaze-9x9-v0", steps=20)
+    assert report.problems == [] and "no episode ended within 20 steps" in " ".join(report.notes)
+    assert not any("seed changes nothing" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("tuple", "is a Tuple: use a flat Dict"),
+        ("shape", r"'image' as uint8 of shape \(15, 15, 3\)"),
+        ("dtype", "'place' as float64 of shape"),
+        ("range", r"with values from .* to 1000.0"),
+        ("nan", "returned the reward nan: it must be finite"),
+        ("inf obs", "is not finite|returned 'place'"),
+        ("array reward", "return one number"),
+        ("flag", "returned terminated = 0: return a bool"),
+        ("unseeded", "draw everything random from self.np_random"),
+        ("raises", "reset or step raised RuntimeError: at step 3 .*test_checks.py, line|Gymnasium"),
+        ("history", "after an episode was played|differ at row"),
+    ],
+)
+def test_a_fault_is_found_and_named(fault: str, told: str) -> None:
+    report = check("Checked-v0", {"fault": fault})
+    assert re.search(told, " | ".join(report.problems)), report.problems
+
+
+def test_what_may_be_meant_is_a_note() -> None:
+    assert any("time limit" in note for note in check("Checked-v0", {"fault": "endless"}).notes)
+    deaf = check("Checked-v0", {"fault": "deaf"})
+    assert deaf.problems == [] and any("seed changes nothing" in note for note in deaf.notes)
+
+
+def test_what_cannot_be_made_is_told() -> None:
+    with pytest.raises(UserError, match="unknown environment"):
+        check("Chcked-v0")
+    with pytest.raises(UserError, match=r"cannot be made with \{'falt': 1\}"):
+        check("Checked-v0", {"falt": 1})

@@ -1,0 +1,73 @@
+"""Which OpenGL is chosen, in processes of their own: MuJoCo chooses once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from envs import gl
+from envs.contract import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def chosen(**environment: str) -> tuple[str, str]:
+    """What `choose` says in an environment without other variables about OpenGL, and MUJOCO_GL then."""
+    code = "import os\nfrom envs import gl\nfrom envs.contract import UserError\n"
+    code += "try: print(gl.choose(), os.environ['MUJOCO_GL'])\nexcept UserError as error: print('UserError', error)"
+    clean = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True
+    )
+    first, _, rest = done.stdout.strip().partition(" ")
+    return first, rest
+
+
+def test_one_that_works_is_chosen() -> None:
+    works = [name for name, probe in gl.PROBES.items() if probe() is None]
+    assert chosen() == (works[0], works[0])  # this machine, as any that runs the tests, draws
+
+
+def test_what_is_set_is_respected() -> None:
+    works = next(name for name, probe in gl.PROBES.items() if probe() is None)
+    assert chosen(MUJOCO_GL=works.upper()) == (works, works)
+    assert chosen(MUJOCO_GL="glfw") == ("glfw", "glfw")
+    assert chosen(PYOPENGL_PLATFORM=works) == (works, works)
+
+
+def test_what_cannot_be_is_one_line_that_says_how_to_mend_it() -> None:
+    assert chosen(MUJOCO_GL="off") == (
+        "UserError",
+        "MUJOCO_GL=off turns rendering off: unset it, or set it to egl or osmesa",
+    )
+    kind, told = chosen(MUJOCO_GL="egl", PYOPENGL_PLATFORM="glx")
+    assert kind == "UserError" and "PYOPENGL_PLATFORM must be the same as MUJOCO_GL" in told
+
+
+def test_without_libraries_the_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
+    monkeypatch.setattr(gl.ctypes.util, "find_library", lambda name: None)
+    with pytest.raises(UserError, match=r"egl: no libEGL; osmesa: no libOSMesa.*apt install libegl1.*libosmesa6"):
+        gl.choose()
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    with pytest.raises(UserError, match=r"\(osmesa: no libOSMesa\): apt install libosmesa6$"):
+        gl.choose()
+    assert os.environ["MUJOCO_GL"] == "osmesa"
+
+
+def test_an_opengl_that_fails_is_told_by_the_environment() -> None:
+    code = "import envs, gymnasium as gym\nenv = gym.make('longdream/MemoryMaze-9x9-v0')\n"
+    code += "try: env.reset()\nexcept ValueError as error: print(error)"
+    environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "PYOPENGL_PLATFORM")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment | {"MUJOCO_GL": "glfw"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("MUJOCO_GL=glfw gives no OpenGL") and "longdream doctor" in done.stdout
