@@ -38,9 +38,7 @@ def register() -> None:
             gym.register(env_id, entry_point="envs.memory_maze.env:MemoryMazeEnv", kwargs={"size": size})
         if (env_id := f"longdream/FastMemoryMaze-{size}x{size}-v0") not in gym.registry:
             entry = "envs.fast_memory_maze.env:FastMemoryMaze"
-            gym.register(
-                env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv", kwargs={"size": size}
-            )
+            gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv", kwargs={"size": size})
 
 
 def find(env_id: str) -> Registration:
