@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from agent import options
-from agent.bench import act, loop, memory_maze, objectives
+from agent.bench import act, fidelity, loop, maze, memory_maze, objectives
 from envs.contract import UserError
 
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "act": act.measure,
+    "fidelity": fidelity.measure,
     "loop": loop.measure,
+    "maze": maze.measure,
     "memory-maze": memory_maze.measure,
     "objectives": objectives.measure,
 }

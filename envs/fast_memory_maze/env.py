@@ -157,6 +157,11 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
             ResetNeeded: before the first reset.
             UserError: actions of another shape or out of range.
         """
+        reward, truncated = self.step_unseen(actions)
+        return Rows(self._observe(), reward, torch.zeros_like(truncated), truncated)
+
+    def step_unseen(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `step_tensors` without the picture, for policies that look at probes: reward and truncated, (n,)."""
         if self.mazes is None:
             raise ResetNeeded("Memory Maze: call reset before step")
         if actions.shape != (self.num_envs,) or actions.is_floating_point():
@@ -164,8 +169,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         actions = actions.to(self.device, torch.int64).contiguous()
         low, high = (int(bound) for bound in torch.stack(torch.aminmax(actions)).tolist())
         if low < 0 or high >= len(ACTIONS):
-            names = ", ".join(f"{i} {name}" for i, name in enumerate(ACTIONS))
-            raise UserError(f"action {low if low < 0 else high}: Memory Maze has {names}")
+            raise UserError(_out_of_range(low if low < 0 else high))
         fresh = np.flatnonzero(self.ended)
         reward = torch.zeros(self.num_envs, dtype=torch.float32, device=self.device)
         if len(fresh) < self.num_envs:
@@ -178,14 +182,13 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
             reward[torch.from_numpy(fresh).to(self.device)] = 0.0
             self._begin(fresh)
         self.ended = self.steps >= self.max_steps
-        truncated = torch.from_numpy(self.ended).to(self.device)
-        return Rows(self._observe(), reward, torch.zeros_like(truncated), truncated)
+        return reward, torch.from_numpy(self.ended).to(self.device)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """A large picture of every copy, uint8 (480, 480, 3): what the agent sees, or the map."""
         if self.render_mode is None or self.mazes is None:
             return None
-        return tuple(self._draw(self.render_mode == "top", RENDER_SIDE, framed=False).cpu().numpy())
+        return tuple(self._draw(self.render_mode == "top", RENDER_SIDE).cpu().numpy())
 
     def get_probes(self) -> dict[str, np.ndarray]:
         """What the image hides: the probes of docs/memory-maze.md, each with a leading axis n."""
@@ -265,10 +268,10 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         self.steps[copies] = 0
 
     def _observe(self) -> torch.Tensor:
-        return self._draw(self.top_camera, self.resolution, framed=True)
+        return self._draw(self.top_camera, self.resolution)
 
-    def _draw(self, top: bool, side: int, framed: bool) -> torch.Tensor:
-        """Pictures (n, side, side, 3) uint8 of all copies, framed in the prompted target's colour if asked for."""
+    def _draw(self, top: bool, side: int) -> torch.Tensor:
+        """Pictures (n, side, side, 3) uint8 of all copies, framed in the prompted target's colour."""
         x, y, z, h = self.body[:, :4].unbind(1)
         c, s, one = torch.cos(h), torch.sin(h), torch.ones_like(h)
         count, tan = self.count, scene.CAMERA_TAN
@@ -284,7 +287,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
             ahead = scene.CAMERA_AHEAD
             camera = [x + ahead * c, y + ahead * s, z + scene.CAMERA_ABOVE]
             camera = [v / scene.CELL for v in camera] + [c, s, one * scene.CAMERA_COS, one * scene.CAMERA_SIN]
-        edge = int(2 * math.sqrt(side // 64)) if framed else 0
+        edge = int(2 * math.sqrt(side // 64))
         prompted = self.colours[torch.arange(self.num_envs, device=self.device), self.prompt]
         out = torch.empty((self.num_envs, side, side, 3), dtype=torch.uint8, device=self.device)
         self._backend.draw(
@@ -314,11 +317,10 @@ class FastMemoryMazeEnv(OneCopy):
         return obs, self._info()
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        if not self.vector.steps.any() and self.vector.mazes is None or self.vector.ended.any():
+        if self.vector.mazes is None or self.vector.ended.any():
             raise ResetNeeded("Memory Maze: call reset before step, at the beginning and after an episode ended")
         if not self.action_space.contains(action):
-            names = ", ".join(f"{i} {name}" for i, name in enumerate(ACTIONS))
-            raise UserError(f"action {action!r}: Memory Maze has {names}")
+            raise UserError(_out_of_range(action))
         obs, reward, terminated, truncated, _ = super().step(action)
         return obs, reward, terminated, truncated, self._info()
 
@@ -327,6 +329,11 @@ class FastMemoryMazeEnv(OneCopy):
 
     def _info(self) -> dict[str, Any]:
         return {key: value[0] for key, value in self.vector.get_probes().items()} if self.vector.probes else {}
+
+
+def _out_of_range(action: Any) -> str:
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(ACTIONS))
+    return f"action {action!r}: Memory Maze has {names}"
 
 
 def _device(name: str) -> torch.device:
