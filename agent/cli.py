@@ -248,7 +248,8 @@ def evaluate(
         from agent import scripted
 
         policy: Any = str(run_folder)
-        found = scripted.evaluate(policy, env or "longdream/MemoryMaze-9x9-v0", env_kwargs, episodes or 10, seed or 0)
+        where, episodes = env or "longdream/MemoryMaze-9x9-v0", 10 if episodes is None else episodes
+        found = scripted.evaluate(policy, where, env_kwargs, episodes, seed or 0)
         report.summary_table(found)
         return found
     agent, config, _, step = run.load_agent(run_folder, device)

@@ -80,13 +80,14 @@ def read(path: Path) -> dict[str, np.ndarray]:
         UserError: no such file, a damaged one, or one of another layout; the message names file and entry.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} holds one array, not the entries of an episode")
             missing = [key for key in LAYOUT if key not in file.files]
             if missing:
                 raise UserError(f"{path} has no {', '.join(missing)}: it is no episode of Memory Maze's offline data")
-            episode = {}
-            for key in LAYOUT:
-                episode[key] = _entry(path, key, file)
+            episode = {key: _entry(path, key, file) for key in LAYOUT}
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except (zipfile.BadZipFile, ValueError, EOFError, AttributeError, OSError) as error:
