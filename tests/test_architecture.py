@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "envs": {"envs"},
     "worldmodel": {"worldmodel"},
 }
-DISTRIBUTION_OF = {"yaml": "pyyaml"}
+DISTRIBUTION_OF = {"yaml": "pyyaml", "triton": "torch"}  # (the CUDA builds of torch bring Triton)
 # Distribution -> the import that needs it: the project itself never names these two.
 NEEDED_BY = {"tensorboard": "torch.utils.tensorboard", "av": "imageio"}
 MAX_LINES = 500
@@ -113,7 +113,7 @@ def test_relative_imports_stay_in_their_package() -> None:
 
 
 def test_importing_envs_is_light() -> None:
-    heavy = ["torch", "mujoco", "matplotlib", "tensorboard"]
+    heavy = ["torch", "mujoco", "dm_control", "memory_maze", "labmaze", "numba", "matplotlib", "tensorboard"]
     code = f"import sys, envs; print(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -109,7 +109,7 @@ def match(twin: FastMemoryMazeVecEnv, real: Simulation) -> None:
     colours = np.array(real.task._target_colors[: twin.count])
     for k, target in enumerate(real.task._targets):
         place = np.array(physics.bind(target.geom).xpos) / scene.CELL
-        twin.spheres[0, k, :3] = torch.from_numpy(place + [outer / 2, outer / 2, 0.0])
+        twin.spheres[0, k, :3] = torch.from_numpy(place + np.array([outer / 2, outer / 2, 0.0]))
     twin.spheres[0, : twin.count, 3:6] = torch.from_numpy(np.floor(colours * 255.0)).float()
     twin.colours[0] = torch.from_numpy(colours)
     twin.prompt[0] = int(real.task._current_target_ix)

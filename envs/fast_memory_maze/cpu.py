@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def kernels() -> tuple[Callable[..., None], Callable[..., None]]:
         "sin": math.sin,
         "cos": math.cos,
         "log2": compiled(log2),
-        "floor": compiled(lambda x: int(math.floor(x))),
+        "floor": math.floor,
         "fetch": compiled(lambda array, i: array[np.uint64(i)]),
     }
     rules, view = load("numba", words)
@@ -140,9 +141,7 @@ def _share(kernel: Callable[..., None], copies: int, *args: Any) -> None:
         return
     # more shares than threads, so that none waits long for a slow one
     bounds = np.linspace(0, copies, min(4 * threads, copies) + 1).astype(int).tolist()
-    jobs = [
-        _pool(threads).submit(kernel, low, high, *arrays) for low, high in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    jobs = [_pool(threads).submit(kernel, low, high, *arrays) for low, high in pairwise(bounds)]
     for job in jobs:
         job.result()
 

@@ -1,5 +1,8 @@
 """The twin on CUDA: the same equations compiled by Triton, a lane for each copy or pixel."""
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# (Triton comes with CUDA builds of torch alone.)
+
 from __future__ import annotations
 
 from typing import Any

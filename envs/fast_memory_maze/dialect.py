@@ -30,7 +30,7 @@ SOURCES = ("scene", "body", "rules", "view")
 def load(
     dialect: str, words: dict[str, Any], constant: Callable[[float], Any] | None = None
 ) -> tuple[ModuleType, ModuleType]:
-    """The modules (rules, view) in a dialect whose words these are. `constant` wraps their numbers, if it needs that."""
+    """The modules (rules, view) in the dialect of these words. `constant` wraps their numbers, if need be."""
     body = _load("body", dialect, words, constant)
     rules = _load("rules", dialect, {**words, **{k: v for k, v in vars(body).items() if k[0] != "_"}}, constant)
     return rules, _load("view", dialect, words, constant)

@@ -9,8 +9,8 @@ from functools import partial
 import labmaze
 import numpy as np
 
-from envs.fast_memory_maze.textures import CORRIDOR, ROOM, WALLS
 from envs.fast_memory_maze.scene import WALL
+from envs.fast_memory_maze.textures import CORRIDOR, ROOM, WALLS
 from envs.memory_maze.sizes import SIZES
 
 COLOURS = np.array(

@@ -47,13 +47,14 @@ def advance(
     rules, _ = modules()
     copies = torch.arange(len(cells), device=cells.device)
     size, stride = cells.shape[1], spheres.shape[1] * SPHERE_NUMBERS
-    *new, touched = rules.act(
+    *moved, touched = rules.act(
         cells.view(-1), copies * size * size, size, spheres.view(-1), copies * stride, count, substeps, actions,
         *body.unbind(1),
     )  # fmt: skip
-    body.copy_(torch.stack(new, 1))
+    body.copy_(torch.stack(moved, 1))
     got, asked, drawn = rules.judge(touched, count, prompt, key, picks)
-    reward.copy_(got), prompt.copy_(asked), picks.copy_(drawn)
+    for old, new in ((reward, got), (prompt, asked), (picks, drawn)):
+        old.copy_(new)
 
 
 def draw(
