@@ -27,27 +27,30 @@ def log2(x):
     return ((bits >> 23) - 127) + m * (1.42286530 + m * (-0.58208536 + m * 0.15922006))
 
 
+_words: dict[str, Any] = {
+    "inner": compiled(),
+    "where": compiled(lambda c, a, b: a if c else b),
+    "some": compiled(lambda c: c),
+    "minimum": compiled(lambda a, b: a if a < b else b),
+    "maximum": compiled(lambda a, b: a if a > b else b),
+    "absolute": abs,
+    "sqrt": math.sqrt,
+    "sin": math.sin,
+    "cos": math.cos,
+    "log2": compiled(log2),
+    "floor": math.floor,
+    "fetch": compiled(lambda array, i: array[np.uint64(i)]),
+}
+_rules, _view = load("numba", _words)
+act, judge, paint = _rules.act, _rules.judge, _view.paint
+
+
 @cache
 def kernels() -> tuple[Callable[..., None], Callable[..., None]]:
-    """The compiled functions (advance, draw) of a range of copies."""
-    words: dict[str, Any] = {
-        "inner": compiled(),
-        "where": compiled(lambda c, a, b: a if c else b),
-        "some": compiled(lambda c: c),
-        "minimum": compiled(lambda a, b: a if a < b else b),
-        "maximum": compiled(lambda a, b: a if a > b else b),
-        "absolute": abs,
-        "sqrt": math.sqrt,
-        "sin": math.sin,
-        "cos": math.cos,
-        "log2": compiled(log2),
-        "floor": math.floor,
-        "fetch": compiled(lambda array, i: array[np.uint64(i)]),
-    }
-    rules, view = load("numba", words)
-    act, judge, paint = rules.act, rules.judge, view.paint
-    sources = digest()  # numba's cache tells functions apart by their closures: let it see changes of the sources
-    samples = tuple(SAMPLES)
+    """The compiled functions (advance, draw) of a range of copies, from numba's cache where it has them.
+
+    The cache tells functions apart by file, code and closure: `sources` in theirs shows it changes in other files."""
+    sources = digest()
 
     def advance(low, high, cells, size, spheres, stride, count, substeps, actions, body, prompt, key, picks, reward):
         _ = sources
@@ -107,7 +110,7 @@ def kernels() -> tuple[Callable[..., None], Callable[..., None]]:
                         or (column < side - edge - 1 and names[row, column + 1] != name)
                     ):
                         reds, greens, blues = 0.5, 0.5, 0.5
-                        for right, down in samples:
+                        for right, down in SAMPLES:
                             a, b = (column + 0.5 + right) * pixel - tan, tan - (row + 0.5 + down) * pixel
                             red, green, blue, _ = paint(
                                 cells, at, size, x, y, z, ch, sh, cp, sp, a, b, pixel, wall_height, spheres, first,

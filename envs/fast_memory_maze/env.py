@@ -182,7 +182,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
             reward[torch.from_numpy(fresh).to(self.device)] = 0.0
             self._begin(fresh)
         self.ended = self.steps >= self.max_steps
-        return reward, torch.from_numpy(self.ended).to(self.device)
+        return reward, torch.from_numpy(self.ended.copy()).to(self.device)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """A large picture of every copy, uint8 (480, 480, 3): what the agent sees, or the map."""
@@ -265,7 +265,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
             (self.picks, np.zeros(c, np.int64)),
         ):
             target[where] = torch.from_numpy(values).to(self.device)
-        self.steps[copies] = 0
+        self.steps[copies], self.ended[copies] = 0, False
 
     def _observe(self) -> torch.Tensor:
         return self._draw(self.top_camera, self.resolution)
