@@ -265,7 +265,7 @@ def evaluate(
     episodes = config.evaluate.final_episodes
     print(f"playing {episodes} episodes of {config.env.id}", file=sys.stderr)
     found = judge(agent, config.env, episodes, config.seed, config.evaluate.copies)
-    known = references(config.env.id)
+    known = references(config.env.id, config.env.kwargs)
     found |= {"env_steps": step} | ({"references": known} if known else {})
     report.summary_table(found)
     return found

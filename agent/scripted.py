@@ -41,7 +41,7 @@ def evaluate(
             last = min(first + players.n, episodes)
             returns[first:last], lengths[first:last] = total[: last - first], length[: last - first]
     found = Returns.of(returns, lengths).to_json()
-    known = references(env)
+    known = references(env, env_kwargs)
     return {**found, "env": env, "seed": seed, "policy": policy} | ({"references": known} if known else {})
 
 

@@ -53,7 +53,7 @@ def test_whole_episodes_are_evaluated(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(words) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["length_mean"] == 50 and found["episodes"] == 3 and found["env_steps"] == 150
-    assert found["references"]["oracle"] == 34.8 and found["policy"] == "random"
+    assert found["policy"] == "random" and "references" not in found  # with that argument it is another task
     assert found["return_ci95"][0] <= found["return_mean"] <= found["return_ci95"][1]
 
 
