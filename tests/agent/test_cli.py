@@ -150,6 +150,9 @@ def test_flags_reach_the_config() -> None:
         ["evaluate"],
         ["dream"],
         ["envs"],
+        ["check-env"],
+        ["collect"],
+        ["doctor"],
         ["bench"],
         ["demo"],
         *(["bench", b] for b in bench.BENCHES),
@@ -232,6 +235,11 @@ MISTAKES = [
     ("bench lop", "unknown bench 'lop': did you mean loop?"),
     ("bench act --stps 3", "unknown flag --stps: did you mean --steps?"),
     ("envs everything", "unexpected 'everything'"),
+    ("check-env", "longdream check-env needs env"),
+    ("check-env NoSuch-v0", "unknown environment 'NoSuch-v0'"),
+    ("doctor now", "unexpected 'now'"),
+    ("colect", "unknown command 'colect': did you mean collect?"),
+    ("evaluate oracl", "oracl: there is no such run"),
 ]
 
 
