@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ def measure(
         states: compared per size, 10 in each maze
         approaches: to targets, per size
         episodes: per size, policy and environment; 0 leaves returns out
-        workers: processes that play the real one (default: one per processor)
+        workers: processes that play for the returns (default: one per processor)
         seed: of mazes, players and actions
         out: folder for pictures, side by side: real, twin, four times their difference
 
@@ -60,27 +61,27 @@ def measure(
     if min(states, approaches) < 1 or episodes < 0:
         raise UserError(f"--states {states} --approaches {approaches} --episodes {episodes}: too small")
     out.mkdir(parents=True, exist_ok=True)
-    psnr: list[float] = []
+    ratios: list[float] = []
     errors: dict[str, list[float]] = {"1": [], "open": [], "contact": []}
     agreed: list[bool] = []
     for size in SIZES:
-        shown = _compare(size, states, seed, psnr, errors)
+        shown = _compare(size, states, seed, ratios, errors)
         imageio.imwrite(out / f"fidelity-{size}x{size}.png", _sheet(shown))
         agreed += _touches(size, approaches, seed)
-        print(f"{size}x{size}: {len(psnr)} pictures so far, {np.mean(psnr):.1f} dB", file=sys.stderr)
+        print(f"{size}x{size}: {len(ratios)} pictures so far, {np.mean(ratios):.1f} dB", file=sys.stderr)
     found = {
-        "psnr_mean": round(float(np.mean(psnr)), 2),
-        "psnr_p05": round(float(np.quantile(psnr, 0.05)), 2),
+        "psnr_mean": round(float(np.mean(ratios)), 2),
+        "psnr_p05": round(float(np.quantile(ratios, 0.05)), 2),
         "pose_error_1": _median(errors["1"]),
         "pose_error_10_open": _median(errors["open"]),
         "pose_error_10_contact": _median(errors["contact"]),
         "touch_agreement": round(float(np.mean(agreed)), 4),
         "counts": {
-            "pictures": len(psnr),
+            "pictures": len(ratios),
             **{f"poses_{key}": len(value) for key, value in errors.items()},
             "approaches": len(agreed),
         },
-        "returns": _returns(episodes, workers or os.cpu_count() or 1, seed) if episodes else [],
+        "returns": returns(episodes, workers or os.cpu_count() or 1, seed) if episodes else [],
         "out": str(out),
     }
     print("Twin of Memory Maze beside the real one")
@@ -120,7 +121,7 @@ def match(twin: FastMemoryMazeVecEnv, real: Simulation) -> None:
 
 
 def _compare(
-    size: int, states: int, seed: int, psnr: list[float], errors: dict[str, list[float]]
+    size: int, states: int, seed: int, ratios: list[float], errors: dict[str, list[float]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Adds the ratios and errors at so many states; returns a few pairs of pictures."""
     real, twin = _pair(size)
@@ -134,8 +135,8 @@ def _compare(
         for _ in range(int(rng.integers(3, 12))):
             real.step(_ask(player, real))
         match(twin, real)
-        pictures = real.image(), twin._observe()[0].numpy()
-        psnr.append(_psnr(*pictures))
+        pictures = real.image(), twin.observe()[0].numpy()
+        ratios.append(psnr(*pictures))
         if len(shown) < SHOWN and state % STATES_PER_MAZE == 0:
             shown.append(pictures)
         walled = False
@@ -184,8 +185,15 @@ def _touches(size: int, approaches: int, seed: int) -> list[bool]:
     return agreed
 
 
-def _returns(episodes: int, workers: int, seed: int) -> list[dict[str, Any]]:
-    jobs = [(size, policy) for size in SIZES for policy in ("random", "oracle")]
+def returns(
+    episodes: int,
+    workers: int,
+    seed: int,
+    sizes: Iterable[int] = SIZES,
+    policies: Sequence[str] = ("random", "oracle"),
+) -> list[dict[str, Any]]:
+    """Rows of `measure`'s returns: each policy in each size, on the real one in worker processes and on the twin."""
+    jobs = [(size, policy) for size in sizes for policy in policies]
     rows = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         share = -(-episodes // workers)
@@ -196,10 +204,11 @@ def _returns(episodes: int, workers: int, seed: int) -> list[dict[str, Any]]:
             ]
             for job in jobs
         }
+        twin = {job: pool.submit(_play_twin, *job, episodes, seed) for job in jobs}
         for size, policy in jobs:
             steps = np.full(episodes, float(SIZES[size].seconds * 4))
             theirs = Returns.of(np.concatenate([part.result() for part in real[size, policy]]), steps).to_json()
-            ours = Returns.of(_play_twin(size, policy, episodes, seed), steps).to_json()
+            ours = Returns.of(twin[size, policy].result(), steps).to_json()
             rows.append(
                 {
                     "size": size,
@@ -239,6 +248,7 @@ def _play_real(size: int, policy: str, episodes: range, seed: int) -> np.ndarray
 def _play_twin(size: int, policy: str, episodes: int, seed: int) -> np.ndarray:
     from envs.fast_memory_maze.env import FastMemoryMazeVecEnv
 
+    torch.set_num_threads(1)  # one of many processes
     twin = FastMemoryMazeVecEnv(episodes, size)
     rng = np.random.default_rng((seed, size, 2))
     player = navigate.Random(rng) if policy == "random" else navigate.Oracle()
@@ -292,7 +302,8 @@ def _ask(player: navigate.Policy, real: Simulation) -> int:
     return int(player.act({key: np.asarray(value)[None] for key, value in probes.items()})[0])
 
 
-def _psnr(a: np.ndarray, b: np.ndarray) -> float:
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio, dB, of two pictures (64, 64, 3) uint8 without their frames."""
     inner = (slice(2, -2), slice(2, -2))
     square = np.mean((a[inner].astype(float) - b[inner]) ** 2)
     return float(10 * np.log10(255**2 / max(square, 1e-3)))

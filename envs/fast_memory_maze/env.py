@@ -148,7 +148,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         if self.mazes is None or any(new is not None for new in seeds):
             self._set_mazes(chosen, begin)
         self._begin(np.arange(self.num_envs))
-        return self._observe()
+        return self.observe()
 
     def step_tensors(self, actions: torch.Tensor) -> Rows:
         """As `step`, of actions (n,) of whole numbers, on this or another device.
@@ -158,7 +158,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
             UserError: actions of another shape or out of range.
         """
         reward, truncated = self.step_unseen(actions)
-        return Rows(self._observe(), reward, torch.zeros_like(truncated), truncated)
+        return Rows(self.observe(), reward, torch.zeros_like(truncated), truncated)
 
     def step_unseen(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `step_tensors` without the picture, for policies that look at probes: reward and truncated, (n,)."""
@@ -267,7 +267,8 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
             target[where] = torch.from_numpy(values).to(self.device)
         self.steps[copies], self.ended[copies] = 0, False
 
-    def _observe(self) -> torch.Tensor:
+    def observe(self) -> torch.Tensor:
+        """The present observations, (n, H, H, 3) uint8 on the device."""
         return self._draw(self.top_camera, self.resolution)
 
     def _draw(self, top: bool, side: int) -> torch.Tensor:
