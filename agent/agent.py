@@ -68,9 +68,10 @@ class Agent:
             "model": Part((p for m in model_parts for p in m.parameters()), learn.model_rate, learn.clip),
             "controller": Part(controller.parameters(), learn.actor_critic_rate, learn.clip),
         }
-        capturable = all(getattr(part, "capturable", False) for part in (self.controller, self.model.objective))
+        on_cuda, parts = self.device.type == "cuda", (self.controller, self.model.objective)
+        self.capturable = on_cuda and all(getattr(part, "capturable", False) for part in parts)
         # a dream is thousands of small kernels, and launching them takes longer than running them
-        self._dreams = Graphed(self._dream) if self.device.type == "cuda" and capturable else self._dream
+        self._dreams = Graphed(self._dream) if self.capturable else self._dream
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0

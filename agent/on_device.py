@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agent.agent import Agent, Carry
 from agent.collect import SURPRISES
+from agent.graphs import Graphed
 from envs.contract import EnvSpec, UserError
 from envs.make import World, derive_seed
 from worldmodel.dynamics import State
@@ -146,6 +147,7 @@ class DeviceCollector:
         self.carry: Carry = agent.initial(n)
         # return, length and the parts of surprise of the running episodes
         self.running = torch.zeros(2 + len(SURPRISES), n, device=device)
+        self.take_in = Graphed(self._take_in) if agent.capturable else self._take_in
         self.env_steps = 0
         self.episodes = 0
 
@@ -153,19 +155,16 @@ class DeviceCollector:
     def step(self, random: bool) -> list[dict[str, float]]:
         """One step of every copy; metrics of each episode that ended. See agent.collect.Collector.step."""
         row, n, parts = self.row, self.world.num_envs, self.agent.spec.action.parts[0]
-        self.carry, surprise = self.agent.observe(self.carry, row)
-        assert surprise is not None
-        seen = torch.stack([row.reward, (~row.is_first).float(), *surprise, surprise.total()])
-        self.running += torch.nan_to_num(seen, 0.0, 0.0, 0.0)
+        self.carry, seen, chosen = self.take_in(self.carry, row)
+        self.running += seen
         device = self.agent.device
         choice = torch.randint(parts, (n,), device=device, generator=self.random)
         if not random:
-            action = self.agent.controller.act(self.carry.feat, False).argmax(-1)
             dare = torch.rand(n, device=device, generator=self.random) < self.explore
-            choice = torch.where(dare, choice, action)
+            choice = torch.where(dare, choice, chosen)
         action = torch.nn.functional.one_hot(choice, parts).float()
         self.carry = self.carry._replace(action=action)
-        self.replay.add(row, action, torch.nan_to_num(surprise.total(), 0.0, 0.0, 0.0), self.first)
+        self.replay.add(row, action, seen[-1], self.first)
         over = row.terminated | row.truncated
         ended = self._ended(over.cpu().numpy())
         self.first = over.cpu().numpy()
@@ -173,6 +172,13 @@ class DeviceCollector:
         self.row = DeviceRow(self._pack(obs), over, reward, terminated, truncated)
         self.env_steps += int((~self.first).sum())
         return ended
+
+    def _take_in(self, carry: Carry, row: DeviceRow) -> tuple[Carry, Tensor, Tensor]:
+        """The carry after the row; its reward, length and surprises `(2 + parts, n)`; the action to take `(n,)`."""
+        carry, surprise = self.agent.observe(carry, row)
+        assert surprise is not None
+        seen = torch.stack([row.reward, (~row.is_first).float(), *surprise, surprise.total()])
+        return carry, torch.nan_to_num(seen, 0.0, 0.0, 0.0), self.agent.controller.act(carry.feat, False).argmax(-1)
 
     def _pack(self, obs: Any) -> dict[str, Tensor]:
         return dict(obs) if isinstance(obs, dict) else {next(iter(self.agent.spec.obs)): obs}
