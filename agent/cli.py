@@ -99,7 +99,7 @@ def _tell(error: Exception) -> tuple[int, str] | None:
 
     notes = [*getattr(error, "__notes__", ())]
     if isinstance(error, UserError):
-        return 2, " ".join(str(error).split())
+        return 2, "\n".join([" ".join(str(error).split()), *notes])
     if isinstance(error, EnvError):
         return 1, "\n".join([str(error), *notes])
     if isinstance(error, NotFinite | DiskFull):

@@ -75,8 +75,10 @@ class Training:
     def __init__(self, config: Config, folder: Path, tree: dict[str, Any] | None, signals: Signals, stack: ExitStack):
         self.config, self.folder, self.signals = config, folder, signals
         self.began = self.saved = time.monotonic()
-        # wall: seconds of earlier sessions. begun: real steps when learning began. lost: worlds that failed
-        self.count = {"wall": 0.0, "begun": None, "warmup": 0, "updates": 0, "logged": 0, "evaluated": 0, "lost": 0}
+        # wall: seconds of earlier sessions. begun: real steps when learning began. lost: worlds that failed.
+        # faults: that the worlds of earlier sessions have survived
+        self.count = {"wall": 0.0, "begun": None, "warmup": 0, "updates": 0, "logged": 0, "evaluated": 0}
+        self.count |= {"lost": 0, "faults": 0}
         self.count |= tree["count"] if tree else {}
         learn = config.learn
         torch.manual_seed(config.seed)
@@ -198,6 +200,7 @@ class Training:
         """A line of metrics: means over the updates and episodes since the last one."""
         agent, step = self.agent, self.collector.env_steps
         counts = {"updates": agent.updates, "skipped": agent.skipped, "lost_worlds": self.count["lost"]}
+        counts["faults"] = self.faults()
         counts |= {"episodes": self.collector.episodes, "rows": len(self.replay)}
         told = {f"count/{key}": value for key, value in counts.items()}
         told |= {f"time/{key}": value for key, value in (self.seconds | agent.seconds).items()}
@@ -225,6 +228,10 @@ class Training:
     def log_returns(self, name: str, returns: dict[str, Any]) -> None:
         told = ("return_mean", "return_std", "length_mean", "random_mean", "without_memory_mean")
         self.logger.write(self.collector.env_steps, {f"{name}/{key}": returns[key] for key in told if key in returns})
+
+    def faults(self) -> int:
+        """How often an environment has failed and was started again, in earlier sessions too."""
+        return self.count["faults"] + self.world.faults
 
     def wall(self) -> float:
         """Seconds of this run, those of earlier sessions included."""

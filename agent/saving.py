@@ -51,7 +51,7 @@ def tree(training: Training) -> dict[str, Any]:
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if agent.device.type == "cuda" else [],
         },
-        "count": training.count | {"wall": training.wall()},
+        "count": training.count | {"wall": training.wall(), "faults": training.faults()},
     }
 
 

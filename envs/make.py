@@ -23,6 +23,7 @@ from gymnasium.vector.async_vector_env import AsyncState
 
 from envs.contract import EnvError, Row, UserError, env_spec
 from envs.memory_maze.sizes import SIZES
+from envs.remote import FAULTS, registration
 
 REPLAYED_STEPS_PER_TIMEOUT = 100  # restoring a copy steps through its episode; it is given a time-out for each so many
 
@@ -33,20 +34,29 @@ def register() -> None:
         if (env_id := f"longdream/{name}-v0") not in gym.registry:
             entry = f"envs.{module}:{name}"
             gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv")
+    if (env_id := "longdream/Remote-v0") not in gym.registry:
+        gym.register(env_id, entry_point="envs.remote:RemoteEnv")
     for size in SIZES:
         if (env_id := f"longdream/MemoryMaze-{size}x{size}-v0") not in gym.registry:
             gym.register(env_id, entry_point="envs.memory_maze.env:MemoryMazeEnv", kwargs={"size": size})
         if (env_id := f"longdream/FastMemoryMaze-{size}x{size}-v0") not in gym.registry:
             entry = "envs.fast_memory_maze.env:FastMemoryMaze"
             gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv", kwargs={"size": size})
+    if (env_id := "longdream/Dream-v0") not in gym.registry:
+        entry = "agent.dream_env:Dream"  # a word until somebody makes one: nothing of ours is imported here
+        gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv")
 
 
 def find(env_id: str) -> Registration:
     """Gymnasium's registration of "Id" or "module:Id"; the module is imported first, from the current folder too.
 
+    "remote:PYTHON:ENV" is longdream/Remote-v0 with these arguments.
+
     Raises:
         UserError: the module cannot be imported or the id is not registered, with the closest ids that are.
     """
+    if env_id.startswith("remote:"):
+        return registration(env_id)
     module, _, name = env_id.rpartition(":")
     if module:
         if os.getcwd() not in sys.path:
@@ -119,13 +129,15 @@ class World:
             self.close()
             raise
         self.row: Row | None = None  # the last one handed out
+        self.faults = 0  # that copies have survived (longdream/Remote-v0 does)
 
     def reset(self) -> Row:
         """The first row of every copy. Always starts over from episode 0, as if the world were new."""
         seeds: list[int | None] = [self.seed] * self.num_envs  # a copy of ours derives its own
         if self.native:
             seeds = [derive_seed(self.seed, i, 0) for i in range(self.num_envs)]
-        obs, _ = self._ask("reset", self.timeout_s, seed=seeds)
+        obs, info = self._ask("reset", self.timeout_s, seed=seeds)
+        self.faults += int(np.sum(info.get(FAULTS, 0)))
         no = np.zeros(self.num_envs, np.bool_)
         self.row = Row(self.spec.pack_obs(obs), ~no, np.zeros(self.num_envs, np.float32), no, no.copy())
         return self.row
@@ -138,7 +150,8 @@ class World:
         if action.shape != (self.num_envs, self.spec.action.size):
             raise ValueError(f"actions of shape {action.shape}, expected {(self.num_envs, self.spec.action.size)}")
         native = self.spec.action.decode(action)
-        obs, reward, terminated, truncated, _ = self._ask("step", self.timeout_s, actions=native)
+        obs, reward, terminated, truncated, info = self._ask("step", self.timeout_s, actions=native)
+        self.faults += int(np.sum(info.get(FAULTS, 0)))
         self.row = Row(
             self.spec.pack_obs(obs),
             self.row.terminated | self.row.truncated,
@@ -284,12 +297,12 @@ class Copy(gym.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if self.ended:
-            obs, _ = self._begin(self.episode + 1)
-            return obs, 0.0, False, False, {}
+            obs, info = self._begin(self.episode + 1)
+            return obs, 0.0, False, False, info
         self.actions.append(np.copy(action))
-        obs, reward, terminated, truncated, _ = self._run("step", action)
+        obs, reward, terminated, truncated, info = self._run("step", action)
         self.ended = bool(terminated or truncated)
-        return obs, float(reward), bool(terminated), bool(truncated), {}
+        return obs, float(reward), bool(terminated), bool(truncated), _faults(info)
 
     def render(self) -> Any:
         return self._run("render")
@@ -315,8 +328,8 @@ class Copy(gym.Wrapper):
 
     def _begin(self, episode: int) -> tuple[Any, dict[str, Any]]:
         self.episode, self.actions, self.ended = episode, [], False
-        obs, _ = self._run("reset", seed=derive_seed(self.root, self.index, episode))
-        return obs, {}  # infos are no part of a row
+        obs, info = self._run("reset", seed=derive_seed(self.root, self.index, episode))
+        return obs, _faults(info)
 
     def _run(self, name: str, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -324,6 +337,11 @@ class Copy(gym.Wrapper):
         except Exception as error:
             message = f"environment worker {self.index} of {self.env_id} raised in {name}: {_one_line(error)}"
             raise EnvError(message, self.index, traceback.format_exc()) from None
+
+
+def _faults(info: dict[str, Any]) -> dict[str, Any]:
+    """The one thing of an info that is told on: infos are no part of a row."""
+    return {FAULTS: info[FAULTS]} if FAULTS in info else {}
 
 
 def derive_seed(root: int, index: int, episode: int) -> int:
