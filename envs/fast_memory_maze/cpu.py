@@ -69,12 +69,13 @@ def kernels() -> tuple[Callable[..., None], Callable[..., None]]:
         side = out.shape[1]
         pixel = 2.0 * tan / side
         names = np.empty((side, side), np.int64)
+        ring = max(edge - 1, 0)  # pixels beside the frame have neighbours under it
         for i in range(low, high):
             x, y, z, ch, sh, cp, sp = camera[i]
             at, first = i * size * size, i * stride * SPHERE_NUMBERS
-            for row in range(edge, side - edge):
+            for row in range(ring, side - ring):
                 b = tan - (row + 0.5) * pixel
-                for column in range(edge, side - edge):
+                for column in range(ring, side - ring):
                     a = (column + 0.5) * pixel - tan
                     red, green, blue, name = paint(
                         cells,
@@ -104,10 +105,10 @@ def kernels() -> tuple[Callable[..., None], Callable[..., None]]:
                 for column in range(edge, side - edge):
                     name = names[row, column]
                     if (
-                        (row > edge and names[row - 1, column] != name)
-                        or (row < side - edge - 1 and names[row + 1, column] != name)
-                        or (column > edge and names[row, column - 1] != name)
-                        or (column < side - edge - 1 and names[row, column + 1] != name)
+                        (row > ring and names[row - 1, column] != name)
+                        or (row < side - ring - 1 and names[row + 1, column] != name)
+                        or (column > ring and names[row, column - 1] != name)
+                        or (column < side - ring - 1 and names[row, column + 1] != name)
                     ):
                         reds, greens, blues = 0.5, 0.5, 0.5
                         for right, down in SAMPLES:

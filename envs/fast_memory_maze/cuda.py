@@ -159,7 +159,7 @@ def draw_kernel(
     green = tl.where(framed, tl.load(frame + i * 3 + 1).to(tl.int32), (green + 0.5).to(tl.int32))
     blue = tl.where(framed, tl.load(frame + i * 3 + 2).to(tl.int32), (blue + 0.5).to(tl.int32))
     at = i.to(tl.int64) * side * side + p
-    tl.store(names + at, tl.where(framed, -1, name), mask=valid)
+    tl.store(names + at, name, mask=valid)
     tl.store(out + at * 3, red.to(tl.uint8), mask=valid)
     tl.store(out + at * 3 + 1, green.to(tl.uint8), mask=valid)
     tl.store(out + at * 3 + 2, blue.to(tl.uint8), mask=valid)
@@ -168,12 +168,12 @@ def draw_kernel(
 @triton.jit
 def differs(names, at, step, name, near):
     other = tl.load(names + at + step, mask=near, other=-1)
-    return near & (other != name) & (other >= 0)
+    return near & (other != name)
 
 
 @triton.jit
 def smooth_kernel(
-    cells, size, spheres, stride, count: tl.constexpr, camera, tan, wall_height, texels, out, names, side,
+    cells, size, spheres, stride, count: tl.constexpr, camera, tan, wall_height, texels, edge, out, names, side,
     PIXELS: tl.constexpr,
 ):  # fmt: skip
     """The mean of four colours where a pixel's neighbour sees another surface."""
@@ -184,7 +184,7 @@ def smooth_kernel(
     row, column = p // side, p % side
     at = i.to(tl.int64) * side * side + p
     name = tl.load(names + at)
-    inside = valid & (name >= 0)
+    inside = valid & (row >= edge) & (row < side - edge) & (column >= edge) & (column < side - edge)
     edges = differs(names, at, -side, name, inside & (row > 0))
     edges = edges | differs(names, at, side, name, inside & (row < side - 1))
     edges = edges | differs(names, at, -1, name, inside & (column > 0))
@@ -253,6 +253,6 @@ def draw(
             PIXELS, num_warps=1,
         )  # fmt: skip
         smooth_kernel[grid](
-            cells, size, spheres, stride, count, camera, tan, wall_height, texels, out, names, side, PIXELS,
+            cells, size, spheres, stride, count, camera, tan, wall_height, texels, edge, out, names, side, PIXELS,
             num_warps=1,
         )  # fmt: skip

@@ -74,7 +74,8 @@ def draw(
     n, side = out.shape[:2]
     size, stride = cells.shape[1], spheres.shape[1] * SPHERE_NUMBERS
     pixel = 2.0 * tan / side
-    inside = torch.arange(edge, side - edge, device=out.device, dtype=torch.float64)
+    ring = max(edge - 1, 0)  # pixels beside the frame have neighbours under it
+    inside = torch.arange(ring, side - ring, device=out.device, dtype=torch.float64)
     i = torch.arange(n, device=out.device)[:, None, None].expand(n, len(inside), len(inside))
     row, column = (m[None].expand_as(i) for m in torch.meshgrid(inside, inside, indexing="ij"))
 
@@ -97,4 +98,5 @@ def draw(
     edges[:, :, :-1] |= differs
     colour[edges] = sum(0.25 * shoot(i[edges], row[edges] + d, column[edges] + r)[0] for r, d in SAMPLES)
     out[:] = frame[:, None, None]
-    out[:, edge : side - edge, edge : side - edge] = (colour + 0.5).to(torch.uint8)
+    seen = colour[:, edge - ring : side - edge - ring, edge - ring : side - edge - ring]
+    out[:, edge : side - edge, edge : side - edge] = (seen + 0.5).to(torch.uint8)

@@ -25,13 +25,13 @@ def played(size: int, **kwargs: Any) -> FastMemoryMazeVecEnv:
 
 def advanced(backend: Any, env: FastMemoryMazeVecEnv, substeps: int, device: str = "cpu") -> list[torch.Tensor]:
     state = [getattr(env, key).to(device).clone() for key in MOTION]
-    reward = torch.zeros(COPIES, device=device)
+    reward, rewards = torch.zeros(COPIES, device=device), []
     cells, spheres = env.cells.to(device), env.spheres.to(device)
     actions = torch.tensor([1, 4, 5, 0, 1], device=device)
     for _ in range(3):
         backend.advance(cells, spheres, env.count, substeps, actions, *state, reward)
-        state.append(reward.clone())
-    return [value.cpu() for value in state]
+        rewards.append(reward.clone())
+    return [value.cpu() for value in (*state, *rewards)]
 
 
 def drawn(backend: Any, env: FastMemoryMazeVecEnv, top: bool, side: int, device: str = "cpu") -> np.ndarray:
@@ -48,7 +48,7 @@ def test_bodies_move_equally(size: int, good_visibility: bool, substeps: int) ->
     fast, slow = (advanced(backend, env, substeps) for backend in (cpu, plain))
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-    assert fast[1].ne(env.prompt).any() or fast[4:][0].any() or good_visibility, "a target should have been touched"
+    assert good_visibility or fast[4].any(), "the prompted target should have been touched"
     env.close()
 
 
