@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from envs import gl
 from envs.contract import UserError
 from envs.memory_maze.env import upstream_imports
 from envs.memory_maze.sizes import ACTIONS, SIZES
@@ -96,6 +97,7 @@ def measure(
 
 
 def _original(size: int, seed: int) -> Callable[[int], Any]:
+    gl.choose()
     with upstream_imports():
         from memory_maze import tasks
     env = getattr(tasks, f"memory_maze_{size}x{size}")(seed=seed, image_only_obs=True)
