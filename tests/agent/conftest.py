@@ -1,13 +1,18 @@
-"""Disks that run full, for real."""
+"""Disks that run full, for real; runs to dream of."""
 
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
+from gymnasium import spaces
+
+from agent import loop, options
 
 
 class Cramped:
@@ -49,3 +54,52 @@ def cramped(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cramped]
         yield Cramped(folder, full=True)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+class Mixed(gym.Env):
+    """All kinds of observations at once, and factored actions that do not count from 0."""
+
+    def __init__(self):
+        self.observation_space = spaces.Dict(
+            {
+                "eye": spaces.Box(0, 255, (16, 20), np.uint8),
+                "leg": spaces.Box(-np.inf, np.inf, (2, 2), np.float64),
+                "gear": spaces.Discrete(3, start=-1),
+            }
+        )
+        self.action_space = spaces.MultiDiscrete([2, 3], start=[0, 5])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.seen(), {}
+
+    def seen(self):
+        return {"eye": np.full((16, 20), 20 * self.t, np.uint8), "leg": np.eye(2) * self.t, "gear": self.t % 3 - 1}
+
+    def step(self, action):
+        assert action in self.action_space
+        self.t += 1
+        return self.seen(), float(action[0]), self.t >= 7, False, {}
+
+
+gym.register("MixedForDreams-v0", entry_point=Mixed)
+
+
+@pytest.fixture(scope="session")
+def dream_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of runs by name, each trained for a moment when first asked for. Not to be changed."""
+    settings: dict[str, dict] = {"images": {}, "vectors": {"env.id": "CartPole-v1"}, "box": {"env.id": "Pendulum-v1"}}
+    settings["mixed"] = {"env.id": "MixedForDreams-v0", "forcing.objective": "mask"}
+    short = {"learn.steps": 60, "learn.prefill": 40, "learn.warmup": 2, "evaluate.final_episodes": 4}
+    root, made = tmp_path_factory.mktemp("dream_runs"), set()
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            other = {"env.kwargs": {}} if settings[name] else {}
+            config = options.update(options.load("tiny"), {"evaluate.every": 0} | short | other | settings[name])
+            loop.train(config, root / name, console=False)
+            made.add(name)
+        return root / name
+
+    return folder
