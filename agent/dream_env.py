@@ -131,7 +131,8 @@ class DreamVecEnv(gym.vector.VectorEnv):
         self._now = self._moments().take(self._drawn())
         if isinstance(self.step_model, Graphed) and not self.step_model.recorded:
             nothing = torch.zeros(self.num_envs, self.agent.spec.action.size, device=self.agent.device)
-            self.step_model(self._now.feat, self._now.state, nothing)  # recorded now: it draws random numbers
+            with own_randomness(0, self.agent.device):  # recorded now: recording draws random numbers
+                self.step_model(self._now.feat, self._now.state, nothing)
         self._age[:], self._over[:] = 0, False
         return self._observe(self._now), {}
 

@@ -9,16 +9,19 @@ from collections.abc import Callable
 from typing import Any
 
 from agent import options
-from agent.bench import act, fidelity, loop, maze, memory_maze, objectives
+from agent.bench import act, dream, fidelity, loop, maze, memory_maze, objectives, remote, temperature
 from envs.contract import UserError
 
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "act": act.measure,
+    "dream": dream.measure,
     "fidelity": fidelity.measure,
     "loop": loop.measure,
     "maze": maze.measure,
     "memory-maze": memory_maze.measure,
     "objectives": objectives.measure,
+    "remote": remote.measure,
+    "temperature": temperature.measure,
 }
 """Name and function of each measurement: prints what it found, and returns it as JSON values."""
 
