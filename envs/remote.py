@@ -100,6 +100,7 @@ class RemoteEnv(gym.Env):
         self._environ = environ or {}
         self._in_a_row = self._told = 0
         self._obs: Any = None
+        self._playing = False
         self._server: Server | None = None
         try:
             self._server, self.observation_space, self.action_space = self._started()
@@ -122,15 +123,19 @@ class RemoteEnv(gym.Env):
             except Fault as fault:
                 self._survive(fault)
             else:
-                self._obs = obs
+                self._obs, self._playing = obs, True
                 return obs, self._noted(info)
 
     def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        if self._server is None:
+        if self._server is None and not self._playing:
             raise RuntimeError("RemoteEnv.step after the end of an episode: reset comes first")
         try:
+            if self._server is None:  # it was lost in render
+                self._playing = False
+                return self._obs, 0.0, False, True, self._noted({})
             obs, reward, terminated, truncated, info = self._server.ask("step", self.timeout_s, action)
         except Fault as fault:
+            self._playing = False
             self._survive(fault)
             return self._obs, 0.0, False, True, self._noted({})
         if terminated or truncated:

@@ -318,7 +318,7 @@ def translate(space: Any, value, inward):
         words = [str(word) for word in space.values]
         if inward:
             return space.values[int(value)]
-        return words.index(str(value)) if str(value) in words else int(value)
+        return np.int64(words.index(str(value)) if str(value) in words else value)
     if kind == "Dict":
         spaces = space.spaces
         return {key: translate(spaces[key], item, inward) if key in spaces else item for key, item in value.items()}
