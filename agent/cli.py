@@ -44,6 +44,7 @@ examples
   longdream train quickstart --seed 3
   longdream train quickstart --steps 20000 --worldmodel.layers 4 --env.kwargs.corridor 24
   longdream train cartpole --env LunarLander-v3 --name lander
+  longdream train quickstart --env remote:/opt/old/bin/python:their_package:Their-v0
   longdream train my_preset.yaml --controller.kind my_package.my_module:MyController
   longdream train --resume runs/quickstart-s3-1
 

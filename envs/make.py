@@ -324,7 +324,9 @@ class Copy(gym.Wrapper):
         self.root = state["root"]
         self._begin(state["episode"])
         for action in state["actions"]:
-            self.step(action)
+            if FAULTS in self.step(action)[-1]:
+                message = f"environment worker {self.index} of {self.env_id} failed while its episode was run again"
+                raise EnvError(message, self.index)
 
     def _begin(self, episode: int) -> tuple[Any, dict[str, Any]]:
         self.episode, self.actions, self.ended = episode, [], False

@@ -6,6 +6,7 @@ The other interpreter runs envs/remote_server.py, which is sent to it and says h
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import shutil
@@ -132,12 +133,12 @@ class RemoteEnv(gym.Env):
         try:
             if self._server is None:  # it was lost in render
                 self._playing = False
-                return self._obs, 0.0, False, True, self._noted({})
+                return copy.deepcopy(self._obs), 0.0, False, True, self._noted({})
             obs, reward, terminated, truncated, info = self._server.ask("step", self.timeout_s, action)
         except Fault as fault:
             self._playing = False
             self._survive(fault)
-            return self._obs, 0.0, False, True, self._noted({})
+            return copy.deepcopy(self._obs), 0.0, False, True, self._noted({})
         if terminated or truncated:
             self._in_a_row = 0
         self._obs = obs
@@ -207,7 +208,7 @@ class Server:
             listener.listen(1)
             variables = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
             self.process = subprocess.Popen(
-                [found, "-u", "-c", BOOT, source, self.folder, str(os.getpid())],
+                [found, "-u", "-c", BOOT, source, self.folder],
                 stdin=subprocess.PIPE,  # never written to: its end is how the other side knows of ours
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -39,8 +39,8 @@ DEATH_SIGNAL, SUBREAPER = 1, 36  # options of Linux's prctl
 # -- the keeper --------------------------------------------------------------------------------------------------------
 
 
-def keep(folder, ours):
-    """Fork the server and return in it. The keeper stays in here until the server has ended or process `ours` has.
+def keep(folder):
+    """Fork the server and return in it. The keeper stays in here until the server has ended, or whoever started us.
 
     Its exit code is the server's, 128 + n for one that signal n ended; its output is the last that the server printed.
     """
@@ -51,7 +51,7 @@ def keep(folder, ours):
     os.set_blocking(wakes, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakes)
-    keeper, server = os.getpid(), os.fork()
+    above, keeper, server = os.getppid(), os.getpid(), os.fork()
     if server == 0:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -75,7 +75,7 @@ def keep(folder, ours):
             os.read(woken, 4096)
         if code is None and killed and time.monotonic() > killed + LAST_WORDS_S:
             os.kill(server, signal.SIGKILL)
-        elif code is None and not killed and (0 in ready or os.getppid() != ours):
+        elif code is None and not killed and (0 in ready or os.getppid() != above):
             killed = time.monotonic()
             os.kill(server, signal.SIGABRT)  # faulthandler prints where it was
     descendants = _descendants(keeper)
@@ -142,7 +142,7 @@ def _descendants(root):
 
 
 if __name__ == "__main__":
-    keep(sys.argv[1], int(sys.argv[2]))
+    keep(sys.argv[1])
 
 try:  # here, as the keeper needs none of it, and a process with threads of numpy's should not fork
     import numpy as np

@@ -12,7 +12,7 @@ import pytest
 from gymnasium.utils.env_checker import data_equivalence
 
 from envs import World, remote_server
-from envs.contract import UserError
+from envs.contract import EnvError, UserError
 from envs.remote import Enum, RemoteEnv
 
 # What Gymnasium's spaces can hold, sent out as an action and back as an observation.
@@ -243,6 +243,15 @@ def test_a_world_counts_what_its_copies_survived(mode):
         assert row.is_first.tolist() == [False, True] and world.faults == 1
     finally:
         world.close()
+
+
+def test_an_episode_that_cannot_be_run_again_is_no_state():
+    world = World(f"remote:{sys.executable}:old_world:Old", 1, 0)
+    world.reset()
+    state = world.get_state()
+    state["copies"][0]["actions"] = np.array([0, 3, 0])  # the second of which ends the process
+    with pytest.warns(UserWarning, match="fault 1"), pytest.raises(EnvError, match="while its episode was run again"):
+        world.set_state(state)
 
 
 @pytest.mark.parametrize(

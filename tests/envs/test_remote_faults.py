@@ -95,7 +95,7 @@ def test_a_fault_ends_the_episode_and_another_process_goes_on(remote, action, to
     with pytest.warns(UserWarning, match=told):
         found = env.step(action)
     np.testing.assert_array_equal(found[0], obs)
-    assert found[1:4] == (0.0, False, True)
+    assert found[0] is not obs and found[1:4] == (0.0, False, True)
     assert found[4]["remote_faults"] == env.faults == 1 and found[4]["remote_fault"].startswith(told[:8])
     assert all_gone([info["pid"], info["keeper"]])
     with pytest.raises(RuntimeError, match="reset comes first"):
