@@ -148,15 +148,22 @@ def _timeline(canvas: Picture, comparison: Comparison, t: int, y: int) -> None:
 
 
 def _plots(comparison: Comparison, title: str) -> tuple[Picture, list[tuple[slice, slice, np.ndarray]]]:
-    """All numbers over time, reward and end too; and of each plot its rows, its columns and the column of each step."""
+    """All numbers, differences, reward and end over time; and of each plot its rows, columns and steps' columns."""
     lines = []
     for key in comparison.keys(image=False):
         real, dreamt = (part[key].reshape(len(comparison), -1).T for part in (comparison.real, comparison.dreamt))
         names = [key] if len(real) == 1 else [f"{key}[{i}]" for i in range(len(real))]
         lines += zip(names, real, dreamt, strict=True)
     left_out = len(lines) - ENTRIES
+    apart = []
+    for key in comparison.keys(image=False):
+        unit = "1 where wrong" if comparison.spec.obs[key].kind == "discrete" else "rms"
+        apart.append(
+            (f"{key}: difference, {unit} (white: V alone)", comparison.error(key, "kept"), comparison.error(key))
+        )
     lines = [
         *lines[:ENTRIES],
+        *apart,
         ("reward (dream: expected)", comparison.reward, comparison.expected),
         ("goes on (dream: probability)", comparison.alive, comparison.going_on),
     ]

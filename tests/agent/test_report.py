@@ -15,7 +15,7 @@ from agent import loop, options, report
 from agent.agent import Agent
 from agent.comparison import PSNR_CAP, Comparison, compare
 from agent.config import Config
-from agent.video import CONTEXT, IMAGINED, film, save_film, sheet
+from agent.video import CONTEXT, IMAGINED, _plots, film, save_film, sheet
 from envs.contract import ActionSpec, EnvSpec, ObsSpec, UserError
 from envs.make import World
 
@@ -170,6 +170,16 @@ def test_a_run_with_vectors_becomes_plots_that_unfold(vectors: Path, tmp_path: P
     assert found["episodes"][0]["errors"]["obs"]["unit"] == "rms"
     one, two = iio.imread(tmp_path / "new" / "x.png"), frames[0]
     assert one.shape[0] == 2 * two.shape[0] and one.shape[1] == two.shape[1]  # both episodes, one below the other
+
+
+def test_how_far_numbers_are_from_reality_is_drawn_too() -> None:
+    spec = {"leg": ObsSpec("vector", (2,)), "gear": ObsSpec("discrete", (), 5)}
+    real = {"leg": np.zeros((9, 2), np.float32), "gear": np.zeros(9, np.int64)}
+    near, far = (made(real, {"leg": real["leg"] + x, "gear": real["gear"]}, spec, context=2) for x in (0, 1))
+    (picture, places), (other, _) = (_plots(comparison, "title") for comparison in (near, far))
+    assert len(places) == 3 + 2 + 2  # entries, differences, reward and end
+    drawn = [(picture[rows, columns] != other[rows, columns]).any() for rows, columns, _ in places]
+    assert drawn == [True, True, False, True, False, False, False]
 
 
 @pytest.mark.parametrize(("shape", "frames"), [((16, 16, 1), 3), ((33, 70, 3), 30), ((300, 200, 4), 17)])
