@@ -197,7 +197,9 @@ class Server:
         if found is None:
             raise UserError(f"there is no interpreter {python!r}: give the path of one, such as /usr/bin/python3")
         memory = Path("/dev/shm")
-        self.folder = tempfile.mkdtemp(prefix="longdream-", dir=memory if os.access(memory, os.W_OK) else "/tmp")
+        self.folder = tempfile.mkdtemp(
+            prefix=f"longdream-{os.getpid()}-", dir=memory if os.access(memory, os.W_OK) else "/tmp"
+        )
         source, frames = (os.path.join(self.folder, name) for name in ("server.py", remote_server.FRAMES))
         shutil.copyfile(remote_server.__file__, source)
         handle = os.open(frames, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)

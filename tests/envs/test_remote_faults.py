@@ -193,15 +193,15 @@ def descriptors() -> int:
 
 @pytest.mark.timeout(900)  # a hundred interpreters are started, each with numpy: half a minute where nothing else runs
 def test_a_hundred_restarts_leave_nothing_behind(remote):
-    def held() -> tuple[int, int, list[str], int]:
+    def held() -> list[int]:
+        """Descriptors, mapped memory, child processes, and folders of this process."""
         maps = Path("/proc/self/maps").read_text().count("longdream-")
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        return (
-            descriptors(),
-            maps,
-            [name for name in os.listdir("/dev/shm") if name.startswith("longdream-")],
-            len(children),
-        )
+        folders = [
+            *Path("/dev/shm").glob(f"longdream-{os.getpid()}-*"),
+            *Path("/tmp").glob(f"longdream-{os.getpid()}-*"),
+        ]
+        return [descriptors(), maps, len(children), len(folders)]
 
     env = remote(restarts=1000)
     env.reset()
