@@ -41,7 +41,7 @@ def measure(
 
     At each temperature a new C learns in the dreams of the run's V and M, which stay as they are, from moments of its
     replay. It then plays, greedily, whole dreams of that temperature that begin at first frames of episodes, and whole
-    real episodes. As in Ha and Schmidhuber 2018 (arXiv 1803.10122, table 2): what is learned in a dream without enough
+    real episodes. As in Ha and Schmidhuber 2018 (arXiv 1803.10122): what is learned in a dream without enough
     randomness may live on M's mistakes, and then scores high there and low in reality.
 
     With --updates 0 the run's own C is scored at each temperature.
@@ -51,6 +51,7 @@ def measure(
       longdream bench temperature runs/quickstart-s0-1 --updates 0 --temperatures 0.5,1,2 --json
 
     Args:
+        run_folder: of the run
         temperatures: of the dreams, each more than 0
         updates: of each new C; 0 for the run's own
         episodes: dreamt ones and real ones that each score is the mean of
