@@ -173,7 +173,10 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
             raise UserError(f"--{fixed[0]} cannot change in a run that goes on: leave it out, or start a new run")
         config = options.update(run.open_run(folder).config, settings)
     elif words:
-        config = options.update(options.load(words[0]), settings)
+        preset = options.load(words[0])
+        if settings.get("env.id", preset.env.id) != preset.env.id:  # the preset's arguments are those of its own
+            settings = {"env.kwargs": {}} | settings
+        config = options.update(preset, settings)
         label = Path(words[0]).parent.name if Path(words[0]).name == "config.yaml" else Path(words[0]).stem
         folder = run.unused(name, label, config.seed)
     else:

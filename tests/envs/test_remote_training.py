@@ -100,7 +100,7 @@ def test_by_preset(folder: Path) -> None:
 
 def test_what_does_not_start_is_one_line_and_what_it_said(capsys: pytest.CaptureFixture) -> None:
     where = f"remote:{sys.executable}:no_such_world:Short"
-    assert cli.main(["train", "tiny", "--env", where, "--env.kwargs", "{}", "--json"]) == 2
+    assert cli.main(["train", "tiny", "--env", where, "--json"]) == 2
     out, err = capsys.readouterr()
     told = err.splitlines()
     assert "it raised in make: ModuleNotFoundError: No module named 'no_such_world'" in told[0]
