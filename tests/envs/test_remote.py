@@ -82,7 +82,7 @@ def echo_world(far_folder: Path) -> None:
 
 
 def test_it_is_what_it_would_be_in_this_process(remote):
-    there, here = remote("CartPole-v1", render_mode="rgb_array"), gym.make("CartPole-v1", render_mode="rgb_array")
+    there, here = remote("CartPole-v1"), gym.make("CartPole-v1")
     assert there.observation_space == here.observation_space and there.action_space == here.action_space
     assert data_equivalence(there.reset(seed=3), here.reset(seed=3), exact=True)
     ends = 0
@@ -93,7 +93,6 @@ def test_it_is_what_it_would_be_in_this_process(remote):
             ends += 1
             assert data_equivalence(there.reset(), here.reset(), exact=True)
     assert ends > 1
-    np.testing.assert_array_equal(there.render(), here.render())
 
 
 def test_spaces_and_their_values_travel_whole(remote, tmp_path, monkeypatch):
