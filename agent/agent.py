@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple, cast
@@ -271,9 +271,19 @@ def controller_class(name: str) -> type:
 
 
 @contextmanager
-def own_randomness(seed: int, device: torch.device):
-    """Inside, torch draws from `seed`; outside, its streams go on as if nothing had been drawn."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch draws from `seed`, on the CPU and on this device; outside, its streams go on as if nothing had been
+    drawn. These generators alone are seeded: torch.manual_seed, which looks for all there may be, would be felt in
+    every step of an environment."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)

@@ -9,8 +9,6 @@ dreams = gym.make_vec("longdream/Dream-v0", num_envs=64, vectorization_mode="vec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +21,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from agent.agent import Agent
+from agent.agent import Agent, own_randomness
 from agent.dream_spaces import action_space, observation_space, picture
 from agent.dream_starts import (
     Device,
@@ -133,7 +131,7 @@ class DreamVecEnv(gym.vector.VectorEnv):
         self._now = self._moments().take(self._drawn())
         if isinstance(self.step_model, Graphed) and not self.step_model.recorded:
             nothing = torch.zeros(self.num_envs, self.agent.spec.action.size, device=self.agent.device)
-            with drawing(0, self.agent.device):  # recorded now: recording draws random numbers
+            with own_randomness(0, self.agent.device):  # recorded now: recording draws random numbers
                 self.step_model(self._now.feat, self._now.state, nothing)
         self._age[:], self._over[:] = 0, False
         return self._observe(self._now), {}
@@ -144,7 +142,7 @@ class DreamVecEnv(gym.vector.VectorEnv):
         action = self._encode(actions)
         # as many draws at each step, whatever happens in any copy
         start, seed = self._drawn(), int(self.np_random.integers(2**63))
-        with drawing(seed, self.agent.device):
+        with own_randomness(seed, self.agent.device):
             z, feat, state, told = self.step_model(now.feat, now.state, action)
         self._now = now = Moments(z, feat, state)
         expected, ended = told.cpu().numpy()
@@ -285,20 +283,6 @@ class DreamEnv(OneCopy):
             options["observation"] = one or np.asarray(given)[None]
         obs, _ = self.vector.reset(seed=seed, options=options)
         return self._first(obs), {}
-
-
-@contextmanager
-def drawing(seed: int, device: torch.device) -> Iterator[None]:
-    """As agent.own_randomness, of this device's generator alone: in an environment's step, the rest would be felt."""
-    cuda = device.type == "cuda"
-    index = torch.cuda.current_device() if cuda and device.index is None else device.index
-    generator = torch.cuda.default_generators[index] if cuda else torch.default_generator
-    before = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(before)
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------

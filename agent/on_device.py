@@ -166,7 +166,7 @@ class DeviceCollector:
         self.carry = self.carry._replace(action=action)
         self.replay.add(row, action, seen[-1], self.first)
         over = row.terminated | row.truncated
-        self.first = over.cpu().numpy()  # the one wait for the device; what follows an end is a first row
+        self.first = over.cpu().numpy()  # what follows an end is a first row
         ended = self._ended(self.first)
         obs, reward, terminated, truncated = self.vector.step_tensors(choice)
         self.row = DeviceRow(self._pack(obs), over, reward, terminated, truncated)

@@ -18,10 +18,8 @@ from envs.contract import OneCopy, UserError
 from envs.fast_memory_maze import scene
 from envs.fast_memory_maze.mazes import COLOURS, Mazes
 from envs.fast_memory_maze.textures import texels
-from envs.memory_maze.sizes import ACTIONS, SIZES
+from envs.memory_maze.sizes import ACTIONS, RENDER_SIDE, SIZES, check_options
 
-PHYSICS_HZ = 200
-RENDER_SIDE = 480  # pixels, of rendered frames
 BYTES_PER_PIXEL = 16  # of the observation, its copy and what drawing it needs
 
 
@@ -81,25 +79,14 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         render_mode: str | None = None,
         device: str = "cpu",
     ) -> None:
-        if size not in SIZES:
-            raise UserError(f"Memory Maze has size={size}: there are {', '.join(map(str, SIZES))}")
-        if not 64 <= camera_resolution <= RENDER_SIDE:
-            raise UserError(f"Memory Maze has camera_resolution={camera_resolution}: it must be 64 to {RENDER_SIDE}")
-        substeps = PHYSICS_HZ / control_freq if control_freq > 0 else 0.0
-        if substeps < 1 or abs(substeps - round(substeps)) > 1e-6:
-            raise UserError(
-                f"Memory Maze has control_freq={control_freq}: it must be {PHYSICS_HZ} divided by a whole number, like"
-                " 4, 20 or 40"
-            )
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise UserError(f"Memory Maze has render_mode={render_mode!r}: use None, 'rgb_array' or 'top'")
+        self.substeps = check_options(size, camera_resolution, control_freq, render_mode)
         self.device = _device(device)
         self._backend = _backend(self.device)
         _check_memory(self.device, num_envs, camera_resolution, size)
         self.num_envs, self.size, self.probes, self.render_mode = num_envs, size, probes, render_mode
         self.top_camera, self.randomize_colors = top_camera, randomize_colors
         self.metadata = {**self.metadata, "render_fps": control_freq}  # type: ignore[misc]
-        self.substeps, self.count = round(substeps), SIZES[size].targets
+        self.count = SIZES[size].targets
         self.max_steps = math.ceil((SIZES[size].seconds - 1e-3) * control_freq)
         self.wall_height = (scene.WALL_HEIGHT_LOW if good_visibility else scene.WALL_HEIGHT) / scene.CELL
         self.target_height = (scene.TARGET_HEIGHT_HIGH if good_visibility else scene.TARGET_HEIGHT) / scene.CELL

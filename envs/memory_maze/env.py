@@ -16,14 +16,10 @@ from gymnasium.error import ResetNeeded
 
 from envs import gl
 from envs.contract import UserError
-from envs.memory_maze.sizes import ACTIONS, SIZES
+from envs.memory_maze.sizes import ACTIONS, RENDER_SIDE, check_options
 
 if TYPE_CHECKING:
     from envs.memory_maze.simulation import Simulation
-
-RENDER_SIDE = 480
-"""Pixels along a side of rendered frames; MuJoCo's buffer is that high."""
-PHYSICS_HZ = 200
 
 
 class MemoryMazeEnv(gym.Env):
@@ -64,18 +60,7 @@ class MemoryMazeEnv(gym.Env):
         randomize_colors: bool = False,
         render_mode: str | None = None,
     ) -> None:
-        if size not in SIZES:
-            raise UserError(f"Memory Maze has size={size}: there are {', '.join(map(str, SIZES))}")
-        if not 64 <= camera_resolution <= RENDER_SIDE:
-            raise UserError(f"Memory Maze has camera_resolution={camera_resolution}: it must be 64 to {RENDER_SIDE}")
-        substeps = PHYSICS_HZ / control_freq if control_freq > 0 else 0.0
-        if substeps < 1 or abs(substeps - round(substeps)) > 1e-6:
-            raise UserError(
-                f"Memory Maze has control_freq={control_freq}: it must be {PHYSICS_HZ} divided by a whole number, like"
-                " 4, 20 or 40"
-            )
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise UserError(f"Memory Maze has render_mode={render_mode!r}: use None, 'rgb_array' or 'top'")
+        check_options(size, camera_resolution, control_freq, render_mode)
         self.simulation = simulation_class()(
             size, camera_resolution, top_camera, good_visibility, control_freq, randomize_colors
         )

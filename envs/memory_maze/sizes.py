@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from envs.contract import UserError
+
 
 @dataclass(frozen=True)
 class Size:
@@ -36,6 +38,30 @@ SIZES: dict[int, Size] = {
 ACTIONS = ("noop", "forward", "left", "right", "forward left", "forward right")
 ACTION_CONTROLS = ((0.0, 0.0), (-1.0, 0.0), (0.0, -1.0), (0.0, 1.0), (-1.0, -1.0), (-1.0, 1.0))
 """Roll and steer of each action."""
+RENDER_SIDE = 480
+"""Pixels along a side of rendered frames; MuJoCo's buffer is that high."""
+PHYSICS_HZ = 200
+
+
+def check_options(size: int, camera_resolution: int, control_freq: float, render_mode: str | None) -> int:
+    """Physics substeps per action, of arguments that the real environment and the twin share.
+
+    Raises:
+        UserError: one that cannot be.
+    """
+    if size not in SIZES:
+        raise UserError(f"Memory Maze has size={size}: there are {', '.join(map(str, SIZES))}")
+    if not 64 <= camera_resolution <= RENDER_SIDE:
+        raise UserError(f"Memory Maze has camera_resolution={camera_resolution}: it must be 64 to {RENDER_SIDE}")
+    substeps = PHYSICS_HZ / control_freq if control_freq > 0 else 0.0
+    if substeps < 1 or abs(substeps - round(substeps)) > 1e-6:
+        raise UserError(
+            f"Memory Maze has control_freq={control_freq}: it must be {PHYSICS_HZ} divided by a whole number, like"
+            " 4, 20 or 40"
+        )
+    if render_mode not in (None, "rgb_array", "top"):
+        raise UserError(f"Memory Maze has render_mode={render_mode!r}: use None, 'rgb_array' or 'top'")
+    return round(substeps)
 
 
 def references(env_id: str, kwargs: Mapping[str, Any] | None = None) -> dict[str, float]:
