@@ -87,7 +87,7 @@ def measure(
         "replay_share_of_updates": spent["replay"] / learning if learning else 0.0,
         "env_steps": walked,
         "updates": updates,
-        "wall_s": round(wall, 2),
+        "wall_s": round(wall, 4),
         "env_steps_per_s": round(walked / wall, 2),
         "updates_per_s": round(updates / wall, 3),
         "rss_mb": [[step, round(size, 1)] for step, size in marks[:: max(len(marks) // 10, 1)]],
