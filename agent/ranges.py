@@ -25,6 +25,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "encoder.unimix": SHARE,
     "encoder.depth": AT_LEAST_1,
     "encoder.hidden": AT_LEAST_1,
+    "encoder.noise": AT_LEAST_0,
     "worldmodel.layers": AT_LEAST_1,
     "worldmodel.width": AT_LEAST_1,
     "worldmodel.heads": AT_LEAST_1,

@@ -1,7 +1,8 @@
 """V, the encoder: turns observations into N latent tokens of D channels per frame, and back.
 
-Images pass through strided convolutions down to the token grid; vectors and discrete values through an MLP that is
-added to every token. Latents are either continuous, bounded by tanh, or categorical with straight-through gradients.
+Images pass through strided convolutions down to the token grid; vectors and discrete values through a line and an MLP
+that are added to every token. Latents are either continuous, bounded by tanh, or categorical with straight-through
+gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldmodel.heads import draw as sample
-from worldmodel.heads import mlp, symexp, symlog
+from worldmodel.heads import symexp, symlog
 from worldmodel.types import Loss
 
 
@@ -50,6 +51,9 @@ class EncoderConfig:
     """Channels of the first convolution; doubled at each halving, up to 8 times."""
     hidden: int = 128
     """Width of the MLPs for vectors and discrete values."""
+    noise: float = 0.0
+    """Deviation of noise on continuous latents while V learns to decode them. It pushes observations that differ apart,
+    so that M's small errors stay small ones."""
 
 
 class Encoder(nn.Module):
@@ -71,10 +75,11 @@ class Encoder(nn.Module):
         flat = sum(self.sizes.values())
         if flat:
             self.scale = nn.ModuleDict({module_name(k): RunningScale(n) for k, n in self._vectors().items()})
-            self.flat_in = mlp(flat, config.hidden, config.channels)
-            self.flat_out = mlp(self.tokens * config.channels, config.hidden, flat)
+            self.flat_in = Flat(flat, config.hidden, config.channels, skip=flat**-0.5)
+            self.flat_out = Flat(self.tokens * config.channels, config.hidden, flat, skip=0.0)
         if config.latent == "continuous":
-            self.norm = nn.RMSNorm(config.channels)
+            # without a norm, V was seen to sit at the mean image; with one, vectors would lose their length
+            self.norm = nn.RMSNorm(config.channels) if self.images else nn.Identity()
 
     def _eye(self, key: str) -> Vision:
         return cast(Vision, self.vision[module_name(key)])
@@ -118,7 +123,10 @@ class Encoder(nn.Module):
         lead = self._lead(obs)
         for key in self._vectors():
             self._scale(key).update(obs[key].flatten(0, len(lead) - 1).flatten(1))
-        raw = self._decode(self(obs, draw=True).flatten(0, len(lead) - 1), exact=False)
+        z = self(obs, draw=True).flatten(0, len(lead) - 1)
+        if self.config.noise and self.config.latent == "continuous":
+            z = z + self.config.noise * torch.randn_like(z)
+        raw = self._decode(z, exact=False)
         metrics, total = {}, torch.zeros((), device=next(iter(raw.values())).device)
         for key, value in raw.items():
             target, spec = obs[key].flatten(0, len(lead) - 1), self.spec[key]
@@ -157,7 +165,7 @@ class Encoder(nn.Module):
 
     def _bound(self, z: Tensor, draw: bool) -> Tensor:
         if self.config.latent == "continuous":
-            return self.norm(z).tanh()  # normed first: without it, V was seen to sit at the mean image
+            return self.norm(z).tanh()
         logits = z.unflatten(-1, (-1, self.config.classes))
         logits = logits - logits.mean(-1, keepdim=True)
         logits = 2 * F.rms_norm(logits, logits.shape[-2:])
@@ -178,6 +186,25 @@ def module_name(key: str) -> str:
 
 IMAGE_WEIGHT = 10.0
 """Mean squared error per pixel is small beside losses of order one."""
+
+
+class Flat(nn.Module):
+    """Vectors and discrete values to latents, or back: a line plus an MLP.
+
+    What lies beyond all that was seen so far goes on along the line, and there are no norms, which would let ratios
+    through and lengths fade: a cart further out than ever must not look like one at home.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, skip: float):
+        super().__init__()
+        self.line = nn.Linear(inputs, outputs)
+        nn.init.normal_(self.line.weight, std=skip)
+        self.curve = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(x) + self.curve(x)
 
 
 class Vision(nn.Module):
@@ -256,8 +283,10 @@ class ChannelNorm(nn.Module):
 
 
 class RunningScale(nn.Module):
-    """Shifts and scales vectors by the mean and deviation of what was trained on lately, then symlog: what lies far
-    outside of what a beginner saw (a cart at the track's end, say) stays visible, and does not drown the rest."""
+    """Shifts and scales vectors by the mean and deviation of what was trained on lately. What lies many deviations out
+    is squashed, by a symlog whose bend is at `FAR`: it stays visible, and does not drown the rest."""
+
+    FAR = 5.0
 
     mean: Tensor
     square: Tensor
@@ -281,7 +310,7 @@ class RunningScale(nn.Module):
         return self.square.sqrt().clamp(min=1e-4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return symlog((x - self.mean) / self._deviation())
+        return self.FAR * symlog((x - self.mean) / (self.FAR * self._deviation()))
 
     def undo(self, x: Tensor) -> Tensor:
-        return symexp(x) * self._deviation() + self.mean
+        return symexp(x / self.FAR) * self.FAR * self._deviation() + self.mean
