@@ -17,7 +17,11 @@ from torch import Tensor, nn
 
 from agent.config import Config
 from agent.graphs import Graphed
-from controller.actor_critic import ActorCritic, Controller
+from controller.actor_critic import ActorCritic
+from controller.evolution import Evolution
+from controller.planner import Planner
+from controller.tree import Tree
+from controller.types import Controller, Improving, Planning
 from envs.contract import EnvSpec, Row, UserError
 from worldmodel.dream import Dream, Starts, imagine
 from worldmodel.dynamics import State
@@ -56,9 +60,9 @@ class Agent:
                 spec.obs, spec.action.size, config.encoder, config.worldmodel, config.forcing, config.heads
             ).to(self.device)
             kind = controller_class(config.controller.kind)
+            controller = kind(config.controller, self.model.feature_size, spec.action.parts, spec.action.size)
         except ValueError as error:
             raise UserError(str(error)) from None
-        controller = kind(config.controller, self.model.feature_size, spec.action.parts, spec.action.size)
         self.controller: Controller = controller.to(self.device)
         learn = config.learn
         objective = cast(nn.Module, self.model.objective)
@@ -66,8 +70,9 @@ class Agent:
         self.parts = {
             "encoder": Part(self.model.encoder.parameters(), learn.encoder_rate, learn.clip),
             "model": Part((p for m in model_parts for p in m.parameters()), learn.model_rate, learn.clip),
-            "controller": Part(controller.parameters(), learn.actor_critic_rate, learn.clip),
         }
+        if any(p.requires_grad for p in controller.parameters()):
+            self.parts["controller"] = Part(controller.parameters(), learn.actor_critic_rate, learn.clip)
         on_cuda, parts = self.device.type == "cuda", (self.controller, self.model.objective)
         self.capturable = on_cuda and all(getattr(part, "capturable", False) for part in parts)
         # a dream is thousands of small kernels, and launching them takes longer than running them
@@ -75,7 +80,7 @@ class Agent:
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
-        self.seconds: dict[str, float] = dict.fromkeys(self.parts, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(("encoder", "model", "controller"), 0.0)
 
     # -- acting -------------------------------------------------------------------------------------------------------
 
@@ -108,10 +113,17 @@ class Agent:
         Raises:
             NotFinite: the controller gave an action that is not finite.
         """
-        action = self.controller.act(carry.feat, greedy).clamp(-1, 1).float().cpu().numpy()
+        action = self.choose(carry, greedy).clamp(-1, 1).float().cpu().numpy()
         if not np.isfinite(action).all():
             raise NotFinite("the controller returned an action that is not finite")
         return action
+
+    @torch.no_grad()
+    def choose(self, carry: Carry, greedy: bool) -> Tensor:
+        """What C does in reality, `(n, A)` on the device: it looks ahead in M if it is one that does."""
+        if isinstance(self.controller, Planning):
+            return self.controller.plan(self.model, carry.feat, carry.state, greedy)
+        return self.controller.act(carry.feat, greedy)
 
     def acted(self, carry: Carry, action: np.ndarray) -> Carry:
         """The carry once `action` `(n, A)` is the one that was taken."""
@@ -142,8 +154,7 @@ class Agent:
                 return loss
 
             ok &= self._learn("model", metrics, model_loss)
-            ok &= self._learn("controller", metrics, lambda: self.controller.loss(self._dreams(starts[0])))
-            self.controller.after_update()
+            ok &= self._learn_to_act(metrics, starts[0])
         self.updates += 1
         self.skipped += not ok
         self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
@@ -153,6 +164,19 @@ class Agent:
                 f"of the environment, or lower the learning rates"
             )
         return metrics
+
+    def _learn_to_act(self, metrics: dict[str, Tensor], starts: Starts) -> bool:
+        """An update of C in dreams from `starts`, in its own way or by gradient; whether all was finite."""
+        ok = True
+        if isinstance(self.controller, Improving):
+            began = time.perf_counter()
+            found = self.controller.improve(self.model, starts)
+            metrics.update({f"controller/{key}": value for key, value in found.items()})
+            self.seconds["controller"] += time.perf_counter() - began
+        elif "controller" in self.parts:
+            ok = self._learn("controller", metrics, lambda: self.controller.loss(self._dreams(starts)))
+        self.controller.after_update()
+        return ok
 
     def _dream(self, starts: Starts) -> Dream:
         config = self.config.controller
@@ -253,17 +277,20 @@ def resolve_device(name: str) -> str:
     return ("cuda" if found else "cpu") if name == "auto" else name
 
 
+CONTROLLERS = {"actor_critic": ActorCritic, "planner": Planner, "tree": Tree, "evolution": Evolution}
+
+
 def controller_class(name: str) -> type:
     """The class behind `controller.kind`: a known word or a dotted path `package.module:Class`.
 
     Raises:
         ValueError: neither.
     """
-    if name == "actor_critic":
-        return ActorCritic
+    if name in CONTROLLERS:
+        return CONTROLLERS[name]
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise ValueError(f"controller.kind = {name}: use actor_critic or package.module:Class")
+        raise ValueError(f"controller.kind = {name}: use {', '.join(CONTROLLERS)} or package.module:Class")
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from controller.actor_critic import ControllerConfig
+from controller.types import ControllerConfig
 from worldmodel.dynamics import DynamicsConfig
 from worldmodel.encoder import EncoderConfig
 from worldmodel.forcing import ForcingConfig

@@ -16,6 +16,7 @@ from torch import Tensor
 from agent.agent import Agent, Carry
 from agent.collect import SURPRISES
 from agent.graphs import Graphed
+from controller.types import Planning
 from envs.contract import EnvSpec, UserError
 from envs.make import World, derive_seed
 from worldmodel.dynamics import State
@@ -147,7 +148,8 @@ class DeviceCollector:
         self.carry: Carry = agent.initial(n)
         # return, length and the parts of surprise of the running episodes
         self.running = torch.zeros(2 + len(SURPRISES), n, device=device)
-        self.take_in = Graphed(self._take_in) if agent.capturable else self._take_in
+        recorded = agent.capturable and not isinstance(agent.controller, Planning)  # plans branch on values
+        self.take_in = Graphed(self._take_in) if recorded else self._take_in
         self.env_steps = 0
         self.episodes = 0
 
@@ -178,7 +180,7 @@ class DeviceCollector:
         carry, surprise = self.agent.observe(carry, row)
         assert surprise is not None
         seen = torch.stack([row.reward, (~row.is_first).float(), *surprise, surprise.total()])
-        return carry, torch.nan_to_num(seen, 0.0, 0.0, 0.0), self.agent.controller.act(carry.feat, False).argmax(-1)
+        return carry, torch.nan_to_num(seen, 0.0, 0.0, 0.0), self.agent.choose(carry, False).argmax(-1)
 
     def _pack(self, obs: Any) -> dict[str, Tensor]:
         return dict(obs) if isinstance(obs, dict) else {next(iter(self.agent.spec.obs)): obs}

@@ -4,64 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from controller.distributions import Distribution, distribution, outputs
 from controller.returns import ReturnScale, lambda_returns
+from controller.types import ControllerConfig
 from worldmodel.dream import Dream
 from worldmodel.heads import TwoHot, mlp
 from worldmodel.types import Loss
-
-
-class Controller(Protocol):
-    """What every C offers. An `nn.Module` built as `Class(config, features, parts, actions)`: features F, the sizes of
-    categorical action factors (empty for a box) and A, the length of an encoded action.
-
-    It may also say `capturable = True`: `act` can be recorded in a CUDA graph (the same work at every call, nothing
-    moved to the host)."""
-
-    def act(self, feat: Tensor, greedy: bool) -> Tensor:
-        """feat `(B, F)` to an encoded action `(B, A)`; boxes may need clipping to [-1, 1]."""
-        ...
-
-    def loss(self, dream: Dream) -> Loss:
-        """What to minimise, given dreams that `act` was followed in."""
-        ...
-
-    def after_update(self) -> None:
-        """Called once the optimiser has stepped."""
-        ...
-
-
-@dataclass(frozen=True)
-class ControllerConfig:
-    """Which C, how it dreams, how it learns."""
-
-    kind: str = "actor_critic"
-    """actor_critic, or a dotted path `package.module:Class` to a Controller of your own."""
-    hidden: int = 128
-    layers: int = 2
-    bins: int = 255
-    """Bins of the two-hot critic."""
-    starts: int = 24
-    """Dreams per replayed clip."""
-    horizon: int = 15
-    """Steps per dream."""
-    gamma: float = 0.997
-    lam: float = 0.95
-    entropy: float = 3e-4
-    unimix: float = 0.01
-    """Share of a uniform distribution in categorical policies."""
-    return_floor: float = 1.0
-    """Advantages are divided by the spread of returns, or by this if it is larger."""
-    slow_rate: float = 0.02
-    """Rate at which the slow critic follows."""
-    temperature: float = 1.0
-    """Randomness of the dreams, 1 as learned."""
 
 
 class ActorCritic(nn.Module):

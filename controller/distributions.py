@@ -12,6 +12,16 @@ from torch import Tensor
 from worldmodel.heads import draw
 
 
+def draw_factors(probs: Sequence[Tensor]) -> Tensor:
+    """One class of each factor, drawn from its probabilities `(..., n)`: one-hots side by side, `(..., A)`."""
+    return torch.cat([F.one_hot(draw(p), p.shape[-1]).to(p.dtype) for p in probs], -1)
+
+
+def likeliest_factors(probs: Sequence[Tensor]) -> Tensor:
+    """The likeliest class of each factor, of probabilities or logits `(..., n)`: one-hots side by side, `(..., A)`."""
+    return torch.cat([F.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype) for p in probs], -1)
+
+
 class Categoricals:
     """Independent categorical factors, with a share `unimix` of a uniform distribution mixed into each.
 
@@ -28,10 +38,10 @@ class Categoricals:
 
     def sample(self) -> Tensor:
         """`(..., A)` one-hots."""
-        return torch.cat([F.one_hot(draw(p), p.shape[-1]).to(p.dtype) for p in self.probs], -1)
+        return draw_factors(self.probs)
 
     def mode(self) -> Tensor:
-        return torch.cat([F.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype) for p in self.probs], -1)
+        return likeliest_factors(self.probs)
 
     def log_prob(self, action: Tensor) -> Tensor:
         """`(...)`, of actions `(..., A)`."""

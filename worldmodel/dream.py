@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from worldmodel.dynamics import State
-from worldmodel.model import WorldModel
+
+
+class Dreamer(Protocol):
+    """What a dream asks of M; a `WorldModel` is one."""
+
+    @property
+    def consequence(self) -> Any:
+        """`expect(feat (..., F), action (..., A))`: the expected reward `(...)` and the probability of going on."""
+        ...
+
+    def dream_step(
+        self, feat: Tensor, state: State, action: Tensor, temperature: float = 1.0, steps: int | None = None
+    ) -> tuple[Tensor, Tensor, State]:
+        """An action `(B, A)` taken at feat `(B, F)` and state to the next z, feat and state."""
+        ...
 
 
 class Starts(NamedTuple):
@@ -38,7 +52,7 @@ class Dream(NamedTuple):
 
 @torch.no_grad()
 def imagine(
-    model: WorldModel,
+    model: Dreamer,
     starts: Starts,
     policy: Callable[[Tensor], Tensor],
     horizon: int,

@@ -1,0 +1,128 @@
+"""What every C is, and how it is configured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from worldmodel.dream import Dream, Dreamer, Starts
+from worldmodel.dynamics import State
+from worldmodel.types import Loss
+
+
+class Controller(Protocol):
+    """What every C offers. An `nn.Module` built as `Class(config, features, parts, actions)`: features F, the sizes of
+    categorical action factors (empty for a box) and A, the length of an encoded action.
+
+    It may also say `capturable = True`: `act` can be recorded in a CUDA graph (the same work at every call, nothing
+    moved to the host). It may be `Planning`, `Improving`, or both. One without weights that have gradients is never
+    asked for a loss.
+    """
+
+    def act(self, feat: Tensor, greedy: bool) -> Tensor:
+        """feat `(B, F)` to an encoded action `(B, A)`; boxes may need clipping to [-1, 1]."""
+        ...
+
+    def loss(self, dream: Dream) -> Loss:
+        """What to minimise, given dreams that `act` was followed in."""
+        ...
+
+    def after_update(self) -> None:
+        """Called once the optimiser has stepped."""
+        ...
+
+
+@runtime_checkable
+class Planning(Protocol):
+    """A C that looks ahead in M before it acts in reality. In dreams that it learns from, `act` decides."""
+
+    def plan(self, model: Dreamer, feat: Tensor, state: State, greedy: bool) -> Tensor:
+        """What to do at feat `(B, F)` with M's state there: an encoded action `(B, A)`. Without gradient."""
+        ...
+
+
+@runtime_checkable
+class Improving(Protocol):
+    """A C that learns in a way of its own instead of by the gradient of `loss`."""
+
+    def improve(self, model: Dreamer, starts: Starts) -> dict[str, Tensor]:
+        """One update from moments to dream from; returns scalars to log."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """How `planner` plans. M's cost of a real step is iterations * horizon dreamt steps of `candidates` copies."""
+
+    method: Literal["cem", "mppi"] = "mppi"
+    """cem: the cross-entropy method on dreamt rewards alone; nothing is learned but M. mppi: candidates weighted by
+    their return, with a learnt value at the horizon and a learnt policy that proposes some of them."""
+    candidates: int = 64
+    """Sequences of actions that are dreamt at a time."""
+    elites: int = 8
+    """The best of them, that the next ones are drawn around."""
+    iterations: int = 3
+    horizon: int = 12
+    """Steps of a plan."""
+    proposals: int = 8
+    """How many more candidates the policy proposes (mppi)."""
+    temperature: float = 0.5
+    """Softness of the elites' weights, in units of the gap between the best and the worst of them (mppi)."""
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """How `tree` searches."""
+
+    simulations: int = 16
+    """Dreamt steps per real step and copy."""
+    considered: int = 4
+    """Actions at the root that are tried at all."""
+    visit_weight: float = 50.0
+    """Values count as much as if an action had been tried so many times more often (c_visit)."""
+    value_weight: float = 0.1
+    """Weight of values, scaled to [0, 1], against the policy's logits (c_scale)."""
+
+
+@dataclass(frozen=True)
+class EvolutionConfig:
+    """How `evolution` searches."""
+
+    population: int = 64
+    """Candidates per generation; an update is a generation."""
+    moments: int = 16
+    """Dreams that each candidate is judged by, the same for all."""
+    deviation: float = 0.1
+    """Of the first generation's weights."""
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """Which C, how it dreams, how it learns."""
+
+    kind: str = "actor_critic"
+    """actor_critic, planner, tree, evolution, or a dotted path `package.module:Class` to a Controller of your own."""
+    hidden: int = 128
+    layers: int = 2
+    bins: int = 255
+    """Bins of the two-hot critic."""
+    starts: int = 24
+    """Dreams per replayed clip."""
+    horizon: int = 15
+    """Steps per dream."""
+    gamma: float = 0.997
+    lam: float = 0.95
+    entropy: float = 3e-4
+    unimix: float = 0.01
+    """Share of a uniform distribution in categorical policies."""
+    return_floor: float = 1.0
+    """Advantages are divided by the spread of returns, or by this if it is larger."""
+    slow_rate: float = 0.02
+    """Rate at which the slow critic follows."""
+    temperature: float = 1.0
+    """Randomness of the dreams, 1 as learned."""
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
