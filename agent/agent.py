@@ -155,6 +155,10 @@ class Agent:
 
             ok &= self._learn("model", metrics, model_loss)
             ok &= self._learn_to_act(metrics, starts[0])
+        self._count(ok)
+        return metrics
+
+    def _count(self, ok: bool) -> None:
         self.updates += 1
         self.skipped += not ok
         self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
@@ -163,6 +167,15 @@ class Agent:
                 f"loss or gradient was not finite in {PATIENCE} updates in a row: look at the rewards and observations "
                 f"of the environment, or lower the learning rates"
             )
+
+    def update_controller(self, rows: dict, pace: float = 1.0) -> dict[str, Tensor]:
+        """One update of C alone, in dreams from replayed rows; V and M stay as they are. As `update` otherwise."""
+        batch, metrics = Batch.of(rows, self.device), {}
+        if part := self.parts.get("controller"):
+            part.set_pace(pace)
+        with torch.no_grad():
+            _, feat, weight, state = self.model.loss(batch, self.config.controller.starts)
+        self._count(self._learn_to_act(metrics, Starts(feat, state, weight)))
         return metrics
 
     def _learn_to_act(self, metrics: dict[str, Tensor], starts: Starts) -> bool:

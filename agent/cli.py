@@ -19,6 +19,7 @@ USAGE = """longdream: agents that learn in their dreams
 
   longdream train PRESET|FILE.yaml [options]   train, evaluate, write runs/NAME
   longdream train --resume runs/NAME           go on where a run stopped
+  longdream train --world runs/NAME [options]  another controller, in the dreams of a run that is there
   longdream evaluate runs/NAME                 play real episodes with a trained agent
   longdream evaluate oracle|random --env ID    the same with a scripted policy
   longdream dream runs/NAME                    a dream beside reality, as video
@@ -34,6 +35,7 @@ LONGDREAM_DEBUG=1 shows where in the program an error came from."""
 
 TRAIN = """usage: longdream train PRESET|FILE.yaml [--name NAME] [--json] [--OPTION VALUE ...]
        longdream train --resume runs/NAME [--json] [--steps N]
+       longdream train --world runs/NAME [--controller.kind KIND] [--learn.updates N] [--OPTION VALUE ...]
 
 Train V, M and C in a new run, or go on with one. All that comes of it goes into runs/NAME.
 
@@ -47,14 +49,16 @@ examples
   longdream train quickstart --env remote:/opt/old/bin/python:their_package:Their-v0
   longdream train my_preset.yaml --controller.kind my_package.my_module:MyController
   longdream train --resume runs/quickstart-s3-1
+  longdream train --world runs/quickstart-s3-1 --controller.kind evolution --learn.updates 300
 
   --name NAME    folder below runs/ (default: PRESET-sSEED-1, or -2, ...)
   --resume RUN   go on with this run, under its own settings; --steps, --evaluate.*, --device and --threads may change
+  --world RUN    keep V and M of this run; a new C learns in their dreams alone, from moments of its replay
   --env ID       short for --env.id
   --steps N      short for --learn.steps
 """
 
-CHANGEABLE = ("learn.steps", "evaluate.", "device", "threads")
+CHANGEABLE = ("learn.steps", "learn.updates", "evaluate.", "device", "threads")
 """Settings that a resumed run may change."""
 
 
@@ -155,7 +159,7 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
 
 def train(arguments: list[str]) -> dict[str, Any] | None:
     """Train in a new run or a resumed one; its summary."""
-    from agent import loop, options, ranges, report, run
+    from agent import dream_loop, loop, options, ranges, report, run
 
     words, flags = options.split(arguments, lambda flag: str if flag in ("name", "resume") else options.hint(flag))
     if flags is None:
@@ -172,6 +176,15 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
         if fixed:
             raise UserError(f"--{fixed[0]} cannot change in a run that goes on: leave it out, or start a new run")
         config = options.update(run.open_run(folder).config, settings)
+    elif settings.get("world"):
+        if words:
+            raise UserError(f"unexpected {words[0]!r}: --world brings the settings of its run")
+        source = run.open_run(settings["world"])
+        fixed = [key for key in settings if key != "world" and not key.startswith(dream_loop.MAY_DIFFER)]
+        if fixed:
+            raise UserError(f"--{fixed[0]} cannot change: V and M of {source.folder} stay as they are")
+        config = options.update(source.config, settings)
+        folder = run.unused(name, f"{source.folder.name}-{config.controller.kind.partition(':')[0]}", config.seed)
     elif words:
         preset = options.load(words[0])
         if settings.get("env.id", preset.env.id) != preset.env.id:  # the preset's arguments are those of its own
@@ -183,7 +196,7 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
         raise UserError(f"train what? Name a preset, one of {', '.join(options.presets())}, or a .yaml file")
     ranges.check(config)
     try:
-        summary = loop.train(config, folder, resume=resumed is not None)
+        summary = (dream_loop if config.world else loop).train(config, folder, resume=resumed is not None)
     except Exception as error:
         if folder.exists() and not isinstance(error, UserError):
             error.add_note(f"go on with: longdream train --resume {folder}")

@@ -65,6 +65,8 @@ class LearnConfig:
     """Learning rates, of AdamW."""
     model_rate: float = 6e-4
     actor_critic_rate: float = 3e-4
+    updates: int = 1_000
+    """Updates of a C that learns in the dreams of another run (`world`)."""
     decay: float = 1.0
     """Share of the learning rates that is left at the end; they fall on a straight line."""
     clip: float = 0.3
@@ -103,6 +105,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     """CPU threads of torch; 0 leaves its choice."""
+    world: str = ""
+    """A run whose V and M are taken as they are, for a new C that learns in their dreams alone, without a real step."""
     env: EnvConfig = field(default_factory=EnvConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

@@ -86,6 +86,9 @@ def open_replay(folder: Path | str, tree: dict[str, Any]) -> ReadOnlyReplay:
         UserError: it is not on disk.
     """
     folder, saved, spec = Path(folder), tree["replay"], EnvSpec.from_json(tree["spec"])
+    if "of" in saved:
+        source = run.open_run(saved["of"])
+        return open_replay(source.folder, source.saved[0])
     mend = "dream with start='observation', from observations that you give"
     if "layout" not in saved:
         raise UserError(f"{folder} kept its replay in the memory of the device, where it ended with the run: {mend}")

@@ -72,6 +72,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "learn.encoder_rate": AT_LEAST_0,
     "learn.model_rate": AT_LEAST_0,
     "learn.actor_critic_rate": AT_LEAST_0,
+    "learn.updates": AT_LEAST_1,
     "learn.decay": SHARE,
     "learn.clip": POSITIVE,
     "learn.explore": SHARE,

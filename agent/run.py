@@ -207,6 +207,19 @@ def fill(agent: Agent, tree: dict[str, Any], folder: Path, weights_only: bool = 
         ) from None
 
 
+def fill_model(agent: Agent, tree: dict[str, Any], folder: Path) -> None:
+    """Give the agent V and M of a checkpoint of `folder`, and leave C as it is.
+
+    Raises:
+        CheckpointError: V and M there are others than in the agent's configuration.
+    """
+    try:
+        agent.model.load_state_dict(tree["weights"]["model"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        problem = " ".join(str(error).split())
+        raise CheckpointError(f"V and M in {folder} are not those of its config.yaml ({problem[:300]})") from None
+
+
 def newest(folder: Path) -> dict[str, Any] | None:
     """The newest intact checkpoint of the run; None while there is none.
 

@@ -19,7 +19,13 @@ from envs.make import World
 KINDS = {
     "evolution": {"controller.evolution.population": 6, "controller.evolution.moments": 3},
     "planner": {"controller.planner.candidates": 6, "controller.planner.elites": 2, "controller.planner.horizon": 3},
-    "cem": {"controller.kind": "planner", "controller.planner.method": "cem", "controller.planner.candidates": 8},
+    "cem": {
+        "controller.kind": "planner",
+        "controller.planner.method": "cem",
+        "controller.planner.candidates": 8,
+        "controller.planner.horizon": 3,
+        "controller.planner.iterations": 1,
+    },
     "tree": {"controller.tree.simulations": 5},
 }
 
