@@ -45,24 +45,32 @@ class DynamicsConfig:
     """Side of the scan's token blocks, one per layer, repeated as needed; no larger than the token grid."""
     chunk: int = 64
     """Frames per chunk of the parallel scan."""
+    change: bool = False
+    """Predict the change from the frame before instead of the frame: what hardly changes from frame to frame, like
+    positions among an observation's numbers, then need not be copied through every layer."""
+    see_latents: bool = False
+    """Give C and the heads each frame's latents beside what M makes of them, as [z, h] of World Models (arXiv
+    1803.10122). With `change` M itself has less reason to keep them in its features."""
 
 
 class State(NamedTuple):
     """M's memory of B streams, a tuple of tensors.
 
     ssm: per layer `(B, G, H, S, P)`, one scan state for each of G token blocks. k, v: per layer `(B, window - 1, N,
-    H, P)`, the last frames' keys and values. age: `(B,)`, how many of these are valid.
+    H, P)`, the last frames' keys and values. last: `(B, N, D)`, the last frame's latents. age: `(B,)`, how many of the
+    keys are valid.
     """
 
     ssm: tuple[Tensor, ...]
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
+    last: Tensor
     age: Tensor
 
     def map(self, fn) -> State:
         """Apply fn to every tensor (index rows, repeat, detach, move)."""
         ssm, k, v = (tuple(fn(t) for t in part) for part in (self.ssm, self.k, self.v))
-        return State(ssm, k, v, fn(self.age))
+        return State(ssm, k, v, fn(self.last), fn(self.age))
 
     def reset(self, first: Tensor) -> State:
         """Forget everything where first `(B,)` is true."""
@@ -118,9 +126,11 @@ class Dynamics(nn.Module):
         self.norm = nn.LayerNorm(width, bias=False)
         self.out = nn.Linear(width, channels)
         nn.init.zeros_(self.out.bias)
+        # how much of each channel of the frame before stays: all of it at first
+        self.stay = nn.Parameter(torch.ones(channels)) if config.change else None
         # a frame's feature: its tokens side by side, pooled to 4 x 4 where the grid is finer
         self.feature_grid = min(grid, 4)
-        self.feature_size = self.feature_grid**2 * width
+        self.feature_size = self.feature_grid**2 * (width + channels * config.see_latents)
 
     def initial(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state of B streams that have seen nothing."""
@@ -129,9 +139,9 @@ class Dynamics(nn.Module):
         head = config.width // config.heads
         cache = torch.zeros(batch, config.window - 1, self.tokens, config.heads, head, device=device)
         ssm = tuple(layer.mix.initial(batch, device) for layer in self.stack if layer.mix is not None)
-        return State(
-            ssm, (cache,) * config.layers, (cache,) * config.layers, torch.zeros(batch, dtype=torch.long, device=device)
-        )
+        last = torch.zeros(batch, self.tokens, self.channels, device=device)
+        age = torch.zeros(batch, dtype=torch.long, device=device)
+        return State(ssm, (cache,) * config.layers, (cache,) * config.layers, last, age)
 
     @property
     def stack(self) -> list[Layer]:
@@ -180,10 +190,16 @@ class Dynamics(nn.Module):
                 vs_at.append(step.cache_at.v.flatten(0, 1))
                 ages_at = step.cache_at.age.flatten()
         assert ages is not None
-        end = State(tuple(ssm), tuple(ks), tuple(vs), ages)
-        starts = None if ages_at is None else State(tuple(ssm_at), tuple(ks_at), tuple(vs_at), ages_at)
+        known = z * level[..., None, None]  # a noised frame is no ground to build on
+        end = State(tuple(ssm), tuple(ks), tuple(vs), known[:, -1], ages)
+        starts = None
+        if at is not None and ages_at is not None:
+            rows = torch.arange(len(z), device=z.device)[:, None]
+            last_at = known[rows, at].flatten(0, 1).detach()
+            starts = State(tuple(ssm_at), tuple(ks_at), tuple(vs_at), last_at, ages_at)
+        last = torch.cat([state.last[:, None], known[:, :-1]], 1) * ~is_first[..., None, None]
         u = self.norm(u)
-        return Output(self._feature(u), self.out(u if uq is None else self.norm(uq)), end, starts)
+        return Output(self._feature(u, z), self._leave(u if uq is None else self.norm(uq), last), end, starts)
 
     def predict(self, state: State, z_noisy: Tensor, prev_action: Tensor, level: Tensor) -> Tensor:
         """What the next frame's latents are, `(B, N, D)`, from their noised version `(B, N, D)` at `level` `(B,)`,
@@ -195,7 +211,7 @@ class Dynamics(nn.Module):
             ssm = state.ssm[s] if layer.mix is not None else None
             u = layer.peek(u, cond, ssm, Cache(state.k[i], state.v[i], state.age))
             s += layer.mix is not None
-        return self.out(self.norm(u))[:, 0]
+        return self._leave(self.norm(u)[:, 0], state.last)
 
     def commit(
         self, state: State, z: Tensor, prev_action: Tensor, is_first: Tensor, level: Tensor | None = None
@@ -217,7 +233,12 @@ class Dynamics(nn.Module):
             ks.append(cache.k)
             vs.append(cache.v)
             age = cache.age
-        return self._feature(self.norm(u))[:, 0], State(tuple(ssm), tuple(ks), tuple(vs), age)
+        last = z * level[:, None, None]
+        return self._feature(self.norm(u), z[:, None])[:, 0], State(tuple(ssm), tuple(ks), tuple(vs), last, age)
+
+    def _leave(self, u: Tensor, last: Tensor) -> Tensor:
+        """Normed tokens `(..., N, W)` and the frame before `(..., N, D)` to predicted latents (or logits of them)."""
+        return self.out(u) if self.stay is None else self.out(u) + self.stay * last
 
     def _enter(self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """Token embeddings `(B, T, N, W)` and the condition `(B, T, 1, 9, W)`. The previous action is masked here and
@@ -228,8 +249,10 @@ class Dynamics(nn.Module):
         clear = level * torch.rsqrt(level.square() + (1 - level).square())
         return self.embed(z) * clear[..., None, None] + self.place, cond.unflatten(-1, (9, -1)).unsqueeze(2)
 
-    def _feature(self, u: Tensor) -> Tensor:
-        """`(B, T, N, W)` to `(B, T, F)`."""
+    def _feature(self, u: Tensor, z: Tensor) -> Tensor:
+        """`(B, T, N, W)` and latents `(B, T, N, D)` to `(B, T, F)`."""
+        if self.config.see_latents:
+            u = torch.cat([u, z], -1)
         if self.grid > self.feature_grid:
             maps = u.flatten(0, 1).transpose(1, 2).unflatten(-1, (self.grid, self.grid))
             u = F.adaptive_avg_pool2d(maps, self.feature_grid).flatten(2).transpose(1, 2).unflatten(0, u.shape[:2])

@@ -14,12 +14,16 @@ KINDS = [
     ("hybrid", 4, (2,)),
     ("window", 1, (1,)),
     ("window", 2, (1,)),
+    ("hybrid, change", 4, (1, 4)),
+    ("window, change", 1, (1,)),
 ]
 
 
 def build(mixer="hybrid", grid=1, blocks=(1,), dtype=torch.float64, **options) -> Dynamics:
     """An M whose weights are all random: freshly made, its AdaLN does nothing."""
     shape = {"layers": 2, "width": 21, "heads": 3, "state_size": 5, "window": 3, "chunk": 5}
+    if mixer.endswith(", change"):  # predict changes, and see latents
+        mixer, options = mixer.partition(",")[0], {"change": True, "see_latents": True} | options
     config = DynamicsConfig(mixer=mixer, blocks=blocks, **(shape | options))
     model = Dynamics(config, grid, CHANNELS, ACTIONS).to(dtype)
     with torch.no_grad():
@@ -40,6 +44,7 @@ class Clip:
         if resets:
             self.first[1, 0] = self.first[1, frames // 2] = True
             self.first[2] = torch.rand(frames) < 0.25
+            self.first[2, frames // 3] = True  # at least one
 
     def cut(self, begin: int, end: int) -> "Clip":
         other = object.__new__(Clip)
@@ -155,7 +160,7 @@ def test_what_each_input_reaches(mixer: str, grid: int, blocks: tuple[int, ...])
     the action that leads to t reaches both streams from t on, unless an episode begins there. All within t's episode.
     """
     model, t = build(mixer, grid, blocks), 6
-    horizon = 2 * 2 if mixer == "window" else FRAMES  # two layers, each of which looks two frames back
+    horizon = 2 * 2 if "window" in mixer else FRAMES  # two layers, each of which looks two frames back
     clip = Clip(model, resets=False)
     clip.first[1, t] = clip.first[2, t + 2] = True
     inputs = [clip.z, clip.level, clip.action, clip.zq, clip.level_q]
@@ -340,3 +345,18 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"worldmodel\.blocks.*3.*4"):
         build("hybrid", 4, (3,))
     assert [layer.mix.block for layer in build("hybrid", 2, (4, 1), layers=3).stack] == [2, 1, 2]
+
+
+def test_what_changes_is_predicted_from_the_frame_before() -> None:
+    """Freshly made, with its last layer silenced, M expects the next frame to be the one it saw; after a reset,
+    nothing."""
+    model = Dynamics(DynamicsConfig(layers=1, width=16, heads=2, change=True, see_latents=True), 2, CHANNELS, ACTIONS)
+    torch.nn.init.zeros_(model.out.weight)
+    clip = Clip(model)
+    out = model(clip.z, clip.action, torch.ones_like(clip.level), clip.first, model.initial(BATCH))
+    before = torch.cat([torch.zeros_like(clip.z[:, :1]), clip.z[:, :-1]], 1)
+    assert torch.equal(out.pred, before * ~clip.first[..., None, None])
+    assert torch.equal(out.state.last, clip.z[:, -1])
+    assert out.feat.shape[-1] == model.feature_size == 4 * (16 + CHANNELS)
+    tokens = out.feat.unflatten(-1, (4, -1))
+    assert torch.equal(tokens[..., 16:], clip.z)
