@@ -27,7 +27,15 @@ def test_the_bytes_of_a_carry_are_those_of_its_tensors() -> None:
     config = options.load("tiny")
     agent = Agent(config, World(config.env.id, 1, 0, config.env.kwargs).spec)
     carry = agent.initial(3)
-    tensors = [carry.feat, carry.action, *carry.state.ssm, *carry.state.k, *carry.state.v, carry.state.age]
+    tensors = [
+        carry.feat,
+        carry.action,
+        *carry.state.ssm,
+        *carry.state.k,
+        *carry.state.v,
+        carry.state.last,
+        carry.state.age,
+    ]
     assert act.carry_bytes(carry) == sum(t.numel() * t.element_size() for t in tensors)
     assert act.carry_bytes(agent.initial(6)) == 2 * act.carry_bytes(carry)
 

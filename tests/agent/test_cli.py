@@ -207,7 +207,10 @@ MISTAKES = [
     ("train tiny --env Recall-v0", "did you mean"),
     ("train tiny --env nowhere:Env-v0", "cannot import module 'nowhere'"),
     ("train tiny --env.kwargs.corridor 0", "it needs a corridor of at least 1"),
-    ("train tiny --controller.kind mine", "controller.kind = mine: use actor_critic or package.module:Class"),
+    (
+        "train tiny --controller.kind mine",
+        "controller.kind = mine: use actor_critic, planner, tree, evolution or package.module:Class",
+    ),
     ("train tiny --controller.kind nowhere:Mine", "controller.kind = nowhere:Mine: No module named 'nowhere'"),
     ("train tiny --forcing.objective flwo", "forcing.objective = flwo: use one of flow, mask, teacher"),
     ("train tiny --replay.capacity 10", "replay.capacity = 10"),
