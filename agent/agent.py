@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple, cast
 
@@ -60,7 +61,7 @@ class Agent:
                 spec.obs, spec.action.size, config.encoder, config.worldmodel, config.forcing, config.heads
             ).to(self.device)
             kind = controller_class(config.controller.kind)
-            controller = kind(config.controller, self.model.feature_size, spec.action.parts, spec.action.size)
+            controller: Any = kind(config.controller, self.model.feature_size, spec.action.parts, spec.action.size)
         except ValueError as error:
             raise UserError(str(error)) from None
         self.controller: Controller = controller.to(self.device)
@@ -290,10 +291,15 @@ def resolve_device(name: str) -> str:
     return ("cuda" if found else "cpu") if name == "auto" else name
 
 
-CONTROLLERS = {"actor_critic": ActorCritic, "planner": Planner, "tree": Tree, "evolution": Evolution}
+CONTROLLERS: dict[str, type[nn.Module]] = {
+    "actor_critic": ActorCritic,
+    "planner": Planner,
+    "tree": Tree,
+    "evolution": Evolution,
+}
 
 
-def controller_class(name: str) -> type:
+def controller_class(name: str) -> Callable[..., nn.Module]:
     """The class behind `controller.kind`: a known word or a dotted path `package.module:Class`.
 
     Raises:
@@ -305,7 +311,12 @@ def controller_class(name: str) -> type:
     if not attribute:
         raise ValueError(f"controller.kind = {name}: use {', '.join(CONTROLLERS)} or package.module:Class")
     try:
-        return getattr(import_module(module), attribute)
+        found = getattr(import_module(module), attribute)
+        if any(base.__module__ == "stable_baselines3.common.base_class" for base in getattr(found, "__mro__", ())):
+            from controller.sb3 import StableBaselines  # imported here: it takes a second
+
+            return partial(StableBaselines, algorithm=found)
+        return found
     except (ImportError, AttributeError) as error:
         raise ValueError(f"controller.kind = {name}: {error}") from None
 

@@ -156,6 +156,7 @@ class DreamTraining:
         names = ("return_mean", "return_std", "length_mean", "random_mean", "without_memory_mean")
         self.logger.write(self.agent.updates, {f"final/{key}": found[key] for key in names})
         found |= {"env_steps": self.real_steps, "updates": self.agent.updates, "wall_s": round(self.wall(), 1)}
+        run.export(self.agent, self.folder)
         run.write(self.folder / "summary.json", run.to_json(found, indent=1) + "\n")
         return found
 

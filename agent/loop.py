@@ -222,6 +222,7 @@ class Training:
         found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock.copies, self.signals)
         self.log_returns("final", found)
         found |= {"env_steps": self.collector.env_steps, "updates": self.agent.updates, "wall_s": round(self.wall(), 1)}
+        run.export(self.agent, self.folder)
         run.write(self.folder / "summary.json", run.to_json(found, indent=1) + "\n")
         return found
 

@@ -64,6 +64,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "controller.evolution.population": (4, math.inf),
     "controller.evolution.moments": AT_LEAST_1,
     "controller.evolution.deviation": POSITIVE,
+    "controller.sb3.copies": AT_LEAST_1,
     "learn.steps": AT_LEAST_1,
     "learn.prefill": AT_LEAST_0,
     "learn.ratio": AT_LEAST_0,

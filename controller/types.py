@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -99,11 +99,24 @@ class EvolutionConfig:
 
 
 @dataclass(frozen=True)
+class Sb3Config:
+    """How an algorithm of Stable-Baselines3 learns (`kind` = stable_baselines3:PPO, sb3_contrib:TRPO, ...)."""
+
+    copies: int = 64
+    """Dreams side by side. An update of C is controller.horizon steps of each."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the algorithm; gamma and n_steps are controller.gamma and controller.horizon."""
+    callback: str = ""
+    """A callback of SB3, as dotted path `package.module:Class`."""
+
+
+@dataclass(frozen=True)
 class ControllerConfig:
     """Which C, how it dreams, how it learns."""
 
     kind: str = "actor_critic"
-    """actor_critic, planner, tree, evolution, or a dotted path `package.module:Class` to a Controller of your own."""
+    """actor_critic, planner, tree, evolution, an algorithm of Stable-Baselines3 (stable_baselines3:PPO), or a dotted
+    path `package.module:Class` to a Controller of your own."""
     hidden: int = 128
     layers: int = 2
     bins: int = 255
@@ -126,3 +139,4 @@ class ControllerConfig:
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     tree: TreeConfig = field(default_factory=TreeConfig)
     evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
+    sb3: Sb3Config = field(default_factory=Sb3Config)

@@ -27,6 +27,7 @@ KINDS = {
         "controller.planner.iterations": 1,
     },
     "tree": {"controller.tree.simulations": 5},
+    "stable_baselines3:PPO": {"controller.sb3.copies": 4},
 }
 
 
@@ -54,6 +55,7 @@ def test_it_trains_resumes_exactly_and_acts_from_its_checkpoint(kind: str, tmp_p
     agent, told, _, _ = load_agent(whole)
     world = World(told.env.id, 2, 5, told.env.kwargs)
     assert evaluate(agent, world, 2, 5).episodes == 2
+    assert (whole / "controller.zip").exists() == (kind == "stable_baselines3:PPO")
 
 
 def test_a_planner_looks_ahead_in_reality_and_not_in_the_dreams_it_learns_from(monkeypatch) -> None:
@@ -80,6 +82,8 @@ def test_a_planner_looks_ahead_in_reality_and_not_in_the_dreams_it_learns_from(m
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
+        ({"controller.kind": "stable_baselines3:SAC"}, "SAC cannot take Discrete actions: PPO, A2C, DQN can"),
+        ({"controller.kind": "stable_baselines3:PPOO"}, "has no attribute 'PPOO'"),
         ({"controller.kind": "planer"}, "actor_critic, planner, tree, evolution"),
         ({"controller.kind": "planner", "controller.planner.elites": 99}, "elites = 99"),
         ({"controller.kind": "tree", "env.id": "Pendulum-v1", "env.kwargs": {}}, "tree needs discrete actions"),

@@ -1,0 +1,151 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stable_baselines3
+import torch
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
+
+from controller.sb3 import DreamVec, StableBaselines, _space, encode
+from controller.types import ControllerConfig, Improving, Sb3Config
+from worldmodel.dream import Starts
+
+CONFIG = ControllerConfig(gamma=0.9, horizon=8)
+QUICK = {"n_epochs": 4, "batch_size": 64, "learning_rate": 3e-3, "ent_coef": 0.01}
+
+
+def build(states: int, algorithm=PPO, parts: tuple[int, ...] = (2,), actions: int = 2, **options) -> StableBaselines:
+    kwargs = options.pop("kwargs", QUICK if algorithm is PPO else {})
+    told = Sb3Config(copies=16, kwargs=kwargs, **options)
+    return StableBaselines(replace(CONFIG, sb3=told), states, parts, actions, algorithm)
+
+
+def improve(agent: StableBaselines, world, places: int, times: int) -> list[dict[str, Tensor]]:
+    starts = Starts(*world.start(torch.arange(places).repeat(4)), torch.ones(4 * places))
+    return [agent.improve(world, starts) for _ in range(times)]
+
+
+def test_ppo_learns_to_wait_in_the_dream(chained) -> None:
+    agent = build(5)
+    told = improve(agent, chained, 5, 40)
+    assert agent.act(torch.eye(5), True)[:, 1].tolist() == [1.0] * 5
+    assert told[-1]["return"] > told[0]["return"] + 0.3 and told[-1]["steps"] == 40 * 8 * 16 == chained.dreamt
+    assert isinstance(agent, Improving) and not list(agent.parameters())
+
+
+@pytest.mark.parametrize("algorithm", [PPO, SAC])
+def test_boxes(places, algorithm) -> None:
+    target = torch.tensor([[-0.6], [0.5]])
+
+    def step(place: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cost = (action - target[place]).square().sum(-1)
+        return -cost, torch.ones_like(cost), 1 - place
+
+    kwargs = QUICK if algorithm is PPO else {"learning_starts": 64, "learning_rate": 3e-3, "gradient_steps": 4}
+    agent = build(2, algorithm, (), 1, kwargs=kwargs)
+    improve(agent, places(2, step), 2, 30 if algorithm is PPO else 12)
+    assert (agent.act(torch.eye(2), True) - target).abs().max() < 0.35
+
+
+def test_several_factors(places) -> None:
+    def step(place: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first, second = action[:, :2].argmax(-1), action[:, 2:].argmax(-1)
+        return (first == place).float() + (second == 2 - place).float(), torch.ones(len(place)), place
+
+    agent = build(2, PPO, (2, 3), 5)
+    improve(agent, places(2, step), 2, 30)
+    assert agent.act(torch.eye(2), True).tolist() == [[1, 0, 0, 0, 1], [0, 1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_a_resumed_one_goes_on_exactly_and_the_zip_is_sb3s(chained, tmp_path: Path, algorithm) -> None:
+    torch.manual_seed(0)
+    agent = build(5, algorithm)
+    improve(agent, chained, 5, 2)
+    stream = torch.get_rng_state()
+    saved = torch.utils._pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, agent.state_dict())
+    improve(agent, chained, 5, 3)
+    torch.manual_seed(99)
+    other = build(5, algorithm)
+    other.load_state_dict(saved)
+    torch.set_rng_state(stream)
+    improve(other, chained, 5, 3)
+    ours, theirs = (dict(a.algorithm.policy.state_dict()) for a in (agent, other))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    agent.save(tmp_path / "c.zip")
+    loaded = algorithm.load(tmp_path / "c.zip", device="cpu")
+    chosen, _ = loaded.predict(np.eye(5, dtype=np.float32), deterministic=True)
+    assert torch.equal(encode(chosen, (2,)), agent.act(torch.eye(5), True))
+
+
+def test_dreams_begin_at_moments_that_had_not_ended_and_end_as_sb3_wants(places) -> None:
+    """Place 1 is an end. From 0 a dream goes on by action 1, and ends by action 0."""
+
+    def step(place: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert not (place == 1).any()
+        stop = action[:, 0] > 0.5
+        return torch.ones(len(place)), (~stop).float(), torch.where(stop, 2, place)
+
+    world, env = places(3, step), DreamVec(3, _space((2,), 2), copies=4, horizon=3)
+    place = torch.tensor([0, 1]).repeat(8)
+    env.open(world, Starts(*world.start(place), (place == 0).float()))
+    obs = env.reset()
+    assert obs.tolist() == [[1, 0, 0]] * 4
+    actions = np.array([1, 1, 1, 0])
+    obs, reward, done, infos = env.step(actions)
+    assert reward.tolist() == [1] * 4 and done.tolist() == [False, False, False, True]
+    assert infos[3]["terminal_observation"].tolist() == [0, 0, 1] and not infos[3]["TimeLimit.truncated"]
+    assert obs.tolist() == [[1, 0, 0]] * 4 and infos[0] == {}
+    env.step(np.ones(4, int))
+    _, _, done, infos = env.step(np.ones(4, int))
+    assert done.tolist() == [True, True, True, False]
+    assert all(
+        infos[i]["TimeLimit.truncated"] and infos[i]["terminal_observation"].tolist() == [1, 0, 0] for i in (0, 1)
+    )
+
+
+class Counter(BaseCallback):
+    seen = 0
+
+    def _on_step(self) -> bool:
+        Counter.seen += 1
+        return True
+
+
+def test_callbacks_are_called(chained) -> None:
+    Counter.seen = 0
+    improve(build(5, callback=f"{__name__}:Counter"), chained, 5, 2)
+    assert Counter.seen == 2 * CONFIG.horizon
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "parts", "options", "problem"),
+    [
+        (SAC, (2,), {}, "SAC cannot take Discrete actions: PPO, A2C, DQN can"),
+        (DQN, (2, 3), {}, "DQN cannot take MultiDiscrete actions: PPO, A2C can"),
+        (DQN, (), {}, "DQN cannot take Box actions: PPO, A2C, SAC, TD3, DDPG can"),
+        (PPO, (2,), {"kwargs": {"n_stepps": 3}}, "n_stepps"),
+        (PPO, (2,), {"callback": "nowhere:Nothing"}, "controller.sb3.callback = nowhere:Nothing"),
+    ],
+)
+def test_bad_input(algorithm, parts, options: dict, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem) as caught:
+        build(3, algorithm, parts, max(1, sum(parts)), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_takes_which_actions_is_said_truly() -> None:
+    from controller.sb3 import TAKES
+
+    for space, names in TAKES.items():
+        parts = {"Discrete": (2,), "MultiDiscrete": (2, 3), "Box": ()}[space.__name__]
+        for algorithm in (PPO, A2C, DQN, SAC, TD3, stable_baselines3.DDPG):
+            try:
+                build(3, algorithm, parts, max(1, sum(parts)), kwargs={})
+                able = True
+            except ValueError:
+                able = False
+            assert able == (algorithm.__name__ in names.split(", ")), (space, algorithm)
