@@ -27,12 +27,12 @@ KINDS = {
         "controller.planner.iterations": 1,
     },
     "tree": {"controller.tree.simulations": 5},
-    "stable_baselines3:PPO": {"controller.sb3.copies": 4},
+    "stable_baselines3:PPO": {"controller.sb3.copies": 4, "controller.sb3.kwargs": {"batch_size": 12}},
 }
 
 
 def config(kind: str, **settings: object) -> Config:
-    short = {"learn.steps": 120, "evaluate.final_episodes": 2, "evaluate.every": 0, "controller.kind": kind}
+    short = {"learn.steps": 96, "evaluate.final_episodes": 2, "evaluate.every": 0, "controller.kind": kind}
     return options.update(options.load("tiny"), short | KINDS[kind] | {"evaluate.save_seconds": 0} | settings)
 
 

@@ -17,7 +17,7 @@ from envs.contract import UserError
 SMALL = {"controller.evolution.population": 6, "controller.evolution.moments": 3, "learn.updates": 9}
 SMALL |= {"controller.planner.candidates": 4, "controller.planner.elites": 2, "controller.planner.iterations": 1}
 SMALL |= {"controller.planner.horizon": 2, "controller.tree.simulations": 3}
-SMALL |= {"evaluate.every": 0, "evaluate.episodes": 2, "evaluate.final_episodes": 4, "evaluate.save_seconds": 0.0}
+SMALL |= {"evaluate.every": 0, "evaluate.episodes": 2, "evaluate.final_episodes": 1, "evaluate.save_seconds": 0.0}
 
 
 def told(source: Path, kind: str, **settings: object) -> Config:
@@ -32,7 +32,7 @@ def test_v_and_m_stay_and_c_learns(dream_runs, tmp_path: Path, run: str, kind: s
     source = dream_runs(run)
     before = load_agent(source)[0].model.state_dict()
     found = dream_loop.train(told(source, kind), tmp_path / "new", console=False)
-    assert found["updates"] == 9 and found["env_steps"] == open_run(source).saved[1] and found["episodes"] == 4
+    assert found["updates"] == 9 and found["env_steps"] == open_run(source).saved[1] and found["episodes"] == 1
     agent, config, _, _ = load_agent(tmp_path / "new")
     after = agent.model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before) and config.controller.kind == kind

@@ -36,18 +36,23 @@ def test_ppo_learns_to_wait_in_the_dream(chained) -> None:
     assert isinstance(agent, Improving) and not list(agent.parameters())
 
 
-@pytest.mark.parametrize("algorithm", [PPO, SAC])
-def test_boxes(places, algorithm) -> None:
+def test_boxes(places) -> None:
     target = torch.tensor([[-0.6], [0.5]])
 
     def step(place: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cost = (action - target[place]).square().sum(-1)
         return -cost, torch.ones_like(cost), 1 - place
 
-    kwargs = QUICK if algorithm is PPO else {"learning_starts": 64, "learning_rate": 3e-3, "gradient_steps": 4}
-    agent = build(2, algorithm, (), 1, kwargs=kwargs)
-    improve(agent, places(2, step), 2, 30 if algorithm is PPO else 12)
+    agent = build(2, PPO, (), 1)
+    improve(agent, places(2, step), 2, 30)
     assert (agent.act(torch.eye(2), True) - target).abs().max() < 0.35
+
+
+def test_one_that_learns_from_its_own_replay(chained) -> None:
+    agent = build(5, DQN, kwargs={"learning_starts": 32, "train_freq": 4})
+    told = improve(agent, chained, 5, 3)
+    assert told[-1]["steps"] == 3 * 8 * 16 and np.isfinite(told[-1]["return"].item())
+    assert agent.algorithm.replay_buffer.size() == 3 * 8
 
 
 def test_several_factors(places) -> None:
