@@ -22,6 +22,7 @@ USAGE = """longdream: agents that learn in their dreams
   longdream train --world runs/NAME [options]  another controller, in the dreams of a run that is there
   longdream evaluate runs/NAME                 play real episodes with a trained agent
   longdream evaluate oracle|random --env ID    the same with a scripted policy
+  longdream baseline --env ID                  a model-free algorithm in the real environment, to compare with
   longdream dream runs/NAME                    a dream beside reality, as video
   longdream envs                               environments that can be named
   longdream check-env ID|module:ID             what is wrong with an environment, and how to mend it
@@ -129,6 +130,10 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
             from agent import doctor
 
             return call(f"longdream {name}", doctor.doctor if name == "doctor" else doctor.check_env, rest)
+        case "baseline":
+            from agent import baseline
+
+            return call("longdream baseline", baseline.baseline, rest)
         case "collect":
             from agent import scripted
 
@@ -150,7 +155,7 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
             return call(f"longdream bench {rest[0]}", bench.find(rest[0]), rest[1:])
     from agent import options
 
-    known = ("train", "evaluate", "dream", "envs", "check-env", "collect", "doctor", "bench", "demo")
+    known = ("train", "evaluate", "dream", "envs", "check-env", "collect", "baseline", "doctor", "bench", "demo")
     raise UserError(f"unknown command {name!r}" + options.suggest(name, known, f"there are {', '.join(known)}"))
 
 
