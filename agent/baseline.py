@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,6 +28,8 @@ from controller.sb3 import encode
 from envs.contract import EnvSpec, Row, UserError
 
 SAVE_SECONDS = 60.0
+ROLLOUT = 2048
+"""Real steps between updates of an on-policy algorithm, over all copies, at most."""
 SHOW = ("train/return", "evaluate/return_mean")
 
 
@@ -107,7 +110,7 @@ def baseline(
         random = play(cast(Any, player), config, final_episodes, seed, "random", signals=signals)
         summary = found.to_json() | {"random_mean": random.return_mean, "env": env, "seed": seed}
         wall = round(time.monotonic() - record.began, 1)
-        summary |= {"env_steps": int(learner.num_timesteps), "algo": algo, "wall_s": wall, "run": str(folder)}
+        summary |= {"env_steps": int(learner.num_timesteps), "algo": algo, "wall_s": wall}
         run.write(folder / "summary.json", run.to_json(summary, indent=1) + "\n")
     from agent import report
 
@@ -137,9 +140,13 @@ def _make(kind: type[BaseAlgorithm], vec: RealVec, seed: int, kwargs: dict[str, 
     several = isinstance(vec.observation_space, spaces.Dict)
     # images as plain numbers: SB3's convolutions need 36 pixels and more, which not every environment has
     policy = ("MultiInput" if several else "Mlp") + ("LstmPolicy" if "Recurrent" in kind.__name__ else "Policy")
+    given = {"policy": policy, "env": vec, "seed": seed, "device": "cpu"}
+    rollout = inspect.signature(kind.__init__).parameters.get("n_steps")
+    if rollout is not None and rollout.default * vec.num_envs > ROLLOUT:  # SB3's defaults are for one environment
+        given["n_steps"] = max(2, ROLLOUT // vec.num_envs)
     try:
         make = cast(Any, kind)
-        return make(**{"policy": policy, "env": vec, "seed": seed, "device": "cpu"} | kwargs)
+        return make(**given | kwargs)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{kind.__name__} cannot be made for {vec.id}: {' '.join(str(error).split())[:200]}") from None
 

@@ -56,6 +56,7 @@ def test_ppo_learns_and_is_logged_like_a_run(tmp_path: Path, monkeypatch, capsys
     assert cli.main([*words, "--evaluate_every", "2000", "--episodes", "4", "--final_episodes", "10"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["return_mean"] > 2 * summary["random_mean"] and summary["env_steps"] >= 5000
+    assert summary["env_steps"] < 5000 + 32 * 8
     keys = {"return_mean", "return_std", "return_ci95", "episodes", "random_mean", "env", "env_steps", "seed", "wall_s"}
     folder = tmp_path / "runs" / "ppo"
     assert keys <= summary.keys() and json.loads((folder / "summary.json").read_text()) == summary
