@@ -18,6 +18,7 @@ from agent.judge import judge, play
 from agent.logger import Logger
 from agent.saving import Window
 from agent.signals import Interrupted, Signals
+from controller.types import Exporting
 from envs.contract import UserError
 
 SHOW = ("controller/return", "evaluate/return_mean")
@@ -156,7 +157,8 @@ class DreamTraining:
         names = ("return_mean", "return_std", "length_mean", "random_mean", "without_memory_mean")
         self.logger.write(self.agent.updates, {f"final/{key}": found[key] for key in names})
         found |= {"env_steps": self.real_steps, "updates": self.agent.updates, "wall_s": round(self.wall(), 1)}
-        run.export(self.agent, self.folder)
+        if isinstance(self.agent.controller, Exporting):
+            self.agent.controller.export(self.folder)
         run.write(self.folder / "summary.json", run.to_json(found, indent=1) + "\n")
         return found
 

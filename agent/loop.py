@@ -23,6 +23,7 @@ from agent.on_device import DeviceCollector, DeviceReplay
 from agent.replay import Replay
 from agent.saving import Window
 from agent.signals import Interrupted, Signals
+from controller.types import Exporting
 from envs.contract import EnvError, UserError
 from envs.make import World, makes_tensors
 
@@ -222,7 +223,8 @@ class Training:
         found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock.copies, self.signals)
         self.log_returns("final", found)
         found |= {"env_steps": self.collector.env_steps, "updates": self.agent.updates, "wall_s": round(self.wall(), 1)}
-        run.export(self.agent, self.folder)
+        if isinstance(self.agent.controller, Exporting):
+            self.agent.controller.export(self.folder)
         run.write(self.folder / "summary.json", run.to_json(found, indent=1) + "\n")
         return found
 

@@ -220,12 +220,6 @@ def fill_model(agent: Agent, tree: dict[str, Any], folder: Path) -> None:
         raise CheckpointError(f"V and M in {folder} are not those of its config.yaml ({problem[:300]})") from None
 
 
-def export(agent: Agent, folder: Path) -> None:
-    """Write what other programs can read of C: SB3's own zip, where C is an algorithm of it."""
-    if hasattr(agent.controller, "save"):
-        agent.controller.save(folder / "controller.zip")  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def newest(folder: Path) -> dict[str, Any] | None:
     """The newest intact checkpoint of the run; None while there is none.
 

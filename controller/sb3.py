@@ -34,7 +34,7 @@ class StableBaselines(nn.Module):
     """An SB3 algorithm that sees features as observations. An update of C is one `learn` over horizon * copies dreamt
     steps, all of whose dreams begin at the update's moments; none outlasts the horizon.
 
-    Its weights and optimisers are in the run's checkpoint, as tensors; `save` writes SB3's own zip beside. What an
+    Its weights and optimisers are in the run's checkpoint, as tensors; `export` writes SB3's own zip beside. What an
     off-policy algorithm keeps in its replay buffer is not saved: resumed, it begins to fill it anew.
 
     Args:
@@ -93,9 +93,9 @@ class StableBaselines(nn.Module):
             self.algorithm.learn(steps, callback=self.callback, reset_num_timesteps=False)
         return {"return": torch.tensor(self.env.mean_return), "steps": torch.tensor(self.algorithm.num_timesteps)}
 
-    def save(self, path: Path) -> None:
-        """Write SB3's own zip, for `ALGORITHM.load(path)`."""
-        self.algorithm.save(path)
+    def export(self, folder: Path) -> None:
+        """Write SB3's own zip, for `ALGORITHM.load(folder / "controller.zip")`."""
+        self.algorithm.save(folder / "controller.zip")
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"parameters": self.algorithm.get_parameters(), "timesteps": self.algorithm.num_timesteps}

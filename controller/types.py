@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -17,7 +18,7 @@ class Controller(Protocol):
     categorical action factors (empty for a box) and A, the length of an encoded action.
 
     It may also say `capturable = True`: `act` can be recorded in a CUDA graph (the same work at every call, nothing
-    moved to the host). It may be `Planning`, `Improving`, or both. One without weights that have gradients is never
+    moved to the host). It may be `Planning`, `Improving`, `Exporting`. One without weights that have gradients is never
     asked for a loss.
     """
 
@@ -49,6 +50,15 @@ class Improving(Protocol):
 
     def improve(self, model: Dreamer, starts: Starts) -> dict[str, Tensor]:
         """One update from moments to dream from; returns scalars to log."""
+        ...
+
+
+@runtime_checkable
+class Exporting(Protocol):
+    """A C that other programs can read."""
+
+    def export(self, folder: Path) -> None:
+        """Write its files into the folder of the run, whose training has ended."""
         ...
 
 

@@ -80,8 +80,8 @@ def test_a_resumed_one_goes_on_exactly_and_the_zip_is_sb3s(chained, tmp_path: Pa
     improve(other, chained, 5, 3)
     ours, theirs = (dict(a.algorithm.policy.state_dict()) for a in (agent, other))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    agent.save(tmp_path / "c.zip")
-    loaded = algorithm.load(tmp_path / "c.zip", device="cpu")
+    agent.export(tmp_path)
+    loaded = algorithm.load(tmp_path / "controller.zip", device="cpu")
     chosen, _ = loaded.predict(np.eye(5, dtype=np.float32), deterministic=True)
     assert torch.equal(encode(chosen, (2,)), agent.act(torch.eye(5), True))
 
