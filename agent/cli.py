@@ -227,6 +227,9 @@ def _train_help(preset: str | None) -> None:
     with contextlib.suppress(SystemExit):
         program = f"longdream train {preset or 'PRESET'}"
         tyro.cli(kind, default=config, args=["--help"], prog=program, use_underscores=True)
+    for name, hint in options.fields().items():
+        if get_origin(hint) is dict:  # one that is empty is left out above
+            print(f"--{name} JSON, as --{name} '{{\"key\": 1}}', or one by one, as --{name}.key 1")
 
 
 # -- evaluate and envs ------------------------------------------------------------------------------------------------

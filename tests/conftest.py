@@ -35,6 +35,10 @@ DEAR = (
     "test_checkpoint.py",
     "test_fast_memory_maze.py",
     "test_remote_faults.py",
+    "test_bench.py",
+    "test_controllers.py",
+    "test_faults.py",
+    "test_dream_loop.py",
 )
 """Files of a minute and more: begun first, so that no worker sits at one of them when the others are done."""
 

@@ -18,22 +18,17 @@ from envs.make import World
 
 KINDS = {
     "evolution": {"controller.evolution.population": 6, "controller.evolution.moments": 3},
-    "planner": {"controller.planner.candidates": 6, "controller.planner.elites": 2, "controller.planner.horizon": 3},
-    "cem": {
-        "controller.kind": "planner",
-        "controller.planner.method": "cem",
-        "controller.planner.candidates": 8,
-        "controller.planner.horizon": 3,
-        "controller.planner.iterations": 1,
-    },
-    "tree": {"controller.tree.simulations": 5},
+    "planner": {"controller.planner.candidates": 4, "controller.planner.elites": 2, "controller.planner.proposals": 2},
+    "cem": {"controller.kind": "planner", "controller.planner.method": "cem", "controller.planner.candidates": 8},
+    "tree": {"controller.tree.simulations": 3},
     "stable_baselines3:PPO": {"controller.sb3.copies": 4, "controller.sb3.kwargs": {"batch_size": 12}},
 }
+SHORT = {"learn.steps": 88, "evaluate.final_episodes": 2, "evaluate.every": 0, "evaluate.save_seconds": 0}
+SHORT |= {"controller.planner.horizon": 2, "controller.planner.iterations": 1}
 
 
 def config(kind: str, **settings: object) -> Config:
-    short = {"learn.steps": 96, "evaluate.final_episodes": 2, "evaluate.every": 0, "controller.kind": kind}
-    return options.update(options.load("tiny"), short | KINDS[kind] | {"evaluate.save_seconds": 0} | settings)
+    return options.update(options.load("tiny"), SHORT | {"controller.kind": kind} | KINDS[kind] | settings)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
