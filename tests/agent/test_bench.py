@@ -1,5 +1,6 @@
 """The measurements: what they return is consistent. How fast anything is, is not a test's business."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -41,9 +42,10 @@ def test_the_bytes_of_a_carry_are_those_of_its_tensors() -> None:
 
 
 def test_resident_memory_is_what_the_system_counts() -> None:
+    gc.collect()  # what earlier tests left would be freed in between
     before = resident_bytes()
-    held = np.ones(64 << 20, np.uint8)
-    assert 48 << 20 < resident_bytes() - before < 96 << 20
+    held = np.ones(512 << 20, np.uint8)  # large beside what the allocator may do meanwhile
+    assert 448 << 20 < resident_bytes() - before < 576 << 20
     del held
 
 
