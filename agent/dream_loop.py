@@ -19,7 +19,7 @@ from agent.logger import Logger
 from agent.saving import Window
 from agent.signals import Interrupted, Signals
 from controller.types import Exporting
-from envs.contract import UserError
+from envs.contract import EnvError, UserError
 
 SHOW = ("controller/return", "evaluate/return_mean")
 MAY_DIFFER = ("controller.", "evaluate.", "replay.batch", "replay.length", "replay.starts", "replay.surprise")
@@ -39,7 +39,7 @@ def train(config: Config, folder: Path, resume: bool = False, console: bool = Tr
 
     Raises:
         UserError: the configuration, the folder, or the run that it dreams of cannot be used.
-        Interrupted, NotFinite, DiskFull: as agent.loop.train.
+        EnvError, Interrupted, NotFinite, DiskFull: as agent.loop.train.
     """
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
@@ -116,8 +116,9 @@ class DreamTraining:
                     self.window.add(metrics)
                 if self.agent.updates % every == 0 or self.agent.updates == learn.updates:
                     self.log()
-        except Interrupted:
+        except (Interrupted, EnvError):
             self.save()
+            self.signals.check()  # the signal that ends this run may have reached the environment's processes first
             raise
         self.save()
 
