@@ -22,15 +22,17 @@ from controller.actor_critic import ActorCritic
 from controller.evolution import Evolution
 from controller.planner import Planner
 from controller.tree import Tree
-from controller.types import Controller, Improving, Planning
+from controller.types import Controller, Improving, Planning, Replaying
 from envs.contract import EnvSpec, Row, UserError
-from worldmodel.dream import Dream, Starts, imagine
+from worldmodel.dream import Clip, Dream, Starts, imagine
 from worldmodel.dynamics import State
 from worldmodel.model import Surprise, WorldModel
 from worldmodel.types import Batch, Loss
 
 PATIENCE = 10
 """Updates in a row that may be skipped because a loss or gradient is not finite."""
+
+COUNTERS = ("updates", "skipped", "skipped_in_a_row", "dream_steps")
 
 
 class NotFinite(RuntimeError):
@@ -56,6 +58,8 @@ class Agent:
     def __init__(self, config: Config, spec: EnvSpec):
         self.config, self.spec = config, spec
         self.device = torch.device(resolve_device(config.device))
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("highest" if config.exact else "high")
         try:
             self.model = WorldModel(
                 spec.obs, spec.action.size, config.encoder, config.worldmodel, config.forcing, config.heads
@@ -65,6 +69,9 @@ class Agent:
         except ValueError as error:
             raise UserError(str(error)) from None
         self.controller: Controller = controller.to(self.device)
+        if config.controller.replay_value and not isinstance(self.controller, Replaying):
+            kind = config.controller.kind
+            raise UserError(f"controller.replay_value: {kind} learns from dreams alone; leave it at 0")
         learn = config.learn
         objective = cast(nn.Module, self.model.objective)
         model_parts = (self.model.dynamics, objective, self.model.consequence)
@@ -81,6 +88,8 @@ class Agent:
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.dream_steps = 0
+        """Steps dreamt for C to learn from; those of plans are not among them."""
         self.seconds: dict[str, float] = dict.fromkeys(("encoder", "model", "controller"), 0.0)
 
     # -- acting -------------------------------------------------------------------------------------------------------
@@ -147,15 +156,15 @@ class Agent:
             batch.reward = batch.reward + learn.curiosity * batch.surprise
         ok = self._learn("encoder", metrics, lambda: self.model.encoder.loss(self._some_rows(batch)))
         if not warmup:
-            starts: list[Starts] = []
+            seen: list[tuple[Starts, Clip]] = []
 
             def model_loss() -> Loss:
-                loss, feat, weight, state = self.model.loss(batch, self.config.controller.starts)
-                starts.append(Starts(feat, state, weight))
+                loss, starts, clip = self.model.loss(batch, self.config.controller.starts)
+                seen.append((starts, clip))
                 return loss
 
             ok &= self._learn("model", metrics, model_loss)
-            ok &= self._learn_to_act(metrics, starts[0])
+            ok &= self._learn_to_act(metrics, *seen[0])
         self._count(ok)
         return metrics
 
@@ -175,22 +184,32 @@ class Agent:
         if part := self.parts.get("controller"):
             part.set_pace(pace)
         with torch.no_grad():
-            _, feat, weight, state = self.model.loss(batch, self.config.controller.starts)
-        self._count(self._learn_to_act(metrics, Starts(feat, state, weight)))
+            _, starts, clip = self.model.loss(batch, self.config.controller.starts)
+        self._count(self._learn_to_act(metrics, starts, clip))
         return metrics
 
-    def _learn_to_act(self, metrics: dict[str, Tensor], starts: Starts) -> bool:
+    def _learn_to_act(self, metrics: dict[str, Tensor], starts: Starts, clip: Clip) -> bool:
         """An update of C in dreams from `starts`, in its own way or by gradient; whether all was finite."""
-        ok = True
+        ok, dreamt = True, 0
         if isinstance(self.controller, Improving):
-            began = time.perf_counter()
+            began, before = time.perf_counter(), self.model.dreamt
             found = self.controller.improve(self.model, starts)
+            dreamt = self.model.dreamt - before
             metrics.update({f"controller/{key}": value for key, value in found.items()})
             self.seconds["controller"] += time.perf_counter() - began
         elif "controller" in self.parts:
-            ok = self._learn("controller", metrics, lambda: self.controller.loss(self._dreams(starts)))
+            ok = self._learn("controller", metrics, lambda: self._controller_loss(starts, clip))
+            dreamt = len(starts.weight) * self.config.controller.horizon  # a replayed graph counts nothing
         self.controller.after_update()
+        self.dream_steps += dreamt
         return ok
+
+    def _controller_loss(self, starts: Starts, clip: Clip) -> Loss:
+        value, metrics = self.controller.loss(self._dreams(starts))
+        if share := self.config.controller.replay_value:
+            found = cast(Replaying, self.controller).replay_loss(clip)
+            value, metrics = value + share * found.value, {**metrics, **found.metrics}
+        return Loss(value, metrics)
 
     def _dream(self, starts: Starts) -> Dream:
         config = self.config.controller
@@ -223,7 +242,7 @@ class Agent:
         return {
             "weights": {"model": self.model.state_dict(), "controller": self._controller_module().state_dict()},
             "optimisers": {name: part.optimiser.state_dict() for name, part in self.parts.items()},
-            "counters": {"updates": self.updates, "skipped": self.skipped, "in_a_row": self.skipped_in_a_row},
+            "counters": {name: getattr(self, name) for name in COUNTERS},
         }
 
     def load_state_dict(self, state: dict[str, Any], weights_only: bool = False) -> None:
@@ -234,12 +253,8 @@ class Agent:
             return
         for name, part in self.parts.items():
             part.optimiser.load_state_dict(state["optimisers"][name])
-        counters = state["counters"]
-        self.updates, self.skipped, self.skipped_in_a_row = (
-            counters["updates"],
-            counters["skipped"],
-            counters["in_a_row"],
-        )
+        for name in COUNTERS:
+            setattr(self, name, state["counters"][name])
 
     def _controller_module(self) -> nn.Module:
         assert isinstance(self.controller, nn.Module)

@@ -73,6 +73,8 @@ class LearnConfig:
     """Bound on the norm of each weight's gradient, as a share of the weight's own norm."""
     explore: float = 0.0
     """Share of random actions while collecting."""
+    sticky: float = 0.0
+    """Chance that a random action is the one before once more: random walks that get somewhere."""
     curiosity: float = 0.0
     """Reward per unit of surprise that M learns to predict, so that C seeks it in dreams."""
 
@@ -103,6 +105,8 @@ class Config:
 
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    exact: bool = False
+    """On CUDA: matrix products in float32 throughout, instead of TF32, which is faster."""
     threads: int = 0
     """CPU threads of torch; 0 leaves its choice."""
     world: str = ""

@@ -157,7 +157,8 @@ class DreamTraining:
         found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock.copies, self.signals)
         names = ("return_mean", "return_std", "length_mean", "random_mean", "without_memory_mean")
         self.logger.write(self.agent.updates, {f"final/{key}": found[key] for key in names})
-        found |= {"env_steps": self.real_steps, "updates": self.agent.updates, "wall_s": round(self.wall(), 1)}
+        found |= {"env_steps": self.real_steps, "dream_steps": self.agent.dream_steps}
+        found |= {"updates": self.agent.updates, "wall_s": round(self.wall(), 1)}
         if isinstance(self.agent.controller, Exporting):
             self.agent.controller.export(self.folder)
         run.write(self.folder / "summary.json", run.to_json(found, indent=1) + "\n")

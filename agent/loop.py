@@ -81,7 +81,6 @@ class Training:
         self.count = {"wall": 0.0, "begun": None, "warmup": 0, "updates": 0, "logged": 0, "evaluated": 0}
         self.count |= {"lost": 0, "faults": 0}
         self.count |= tree["count"] if tree else {}
-        learn = config.learn
         torch.manual_seed(config.seed)
         self.rng = {name: np.random.default_rng((config.seed, i)) for i, name in enumerate(("act", "sample"))}
         seed = config.seed
@@ -98,13 +97,13 @@ class Training:
         self.world = make_world(World, env, env.copies, seed, signals)
         stack.callback(self.world.close)
         self.agent = Agent(config, self.world.spec)
-        spec, copies, capacity, explore = self.world.spec, self.world.num_envs, config.replay.capacity, learn.explore
+        spec, copies, capacity = self.world.spec, self.world.num_envs, config.replay.capacity
         if stays:
             self.replay = DeviceReplay(self.agent.device, spec, copies, capacity)
-            self.collector = DeviceCollector(self.world, self.agent, self.replay, explore, self.rng["act"], seed)
+            self.collector = DeviceCollector(self.world, self.agent, self.replay, self.rng["act"], seed)
         else:
             self.replay = Replay(folder / "replay", spec, copies, capacity)
-            self.collector = Collector(self.world, self.agent, self.replay, explore, self.rng["act"])
+            self.collector = Collector(self.world, self.agent, self.replay, self.rng["act"])
         stack.callback(self.replay.close)
         ranges.check_clip(config, self.replay.longest_clip)
         self.world_is_lost = False
@@ -222,7 +221,8 @@ class Training:
         self.logger.note(f"evaluating over {clock.final_episodes} episodes")
         found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock.copies, self.signals)
         self.log_returns("final", found)
-        found |= {"env_steps": self.collector.env_steps, "updates": self.agent.updates, "wall_s": round(self.wall(), 1)}
+        found |= {"env_steps": self.collector.env_steps, "dream_steps": self.agent.dream_steps}
+        found |= {"updates": self.agent.updates, "wall_s": round(self.wall(), 1)}
         if isinstance(self.agent.controller, Exporting):
             self.agent.controller.export(self.folder)
         run.write(self.folder / "summary.json", run.to_json(found, indent=1) + "\n")

@@ -156,12 +156,10 @@ def demo(preset: str = "quickstart", name: str = "demo", seed: int = 0, device: 
 
 
 def told(summary: dict[str, Any], config: Config) -> dict[str, Any]:
-    """The summary, and what can be said beyond it: dreamt steps, and chance and optimum where they are known."""
-    learn, controller = config.learn, config.controller
-    dreams = (summary["updates"] - learn.warmup) * config.replay.batch * controller.starts
+    """The summary, and what can be said beyond it: chance and optimum where they are known."""
     with closing(World(config.env.id, 1, 0, config.env.kwargs)) as world:
         known = {key: getattr(world.vector, key, None) for key in ("chance", "optimum")}
-    return {**known, "dream_steps": dreams * controller.horizon} | summary
+    return known | summary
 
 
 def _next_steps(folder: Path, preset: str) -> str:
@@ -227,9 +225,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((f"  {REFERENCES[key][0]}", _number(value), REFERENCES[key][1]))
     rows.append(("real steps", f"{summary['env_steps']:,}", ""))
     if summary.get("dream_steps"):
-        rows.append(
-            ("dreamt steps", f"{summary['dream_steps']:,}", "updates x clips x starts x horizon; C learned from these")
-        )
+        rows.append(("dreamt steps", f"{summary['dream_steps']:,}", "C learned from these"))
     if "wall_s" in summary:
         minutes, seconds = divmod(round(summary["wall_s"]), 60)
         took = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

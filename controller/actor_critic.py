@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from controller.distributions import Distribution, distribution, outputs
 from controller.returns import ReturnScale, lambda_returns
 from controller.types import ControllerConfig
-from worldmodel.dream import Dream
+from worldmodel.dream import Clip, Dream
 from worldmodel.heads import TwoHot, mlp
 from worldmodel.types import Loss
 
@@ -57,10 +57,7 @@ class ActorCritic(nn.Module):
         entropy = policy.entropy()
         actor = -(weight * (advantage * policy.log_prob(dream.action) + config.entropy * entropy)).sum() / total
 
-        with torch.no_grad():
-            slow = self.two_hot.mean(self.slow(dream.feat[:, :-1]))
-        both = self.two_hot.loss(logits[:, :-1], returns) + self.two_hot.loss(logits[:, :-1], slow)
-        critic = (weight * both).sum() / total
+        critic = (weight * self._value_loss(dream.feat[:, :-1], logits[:, :-1], returns)).sum() / total
         metrics = {
             "actor": actor.detach(),
             "critic": critic.detach(),
@@ -71,6 +68,23 @@ class ActorCritic(nn.Module):
             "cont": dream.cont.mean(),
         }
         return Loss(actor + critic, metrics)
+
+    def replay_loss(self, clip: Clip) -> Loss:
+        """The critic's loss on lambda-returns of what really came (DreamerV3's replay value loss). They are those of
+        the policies that acted then, and lean on today's values beyond 1 / (1 - lam) steps."""
+        logits = self.critic(clip.feat)
+        value = self.two_hot.mean(logits.detach())
+        returns = lambda_returns(clip.reward, self.config.gamma * clip.cont, value, self.config.lam, clip.known)
+        known = clip.known.float()
+        each = self._value_loss(clip.feat[:, :-1], logits[:, :-1], returns)
+        loss = (known * each).sum() / known.sum().clamp(min=1)
+        return Loss(loss, {"replay_critic": loss.detach()})
+
+    def _value_loss(self, feat: Tensor, logits: Tensor, returns: Tensor) -> Tensor:
+        """Of the critic's logits at feat: towards the returns, and towards the slow critic."""
+        with torch.no_grad():
+            slow = self.two_hot.mean(self.slow(feat))
+        return self.two_hot.loss(logits, returns) + self.two_hot.loss(logits, slow)
 
     @torch.no_grad()
     def after_update(self) -> None:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from controller.actor_critic import ActorCritic
 from controller.distributions import draw_factors, likeliest_factors
 from controller.types import ControllerConfig
-from worldmodel.dream import Dream, Dreamer, Starts, imagine
+from worldmodel.dream import Clip, Dream, Dreamer, Starts, imagine
 from worldmodel.dynamics import State
 from worldmodel.types import Loss
 
@@ -50,6 +50,10 @@ class Planner(nn.Module):
     def loss(self, dream: Dream) -> Loss:
         assert self.guide is not None
         return self.guide.loss(dream)
+
+    def replay_loss(self, clip: Clip) -> Loss:
+        assert self.guide is not None
+        return self.guide.replay_loss(clip)
 
     def after_update(self) -> None:
         if self.guide is not None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def lambda_returns(reward: Tensor, discount: Tensor, value: Tensor, lam: float) -> Tensor:
+def lambda_returns(
+    reward: Tensor, discount: Tensor, value: Tensor, lam: float, follows: Tensor | None = None
+) -> Tensor:
     """TD(lambda) returns (Sutton and Barto 2018, eq. 12.18; DreamerV3, arXiv 2301.04104, eq. 5).
 
     R_t = r_t + g_t ((1 - lam) v_{t+1} + lam R_{t+1}), R_H = v_H.
@@ -14,6 +16,8 @@ def lambda_returns(reward: Tensor, discount: Tensor, value: Tensor, lam: float) 
     Args:
         reward, discount: `(B, H)`, arriving after the action at t; discount is gamma times the chance to go on.
         value: `(B, H + 1)`, of the states at 0 to H.
+        follows: `(B, H)`, whether the step at t goes on from the one at t - 1; where not, that one ends with v_t.
+            All do if None.
 
     Returns:
         `(B, H)`.
@@ -23,6 +27,8 @@ def lambda_returns(reward: Tensor, discount: Tensor, value: Tensor, lam: float) 
     for t in reversed(range(reward.shape[1])):
         after = reward[:, t] + discount[:, t] * ((1 - lam) * value[:, t + 1] + lam * after)
         out.append(after)
+        if follows is not None:
+            after = torch.where(follows[:, t], after, value[:, t])
     return torch.stack(out[::-1], 1)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from worldmodel.dream import Dream, Dreamer, Starts
+from worldmodel.dream import Clip, Dream, Dreamer, Starts
 from worldmodel.dynamics import State
 from worldmodel.types import Loss
 
@@ -18,8 +18,8 @@ class Controller(Protocol):
     categorical action factors (empty for a box) and A, the length of an encoded action.
 
     It may also say `capturable = True`: `act` can be recorded in a CUDA graph (the same work at every call, nothing
-    moved to the host). It may be `Planning`, `Improving`, `Exporting`. One without weights that have gradients is never
-    asked for a loss.
+    moved to the host). It may be `Planning`, `Improving`, `Replaying`, `Exporting`. One without weights that have
+    gradients is never asked for a loss.
     """
 
     def act(self, feat: Tensor, greedy: bool) -> Tensor:
@@ -50,6 +50,15 @@ class Improving(Protocol):
 
     def improve(self, model: Dreamer, starts: Starts) -> dict[str, Tensor]:
         """One update from moments to dream from; returns scalars to log."""
+        ...
+
+
+@runtime_checkable
+class Replaying(Protocol):
+    """A C that can learn from what really happened too (`controller.replay_value`)."""
+
+    def replay_loss(self, clip: Clip) -> Loss:
+        """What to minimise beside the loss in dreams, given real clips as M sees them."""
         ...
 
 
@@ -144,6 +153,9 @@ class ControllerConfig:
     """Advantages are divided by the spread of returns, or by this if it is larger."""
     slow_rate: float = 0.02
     """Rate at which the slow critic follows."""
+    replay_value: float = 0.0
+    """Weight of learning values from real clips too, which holds them to what really came where dreams err. 0: C sees
+    no reward but through M."""
     temperature: float = 1.0
     """Randomness of the dreams, 1 as learned."""
     planner: PlannerConfig = field(default_factory=PlannerConfig)

@@ -35,6 +35,19 @@ class Starts(NamedTuple):
     weight: Tensor
 
 
+class Clip(NamedTuple):
+    """What really happened over T rows, as M sees it. Row t + 1 is the consequence of the action chosen from feat_t.
+
+    feat: `(B, T, F)`. reward, cont: `(B, T - 1)`, arriving with row t + 1; cont is 0 where that terminated. known:
+    `(B, T - 1)`, whether rows t and t + 1 are of one episode and both were seen clean.
+    """
+
+    feat: Tensor
+    reward: Tensor
+    cont: Tensor
+    known: Tensor
+
+
 class Dream(NamedTuple):
     """H dreamt steps. Row t's action is chosen from feat_t; its reward and cont arrive with feat_{t+1}.
 

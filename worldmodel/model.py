@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldmodel.dream import Clip, Starts
 from worldmodel.dynamics import Dynamics, DynamicsConfig, State
 from worldmodel.encoder import Encoder, EncoderConfig, Observed
 from worldmodel.forcing import Flow, ForcingConfig, Mask, Objective, Teacher
@@ -76,35 +77,37 @@ class WorldModel(nn.Module):
         self.objective: Objective = kind(forcing, self.dynamics, **{k: v for k, v in offered.items() if k in wanted})
         self.consequence = Consequence(self.dynamics.feature_size, actions, heads.hidden, heads.bins)
         self.heads, self.steps = heads, forcing.steps
+        self.dreamt = 0
 
     @property
     def feature_size(self) -> int:
         """F, what C sees."""
         return self.dynamics.feature_size
 
-    def loss(self, batch: Batch, starts: int) -> tuple[Loss, Tensor, Tensor, State]:
+    def loss(self, batch: Batch, starts: int) -> tuple[Loss, Starts, Clip]:
         """M's loss over clips, and moments to dream from. V is trained by its own loss; its latents enter detached.
 
         Returns:
-            the loss; feat `(B * M, F)`, weight `(B * M,)` and states of `starts` = M moments drawn from each clip.
+            the loss; B * M moments, `starts` = M drawn from each clip; and the clips, both without gradient.
         """
         with torch.no_grad():
             z = self.encoder(batch.obs)
         first = batch.clip_first()
         out = self.objective.run(self.dynamics, z, batch.prev_action(), first, starts)
         # row t + 1 is the consequence of (feat_t, a_t), unless it begins a new episode
-        known = (out.clean[:, :-1] & ~batch.is_first[:, 1:]).float()
+        known = out.clean[:, :-1] & ~batch.is_first[:, 1:]
         reward_logits, cont_logit = self.consequence(out.feat[:, :-1], batch.action[:, :-1])
         reward = self.consequence.two_hot.loss(reward_logits, batch.reward[:, 1:])
-        cont = F.binary_cross_entropy_with_logits(
-            cont_logit.float(), (~batch.terminated[:, 1:]).float(), reduction="none"
-        )
+        alive = (~batch.terminated[:, 1:]).float()
+        cont = F.binary_cross_entropy_with_logits(cont_logit.float(), alive, reduction="none")
         reward, cont = ((v * known).sum() / known.sum().clamp(min=1) for v in (reward, cont))
         value = out.loss + self.heads.reward_weight * reward + self.heads.cont_weight * cont
         rows = torch.arange(len(z), device=z.device)[:, None]
-        feat, ended = out.feat.detach()[rows, out.at], batch.terminated[rows, out.at]
+        feat, ended = out.feat.detach(), batch.terminated[rows, out.at]
+        moments = Starts(feat[rows, out.at].flatten(0, 1), out.starts, (~ended).float().flatten())
+        clip = Clip(feat, batch.reward[:, 1:], alive, known & out.clean[:, 1:])
         metrics = {**out.metrics, "reward": reward.detach(), "cont": cont.detach()}
-        return Loss(value, metrics), feat.flatten(0, 1), (~ended).float().flatten(), out.starts
+        return Loss(value, metrics), moments, clip
 
     @torch.no_grad()
     def commit(self, state: State, z: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple[Tensor, State]:
@@ -115,7 +118,9 @@ class WorldModel(nn.Module):
     def dream_step(
         self, feat: Tensor, state: State, action: Tensor, temperature: float = 1.0, steps: int | None = None
     ) -> tuple[Tensor, Tensor, State]:
-        """One dreamt step: action `(B, A)` taken at feat `(B, F)` to the next z, feat and state."""
+        """One dreamt step: action `(B, A)` taken at feat `(B, F)` to the next z, feat and state. They are counted in
+        `dreamt`."""
+        self.dreamt += len(action)
         z = self.objective.sample(self.dynamics, feat, state, action, steps or self.steps, temperature)
         go_on = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         feat, state = self.dynamics.commit(state, z, action, go_on)

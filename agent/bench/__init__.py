@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from agent import options
-from agent.bench import act, dream, fidelity, loop, maze, memory_maze, objectives, remote, temperature
+from agent.bench import act, controllers, dream, fidelity, loop, maze, memory_maze, objectives, remote, temperature
 from envs.contract import UserError
 
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "act": act.measure,
+    "controllers": controllers.measure,
     "dream": dream.measure,
     "fidelity": fidelity.measure,
     "loop": loop.measure,

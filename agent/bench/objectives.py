@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from agent.bench import trained
 from agent.bench.common import Device, config_of
 from envs.contract import UserError
 
@@ -70,22 +69,9 @@ def _trained(out: Path, preset: str, flags: list[str], threshold: float, kind: s
     """The row of one run, trained now unless it has been."""
     objective, _, stream = kind.rpartition("/")
     name = f"{objective}-{stream}-s{seed}"
-    folder, log = out / "runs" / name, out / f"{name}.log"
-    if not (folder / "summary.json").exists():
-        what = ["--resume", f"runs/{name}"]
-        if not (folder / "config.yaml").exists():
-            settings = {"name": name, "seed": seed, "forcing.objective": objective, "forcing.stream": stream}
-            what = [preset, *flags, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
-        root = str(Path(__file__).resolve().parents[2])  # importable from `out` too, where it is not installed
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-        with open(log, "a") as file:
-            command = [sys.executable, "-m", "agent.cli", "train", *what]
-            code = subprocess.run(command, cwd=out, env=environment, stdout=file, stderr=file).returncode
-        if code != 0:
-            last = log.read_text().strip().rpartition("\n")[2]
-            raise UserError(f"training {name} ended with code {code} ({last}): see {log}, mend it and run this again")
-    summary = json.loads((folder / "summary.json").read_text())
-    steps, seconds = reached_at(folder / "metrics.jsonl", threshold)
+    settings = {"seed": seed, "forcing.objective": objective, "forcing.stream": stream}
+    summary = trained.finished(out, name, ["train", preset, *flags, *trained.flags(settings)])
+    steps, seconds = reached_at(out / "runs" / name / "metrics.jsonl", threshold)
     row = {"objective": objective, "stream": stream, "seed": seed}
     row |= {key: summary[key] for key in ("return_mean", "env_steps", "updates", "wall_s")}
     return row | {"steps_to_threshold": steps, "seconds_to_threshold": seconds}
@@ -122,9 +108,5 @@ def markdown(rows: Sequence[dict[str, Any]], threshold: float) -> str:
         keys = ("steps_to_threshold", "seconds_to_threshold", "env_steps", "updates", "wall_s")
         numbers = ["–" if row[key] is None else f"{row[key]:,.0f}" for key in keys]
         runs.append([row["objective"], row["stream"], str(row["seed"]), f"{row['return_mean']:.3f}", *numbers])
-    return "\n\n".join([_table(over_seeds), "Steps and seconds are medians over runs. Each of them:", _table(runs)])
-
-
-def _table(cells: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(line) + " |" for line in cells]
-    return "\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]])
+    between = "Steps and seconds are medians over runs. Each of them:"
+    return "\n\n".join([trained.table(over_seeds), between, trained.table(runs)])

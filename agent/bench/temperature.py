@@ -19,7 +19,7 @@ from agent.evaluate import Returns
 from agent.judge import play
 from agent.replay import Replay
 from envs.contract import UserError
-from worldmodel.dream import Starts, imagine
+from worldmodel.dream import imagine
 from worldmodel.types import Batch
 
 COPIES = 256
@@ -118,9 +118,9 @@ def learned(agent: Agent, replay: Replay, temperature: float, steps: int, update
         for _ in range(updates):
             rows = replay.sample(rng, clips.batch, clips.length, clips.starts, clips.surprise)
             with torch.no_grad():
-                _, feat, weight, state = fresh.model.loss(Batch.of(rows, agent.device), learn.starts)
+                _, starts, _ = fresh.model.loss(Batch.of(rows, agent.device), learn.starts)
             policy = lambda feat: fresh.controller.act(feat, greedy=False)  # noqa: E731
-            dream = imagine(fresh.model, Starts(feat, state, weight), policy, learn.horizon, temperature, steps)
+            dream = imagine(fresh.model, starts, policy, learn.horizon, temperature, steps)
             fresh.parts["controller"].step(fresh.controller.loss(dream).value)
             fresh.controller.after_update()
     return fresh

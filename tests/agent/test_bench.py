@@ -10,7 +10,7 @@ import torch
 
 from agent import bench, options
 from agent.agent import Agent
-from agent.bench import act, loop, objectives
+from agent.bench import act, controllers, loop, objectives
 from agent.bench.common import resident_bytes
 from agent.logger import Logger
 from envs.contract import UserError
@@ -161,6 +161,44 @@ def test_objectives_are_trained_once_each(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "out/runs/mask-two-s4/summary.json").exists()
 
 
+def test_controllers_are_compared_in_dreams_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = {"learn.steps": 80, "learn.prefill": 40, "learn.warmup": 2, "evaluate.episodes": 2, "evaluate.every": 0}
+    short |= {"env.kwargs": {"corridor": 3, "size": 16, "max_steps": 8}}
+    (tmp_path / "small.yaml").write_text(options.dump(options.update(options.load("tiny"), short)))
+    kinds = ("actor_critic", "planner/cem", "evolution", "real/PPO")
+    asked = {"presets": ("small.yaml",), "kinds": kinds, "seeds": (4,), "episodes": 3, "updates": 2, "parallel": 2}
+    found = json.loads(json.dumps(controllers.measure(**asked, out=Path("out"))))
+    rows = {row["controller"]: row for row in found["rows"]}
+    assert list(rows) == ["with M", *kinds] and found["random_mean"].keys() == {"longdream/Recall-v0"}
+    for row in rows.values():
+        assert row["seed"] == 4 and row["env"] == "longdream/Recall-v0" and row["wall_s"] > 0
+        assert row["return_ci95"][0] <= row["return_mean"] <= row["return_ci95"][1]
+    # those in dreams count the real steps behind M and their own dreams; one in reality has none
+    behind = rows["with M"]["env_steps"]
+    assert [rows[kind]["env_steps"] for kind in kinds[:3]] == [behind] * 3 and rows["real/PPO"]["env_steps"] >= 80
+    config = options.load("out/runs/small-actor_critic-s4/config.yaml")
+    dreams = config.replay.batch * config.controller.starts * config.controller.horizon
+    told = config.controller.evolution
+    generation = told.population * told.moments * config.controller.horizon
+    wanted = {"actor_critic": 2 * dreams, "planner/cem": 0, "evolution": 2 * generation, "real/PPO": 0}
+    assert {kind: rows[kind]["dream_steps"] for kind in kinds} == wanted and rows["with M"]["dream_steps"] > 0
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert json.loads(json.dumps(controllers.measure(**asked, out=Path("out")))) == found
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times
+
+
+def test_controllers_are_summed_up_over_seeds() -> None:
+    def row(controller: str, seed: int, value: float) -> dict:
+        told = {"env": "E-v0", "return_mean": value, "return_ci95": [value - 0.1, value + 0.1], "env_steps": 1000}
+        return {"controller": controller, "seed": seed, **told, "dream_steps": 5000, "wall_s": 90.0, "random_mean": 0.5}
+
+    lines = controllers.markdown([row("tree", 1, 1.0), row("tree", 2, 0.5), row("real/PPO", 1, 0.2)]).splitlines()
+    assert "| E-v0 | tree | 0.75 | 0.50 | 2 | 1,000 | 5,000 | 1.5 |" in lines
+    assert "| E-v0 | real/PPO | 1 | 0.20 | 0.10 to 0.30 | 1,000 | 5,000 | 90 |" in lines
+    assert any(line.startswith("| E-v0 | random actions | 0.50 |") for line in lines)
+
+
 def test_a_training_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
     broken = options.update(options.load("tiny"), {"env.id": "longdream/Recal-v0"})
     (tmp_path / "broken.yaml").write_text(options.dump(broken))
@@ -178,6 +216,8 @@ def test_a_training_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
         lambda: objectives.measure("tiny", seeds=()),
         lambda: objectives.measure("tiny", parallel=0),
         lambda: objectives.measure("tiny", kinds=("flow",)),
+        lambda: controllers.measure(("tiny",), parallel=0),
+        lambda: controllers.measure(("tinny",)),
         lambda: objectives.measure("tinny"),
     ],
 )

@@ -168,7 +168,7 @@ def test_ten_in_a_row_end_the_run(capfd: pytest.CaptureFixture[str]) -> None:
     assert len(message) == 1 and "not finite in 10 updates in a row" in message[0] and "--resume runs/run" in message[0]
     assert "Traceback" not in told
     tree, step = run.open_run("runs/run").saved
-    assert tree["counters"]["in_a_row"] < 10 and step >= 60
+    assert tree["counters"]["skipped_in_a_row"] < 10 and step >= 60
 
 
 def test_observations_that_are_not_finite(capfd: pytest.CaptureFixture[str]) -> None:

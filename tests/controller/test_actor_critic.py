@@ -7,7 +7,7 @@ from torch import Tensor
 
 from controller.actor_critic import ActorCritic
 from controller.types import ControllerConfig
-from worldmodel.dream import Dream
+from worldmodel.dream import Clip, Dream
 
 CONFIG = ControllerConfig(hidden=32, layers=1, bins=81, gamma=0.9, entropy=1e-3, return_floor=0.1, slow_rate=0.05)
 
@@ -66,6 +66,44 @@ def test_an_early_reward_beats_one_that_is_too_late() -> None:
     learn(agent, lambda: dream(agent, 5, 6, chain), 150)
     assert agent.act(torch.eye(5), greedy=True)[:, 1].tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
     assert agent.value(torch.eye(5)).tolist() == pytest.approx([0.2, 0.2, 0.25, 0.5, 1.0], abs=0.08)
+
+
+def walks(batch: int = 16, length: int = 15) -> Clip:
+    """Real clips of walking on all the way: episodes of rows 0, 1, 2, 3, 4 and the last, 5, cut anywhere."""
+    place = (torch.arange(length) + torch.randint(0, 6, (batch, 1))) % 6
+    after = place[:, 1:]
+    ended = (after == 5).float()
+    return Clip(F.one_hot(place, 6).float(), ended, 1 - ended, after != 0)
+
+
+def test_values_are_learned_from_what_really_came() -> None:
+    agent = build(6)
+    optimiser = torch.optim.Adam(agent.critic.parameters(), 1e-2)
+    for _ in range(200):
+        optimiser.zero_grad()
+        agent.replay_loss(walks()).value.backward()
+        optimiser.step()
+        agent.after_update()
+    assert agent.value(torch.eye(6)[:5]).tolist() == pytest.approx([0.9**n for n in (4, 3, 2, 1, 0)], abs=0.1)
+    assert all(p.grad is None for p in agent.actor.parameters())
+
+
+def test_what_really_came_holds_dreams_back() -> None:
+    """Dreams in which the walk never ends and pays all the time; in reality it pays once."""
+    heaven = lambda state, action: (torch.ones(len(state)), torch.ones(len(state)), state)  # noqa: E731
+    values = []
+    for share in (0.0, 1.0):
+        torch.manual_seed(1)
+        agent = build(6)
+        optimiser = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], 1e-2)
+        for _ in range(150):
+            loss = agent.loss(dream(agent, 6, 4, heaven)).value + share * agent.replay_loss(walks()).value
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            agent.after_update()
+        values.append(agent.value(torch.eye(6)[:5]).mean().item())
+    assert values[0] > 6 and values[1] < 0.8 * values[0]
 
 
 def test_a_box_finds_the_target_of_each_state() -> None:

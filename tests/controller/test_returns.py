@@ -56,6 +56,20 @@ def test_limits_of_lambda(batch: int, horizon: int, seed: int) -> None:
 
 
 @given(st.integers(2, 12), st.floats(0, 1), seeds)
+def test_pieces_that_do_not_follow_from_each_other_are_apart(horizon: int, lam: float, seed: int) -> None:
+    reward, discount, value = draw(3, horizon, seed)
+    cut = 1 + seed % (horizon - 1)
+    follows = torch.ones(3, horizon, dtype=torch.bool)
+    whole = lambda_returns(reward, discount, value, lam)
+    torch.testing.assert_close(lambda_returns(reward, discount, value, lam, follows), whole)
+    follows[:, cut] = False
+    got = lambda_returns(reward, discount, value, lam, follows)
+    for rows, states in ((slice(cut), slice(cut + 1)), (slice(cut, None), slice(cut, None))):
+        wanted = lambda_returns(reward[:, rows], discount[:, rows], value[:, states], lam)
+        torch.testing.assert_close(got[:, rows], wanted)
+
+
+@given(st.integers(2, 12), st.floats(0, 1), seeds)
 def test_nothing_comes_from_behind_an_end(horizon: int, lam: float, seed: int) -> None:
     reward, discount, value = draw(2, horizon, seed)
     end = seed % (horizon - 1)

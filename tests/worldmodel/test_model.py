@@ -176,7 +176,7 @@ def test_moments_to_dream_from(objective: str, stream: str) -> None:
     """Feature, state and weight belong together; a dream from the row that ended an episode weighs nothing."""
     model, batch = randomised(build(objective, stream)), rows(4, 10)
     batch.terminated = (torch.arange(10) % 3 == 1).expand(4, -1)
-    _, feat, weight, state = seeded_loss(model, batch, 15)
+    _, (feat, state, weight), _ = seeded_loss(model, batch, 15)
     passed = seeded_pass(model, batch, 15)
     index = torch.arange(4)[:, None], passed.at
     assert torch.equal(weight, (~batch.terminated[index]).float().flatten())
@@ -247,7 +247,7 @@ def test_an_objective_of_ones_own(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     model = build("my_objectives:Still")
     assert type(model.objective).__name__ == "Still" and model.encoder.config.latent == "categorical"
-    (value, metrics), feat, _, state = model.loss(rows(2, 5), 3)
+    (value, metrics), (feat, state, _), _ = model.loss(rows(2, 5), 3)
     value.backward()
     assert "mine" in metrics
     z, *_ = model.dream_step(feat, state, torch.zeros(6, 2))
@@ -284,8 +284,7 @@ def test_latents_that_the_objective_cannot_use_are_refused(objective: str, laten
 
 def begin(model: WorldModel, n: int = 6) -> Starts:
     with torch.no_grad():
-        _, feat, weight, state = model.loss(rows(n // 2, 5), 2)
-    return Starts(feat, state, weight)
+        return model.loss(rows(n // 2, 5), 2)[1]
 
 
 @pytest.mark.parametrize(("objective", "stream"), OBJECTIVES)
