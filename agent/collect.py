@@ -16,8 +16,9 @@ from worldmodel.dynamics import State
 class Collector:
     """Steps a world with an agent, measures surprise at every row, fills the replay, and reports ended episodes."""
 
-    def __init__(self, world: World, agent: Agent, replay: Replay, explore: float, rng: np.random.Generator):
-        self.world, self.agent, self.replay, self.explore, self.rng = world, agent, replay, explore, rng
+    def __init__(self, world: World, agent: Agent, replay: Replay, rng: np.random.Generator):
+        self.world, self.agent, self.replay, self.rng = world, agent, replay, rng
+        self.learn = agent.config.learn
         self.row = world.reset()
         self.carry: Carry = agent.initial(world.num_envs)
         self.running = {k: np.zeros(world.num_envs) for k in ("return", "length", *SURPRISES)}
@@ -25,7 +26,7 @@ class Collector:
         self.episodes = 0
 
     def step(self, random: bool) -> list[dict[str, float]]:
-        """One step of every copy, by uniform random actions or the agent's; metrics of each episode that ended.
+        """One step of every copy, by random actions or the agent's; metrics of each episode that ended.
 
         Steps count what the environment simulated: the row after an episode's end is a reset, not a step.
         """
@@ -36,9 +37,12 @@ class Collector:
         parts = np.where(np.isfinite(parts), parts, 0.0).astype(np.float32)  # of a reward that is not finite
         ended = self._account(row, parts)
         action = self.world.random_action(self.rng)
+        if self.learn.sticky:
+            again = (self.rng.random(self.world.num_envs) < self.learn.sticky) & ~row.is_first
+            action = np.where(again[:, None], self.carry.action.cpu().numpy(), action)
         if not random:
             chosen = self.agent.act(self.carry, greedy=False)
-            dare = self.rng.random(self.world.num_envs) < self.explore
+            dare = self.rng.random(self.world.num_envs) < self.learn.explore
             action = np.where(dare[:, None], action, chosen)
         self.carry = self.agent.acted(self.carry, action)
         self.replay.add(row, action, parts[-1])

@@ -134,11 +134,9 @@ class DeviceCollector:
     """As agent.collect.Collector, for an environment that makes tensors: per step, the flags of ended and begun
     episodes are all that the host gets to see."""
 
-    def __init__(
-        self, world: World, agent: Agent, replay: DeviceReplay, explore: float, rng: np.random.Generator, seed: int
-    ):
+    def __init__(self, world: World, agent: Agent, replay: DeviceReplay, rng: np.random.Generator, seed: int):
         self.vector: Any = world.vector
-        self.world, self.agent, self.replay, self.explore = world, agent, replay, explore
+        self.world, self.agent, self.replay, self.learn = world, agent, replay, agent.config.learn
         n, device = world.num_envs, agent.device
         self.random = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
         obs = self.vector.reset_tensors([derive_seed(seed, i, 0) for i in range(n)])
@@ -161,8 +159,11 @@ class DeviceCollector:
         self.running += seen
         device = self.agent.device
         choice = torch.randint(parts, (n,), device=device, generator=self.random)
+        if self.learn.sticky:
+            again = torch.rand(n, device=device, generator=self.random) < self.learn.sticky
+            choice = torch.where(again & ~row.is_first, self.carry.action.argmax(-1), choice)
         if not random:
-            dare = torch.rand(n, device=device, generator=self.random) < self.explore
+            dare = torch.rand(n, device=device, generator=self.random) < self.learn.explore
             choice = torch.where(dare, choice, chosen)
         action = torch.nn.functional.one_hot(choice, parts).float()
         self.carry = self.carry._replace(action=action)

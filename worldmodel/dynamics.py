@@ -44,7 +44,7 @@ class DynamicsConfig:
     blocks: tuple[int, ...] = (1,)
     """Side of the scan's token blocks, one per layer, repeated as needed; no larger than the token grid."""
     chunk: int = 64
-    """Frames per chunk of the parallel scan."""
+    """Tokens per chunk of the parallel scan, whose cost within a chunk is quadratic; at least a frame of a block."""
     change: bool = False
     """Predict the change from the frame before instead of the frame: what hardly changes from frame to frame, like
     positions among an observation's numbers, then need not be copied through every layer."""
@@ -354,7 +354,7 @@ class ScanMixer(nn.Module):
         if grid % block:
             raise ValueError(f"worldmodel.blocks: a block side of {block} does not divide the token grid of {grid}")
         width = config.width
-        self.heads, self.size, self.chunk = config.heads, config.state_size, config.chunk
+        self.heads, self.size, self.chunk = config.heads, config.state_size, max(1, config.chunk // block**2)
         self.block, self.side = block, grid // block
         self.split = [width, width, self.size, self.size, self.heads, self.heads]
         self.inp = nn.Linear(width, sum(self.split))

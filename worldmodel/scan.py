@@ -108,11 +108,8 @@ def scan(
     keep = (token_seg == token_seg[..., -1:])[:, :, None]
     write = torch.where(keep, (cum[..., -1:] - cum), -torch.inf).exp()[..., None] * x
     written = b.transpose(-1, -2)[:, :, None] @ write  # (B, K, H, S, P)
-    carry = torch.where((seg[..., -1] == before)[..., None], cum[..., -1].exp(), 0.0)[..., None, None]
-    states = [state]
-    for k in range(chunks):
-        states.append(carry[:, k] * states[-1] + written[:, k])
-    start = torch.stack(states[:-1], 1)  # (B, K, H, S, P)
+    states = _over_chunks(torch.cat([state[:, None], written], 1), cum[..., -1], seg[..., -1] != before)
+    start = states[:, :-1]  # (B, K, H, S, P)
     alive = (token_seg == before[..., None])[:, :, None]  # tokens whose episode the incoming state is of
 
     same = token_seg[..., :, None] == token_seg[..., None, :]
@@ -124,7 +121,22 @@ def scan(
         query_y = _read(query, (x, b, cum), start, alive, same, tokens, chunks)
         query_y = _unchunk(query_y, tokens)[:, :frames]
     states_at = None if at is None else _states_at(at, (x, b, cum), token_seg, before, start, chunk, tokens)
-    return ScanOut(_unchunk(y, tokens)[:, :frames], states[-1], query_y, states_at)
+    return ScanOut(_unchunk(y, tokens)[:, :frames], states[:, -1], query_y, states_at)
+
+
+def _over_chunks(written: Tensor, decay: Tensor, cut: Tensor) -> Tensor:
+    """The recurrence from chunk to chunk, as one product with the (K + 1)^2 decays between them.
+
+    written: `(B, K + 1, H, S, P)`, the state before all chunks, then what each chunk adds. decay: `(B, K, H)` log decay
+    over each chunk; cut: `(B, K)`, whether nothing passes through it. Returns the states before each chunk and after
+    the last, as written.
+    """
+    since = F.pad(decay.cumsum(1), (0, 0, 1, 0)).transpose(1, 2)  # (B, H, K + 1)
+    piece = F.pad(cut.long().cumsum(1), (1, 0))
+    same = (piece[:, :, None] == piece[:, None])[:, None]
+    with torch.autocast(written.device.type, enabled=False):  # states sum over thousands of frames
+        states = _causal_decay(since, since, same) @ written.transpose(1, 2).flatten(3).to(decay.dtype)
+    return states.transpose(1, 2).unflatten(3, written.shape[3:])
 
 
 def _read(query: Stream, clean, start, alive, same, tokens: int, chunks: int) -> Tensor:

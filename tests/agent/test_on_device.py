@@ -92,11 +92,11 @@ def maze(**settings: Any) -> Config:
 
 def test_rows_are_those_of_the_world() -> None:
     """What the collector puts into replay is what the same copies give, row by row, through numpy."""
-    config = maze()
+    config = maze(learn__explore=0.5)
     world = World(config.env.id, 3, 7)
     agent = Agent(config, world.spec)
     replay = DeviceReplay(agent.device, world.spec, 3, 300)
-    collector = DeviceCollector(world, agent, replay, 0.5, np.random.default_rng(0), seed=7)
+    collector = DeviceCollector(world, agent, replay, np.random.default_rng(0), seed=7)
     for _ in range(30):
         collector.step(random=False)
     other = World(config.env.id, 3, 7)
@@ -110,6 +110,21 @@ def test_rows_are_those_of_the_world() -> None:
         row = other.step(replay.fields["action"][t].float().numpy())
     world.close()
     other.close()
+
+
+@pytest.mark.parametrize("sticky", [0.0, 0.9])
+def test_random_actions_stick(sticky: float) -> None:
+    config = maze(learn__sticky=sticky)
+    world = World(config.env.id, 3, 7)
+    agent = Agent(config, world.spec)
+    replay = DeviceReplay(agent.device, world.spec, 3, 300)
+    collector = DeviceCollector(world, agent, replay, np.random.default_rng(0), seed=7)
+    for _ in range(60):
+        collector.step(random=True)
+    action = replay.fields["action"][:60].float().argmax(-1)
+    again = (action[1:] == action[:-1]).float().mean().item()
+    assert again == pytest.approx(sticky + (1 - sticky) / 6, abs=0.1)  # 177 pairs
+    world.close()
 
 
 def test_a_run_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

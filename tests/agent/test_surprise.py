@@ -26,7 +26,19 @@ def collector(config: Config, folder: Path) -> Collector:
     world = World(config.env.id, config.env.copies, 0, config.env.kwargs)
     agent = Agent(config, world.spec)
     replay = Replay(folder, world.spec, world.num_envs, config.replay.capacity)
-    return Collector(world, agent, replay, 0.0, np.random.default_rng(0))
+    return Collector(world, agent, replay, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("sticky", [0.0, 0.9])
+def test_random_actions_stick(config: Config, tmp_path: Path, sticky: float) -> None:
+    found = collector(dataclasses.replace(config, learn=dataclasses.replace(config.learn, sticky=sticky)), tmp_path)
+    stays = []
+    for _ in range(150):
+        before, first = found.carry.action, torch.from_numpy(found.row.is_first)
+        found.step(random=True)
+        stays += (found.carry.action == before).all(1)[~first].tolist()
+    parts = found.world.spec.action.parts[0]
+    assert np.mean(stays) == pytest.approx(sticky + (1 - sticky) / parts, abs=0.1)
 
 
 def test_it_is_stored_with_its_row_and_zero_at_first_rows(config: Config, tmp_path: Path) -> None:
