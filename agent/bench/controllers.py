@@ -21,8 +21,9 @@ from envs.make import World
 
 UPDATES = {"actor_critic": 300, "tree": 300, "planner/mppi": 300, "planner/cem": 1, "evolution": 200}
 UPDATES |= {"stable_baselines3:PPO": 150}
-LONGER = {"pendulum": 5}
-"""Updates of a C of each kind, and how many times as many a preset needs. (CEM learns nothing.)"""
+LONGER = {"pendulum": 3}
+"""Updates of a C of each kind, and how many times as many of those by gradient a preset needs."""
+FIXED = ("planner/cem", "evolution")
 REAL = "real/"
 """What the names of those begin with that learn in the real environment."""
 
@@ -63,7 +64,7 @@ def measure(
         kinds: of C, as controller.kind, planner/METHOD, or real/ALGORITHM
         seeds: of the runs of each kind
         episodes: real ones that each is judged by
-        updates: of each C (default: 300 by gradient, 200 generations, 150 of SB3; on pendulum five times as many)
+        updates: of each C (default: 300, 200 generations, 150 of SB3; on pendulum three times as many but generations)
         parallel: runs at a time
         out: folder of the runs and of what they print
         device: where to compute (default: as in the preset)
@@ -127,7 +128,7 @@ def _in_dreams(
     kind: str, preset: str, world: Job, seed: int, episodes: int, updates: int | None, device: Device | None
 ) -> Job:
     name, _, method = kind.partition("/")
-    count = updates or UPDATES.get(kind, 300) * (1 if kind == "planner/cem" else LONGER.get(preset, 1))
+    count = updates or UPDATES.get(kind, 300) * (1 if kind in FIXED else LONGER.get(preset, 1))
     settings: dict[str, Any] = {"world": f"runs/{world.name}", "controller.kind": name, "seed": seed}
     settings |= {"learn.updates": count, "evaluate.final_episodes": episodes, "evaluate.every": 0}
     settings |= ({"controller.planner.method": method} if method else {}) | ({"device": device} if device else {})

@@ -71,8 +71,8 @@ def measure(
                 for step in range(upstream_steps):
                     original(step % len(ACTIONS))
                 theirs.append(upstream_steps / (time.perf_counter() - began))
-            whole = _seconds(twin.device, lambda: [twin.step_tensors(action) for action in actions])
-            unseen = _seconds(twin.device, lambda: [twin.step_unseen(action) for action in actions])
+            whole = _seconds(twin.device, actions, twin.step_tensors)
+            unseen = _seconds(twin.device, actions, twin.step_unseen)
             rates.append(copies * steps / whole)
             shares.append(unseen / whole)
             print(f"round {i + 1} of {rounds}: {rates[-1]:,.0f} steps/s", file=sys.stderr)
@@ -105,10 +105,11 @@ def _original(size: int, seed: int) -> Callable[[int], Any]:
     return env.step
 
 
-def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
+def _seconds(device: torch.device, actions: torch.Tensor, step: Callable[[torch.Tensor], Any]) -> float:
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     synchronise(device)
     began = time.perf_counter()
-    work()
+    for action in actions:
+        step(action)  # what it returns is let go: memory is measured too
     synchronise(device)
     return time.perf_counter() - began
