@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import cma
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -91,6 +90,8 @@ class Evolution(nn.Module):
     # -- the search ---------------------------------------------------------------------------------------------------
 
     def _new_search(self) -> Any:
+        import cma  # here: it takes a second, which every command would wait for
+
         def normal(*shape: int) -> np.ndarray:  # torch's stream, so that a checkpoint of that is enough
             return torch.randn(*(int(n) for n in shape), dtype=torch.float64).numpy()
 

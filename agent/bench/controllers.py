@@ -78,7 +78,6 @@ def measure(
     """
     if parallel < 1 or episodes < 1 or not (seeds and presets):
         raise UserError(f"--parallel {parallel}, --episodes {episodes}, --seeds {seeds}: must be like 1, 100 and 1,2,3")
-    out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
 
     def one(job: Job) -> dict[str, Any]:
@@ -104,6 +103,7 @@ def measure(
                     others.append(_in_reality(kind, preset, config, seed, episodes))
                 else:
                     others.append(_in_dreams(kind, preset, world, seed, episodes, updates, device))
+    out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(parallel) as pool:
         for jobs in (worlds, others):
             rows += pool.map(one, jobs)

@@ -165,6 +165,8 @@ def test_controllers_are_compared_in_dreams_of_one_run(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     short = {"learn.steps": 80, "learn.prefill": 40, "learn.warmup": 2, "evaluate.episodes": 2, "evaluate.every": 0}
     short |= {"env.kwargs": {"corridor": 3, "size": 16, "max_steps": 8}}
+    short |= {"controller.evolution.population": 4, "controller.evolution.moments": 2}
+    short |= {"controller.planner.candidates": 8, "controller.planner.iterations": 1, "controller.planner.horizon": 2}
     (tmp_path / "small.yaml").write_text(options.dump(options.update(options.load("tiny"), short)))
     kinds = ("actor_critic", "planner/cem", "evolution", "real/PPO")
     asked = {"presets": ("small.yaml",), "kinds": kinds, "seeds": (4,), "episodes": 3, "updates": 2, "parallel": 2}

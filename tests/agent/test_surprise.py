@@ -79,7 +79,7 @@ def test_curiosity_is_a_reward_that_m_expects(config: Config, tmp_path: Path, cu
     for _ in range(60):
         act.step(random=True)
     agent, rng = act.agent, np.random.default_rng(2)
-    for _ in range(250):
+    for _ in range(150):
         rows = act.replay.sample(rng, config.replay.batch, config.replay.length)
         rows["reward"][:] = 0
         rows["surprise"][:, 1:] = 2.0 * (rows["action"][:, :-1, 1] == 1)
