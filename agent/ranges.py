@@ -63,6 +63,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "controller.tree.value_weight": AT_LEAST_0,
     "controller.evolution.population": (4, math.inf),
     "controller.evolution.moments": AT_LEAST_1,
+    "controller.evolution.horizon": AT_LEAST_1,
     "controller.evolution.deviation": POSITIVE,
     "controller.sb3.copies": AT_LEAST_1,
     "controller.replay_value": AT_LEAST_0,

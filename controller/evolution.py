@@ -70,7 +70,7 @@ class Evolution(nn.Module):
             out = self._outputs(weights, feat.unflatten(0, (told.population, told.moments)))
             return self._decide(out.flatten(0, 1))
 
-        dream = imagine(model, Starts(feat, state, torch.ones_like(feat[:, 0])), policy, self.config.horizon)
+        dream = imagine(model, Starts(feat, state, torch.ones_like(feat[:, 0])), policy, told.horizon)
         discount = self.config.gamma * dream.cont
         reached = torch.cat([torch.ones_like(discount[:, :1]), discount[:, :-1]], 1).cumprod(1)
         worth = (reached * dream.reward).sum(1).view(told.population, told.moments).mean(1)

@@ -113,6 +113,8 @@ class EvolutionConfig:
     """Candidates per generation; an update is a generation."""
     moments: int = 16
     """Dreams that each candidate is judged by, the same for all."""
+    horizon: int = 24
+    """Steps of each: as far as to a reward from where an episode begins, since no value stands for what comes later."""
     deviation: float = 0.1
     """Of the first generation's weights."""
 

@@ -166,6 +166,7 @@ def test_controllers_are_compared_in_dreams_of_one_run(tmp_path: Path, monkeypat
     short = {"learn.steps": 80, "learn.prefill": 40, "learn.warmup": 2, "evaluate.episodes": 2, "evaluate.every": 0}
     short |= {"env.kwargs": {"corridor": 3, "size": 16, "max_steps": 8}}
     short |= {"controller.evolution.population": 4, "controller.evolution.moments": 2}
+    short |= {"controller.evolution.horizon": 3}
     short |= {"controller.planner.candidates": 8, "controller.planner.iterations": 1, "controller.planner.horizon": 2}
     (tmp_path / "small.yaml").write_text(options.dump(options.update(options.load("tiny"), short)))
     kinds = ("actor_critic", "planner/cem", "evolution", "real/PPO")
@@ -182,7 +183,7 @@ def test_controllers_are_compared_in_dreams_of_one_run(tmp_path: Path, monkeypat
     config = options.load("out/runs/small-actor_critic-s4/config.yaml")
     dreams = config.replay.batch * config.controller.starts * config.controller.horizon
     told = config.controller.evolution
-    generation = told.population * told.moments * config.controller.horizon
+    generation = told.population * told.moments * told.horizon
     wanted = {"actor_critic": 2 * dreams, "planner/cem": 0, "evolution": 2 * generation, "real/PPO": 0}
     assert {kind: rows[kind]["dream_steps"] for kind in kinds} == wanted and rows["with M"]["dream_steps"] > 0
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}

@@ -9,11 +9,11 @@ from controller.evolution import Evolution
 from controller.types import ControllerConfig, EvolutionConfig, Improving
 from worldmodel.dream import Starts
 
-CONFIG = ControllerConfig(gamma=0.9, horizon=6)
+CONFIG = ControllerConfig(gamma=0.9)
 
 
 def build(states: int, parts: tuple[int, ...] = (2,), actions: int = 2, **options) -> Evolution:
-    told = replace(EvolutionConfig(population=16, moments=20), **options)
+    told = replace(EvolutionConfig(population=16, moments=20, horizon=6), **options)
     return Evolution(replace(CONFIG, evolution=told), states, parts, actions)
 
 

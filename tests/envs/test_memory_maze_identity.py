@@ -40,11 +40,11 @@ def test_a_thousand_random_steps_are_upstreams(seed: int) -> None:
 @pytest.mark.parametrize(
     ("size", "options", "steps"),
     [
-        (11, {}, 30),
-        (13, {"top_camera": True, "camera_resolution": 128}, 20),
-        (15, {"good_visibility": True}, 30),
-        (9, {"randomize_colors": True}, 20),
-        (9, {"control_freq": 40.0}, 50),
+        (11, {}, 15),
+        (13, {"top_camera": True, "camera_resolution": 128}, 10),
+        (15, {"good_visibility": True}, 15),
+        (9, {"randomize_colors": True}, 10),
+        (9, {"control_freq": 40.0}, 40),
     ],
 )
 def test_sizes_and_options_are_upstreams(size: int, options: dict, steps: int) -> None:
