@@ -71,7 +71,7 @@ class Agent:
         self.controller: Controller = controller.to(self.device)
         if config.controller.replay_value and not isinstance(self.controller, Replaying):
             kind = config.controller.kind
-            raise UserError(f"controller.replay_value: {kind} learns from dreams alone; leave it at 0")
+            raise UserError(f"{kind} learns from dreams alone: set controller.replay_value to 0")
         learn = config.learn
         objective = cast(nn.Module, self.model.objective)
         model_parts = (self.model.dynamics, objective, self.model.consequence)

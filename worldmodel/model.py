@@ -78,6 +78,7 @@ class WorldModel(nn.Module):
         self.consequence = Consequence(self.dynamics.feature_size, actions, heads.hidden, heads.bins)
         self.heads, self.steps = heads, forcing.steps
         self.dreamt = 0
+        """Steps dreamt so far, over all copies; a CUDA graph counts when it is recorded and not when it is replayed."""
 
     @property
     def feature_size(self) -> int:

@@ -24,6 +24,7 @@ UPDATES |= {"stable_baselines3:PPO": 150}
 LONGER = {"pendulum": 3}
 """Updates of a C of each kind, and how many times as many of those by gradient a preset needs."""
 FIXED = ("planner/cem", "evolution")
+"""Those that do not learn by gradient."""
 REAL = "real/"
 """What the names of those begin with that learn in the real environment."""
 
@@ -130,6 +131,7 @@ def _in_dreams(
     name, _, method = kind.partition("/")
     count = updates or UPDATES.get(kind, 300) * (1 if kind in FIXED else LONGER.get(preset, 1))
     settings: dict[str, Any] = {"world": f"runs/{world.name}", "controller.kind": name, "seed": seed}
+    settings |= {"controller.replay_value": 0}  # dreams alone, whatever the preset says
     settings |= {"learn.updates": count, "evaluate.final_episodes": episodes, "evaluate.every": 0}
     settings |= ({"controller.planner.method": method} if method else {}) | ({"device": device} if device else {})
     return Job(kind, preset, seed, ["train", *trained.flags(settings)])

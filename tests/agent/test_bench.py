@@ -10,7 +10,7 @@ import torch
 
 from agent import bench, options
 from agent.agent import Agent
-from agent.bench import act, controllers, loop, objectives
+from agent.bench import act, controllers, loop, objectives, trained
 from agent.bench.common import resident_bytes
 from agent.logger import Logger
 from envs.contract import UserError
@@ -189,6 +189,13 @@ def test_controllers_are_compared_in_dreams_of_one_run(tmp_path: Path, monkeypat
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert json.loads(json.dumps(controllers.measure(**asked, out=Path("out")))) == found
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times
+
+
+def test_a_run_that_cannot_go_on_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "cut").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"training cut ended with code 2 .*cut\.log"):
+        trained.finished(tmp_path, "cut", ["train", "tinny"])
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cut.cut-1"]
 
 
 def test_controllers_are_summed_up_over_seeds() -> None:

@@ -81,6 +81,7 @@ def test_a_planner_looks_ahead_in_reality_and_not_in_the_dreams_it_learns_from(m
         ({"controller.kind": "stable_baselines3:PPOO"}, "has no attribute 'PPOO'"),
         ({"controller.kind": "planer"}, "actor_critic, planner, tree, evolution"),
         ({"controller.kind": "planner", "controller.planner.elites": 99}, "elites = 99"),
+        ({"controller.kind": "evolution", "controller.replay_value": 0.3}, "set controller.replay_value to 0"),
         ({"controller.kind": "tree", "env.id": "Pendulum-v1", "env.kwargs": {}}, "tree needs discrete actions"),
     ],
 )

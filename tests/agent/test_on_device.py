@@ -90,13 +90,17 @@ def maze(**settings: Any) -> Config:
     return options.update(options.load("tiny"), told | {key.replace("__", "."): v for key, v in settings.items()})
 
 
-def test_rows_are_those_of_the_world() -> None:
-    """What the collector puts into replay is what the same copies give, row by row, through numpy."""
-    config = maze(learn__explore=0.5)
+def collecting(config: Config) -> tuple[World, DeviceReplay, DeviceCollector]:
     world = World(config.env.id, 3, 7)
     agent = Agent(config, world.spec)
     replay = DeviceReplay(agent.device, world.spec, 3, 300)
-    collector = DeviceCollector(world, agent, replay, np.random.default_rng(0), seed=7)
+    return world, replay, DeviceCollector(world, agent, replay, np.random.default_rng(0), seed=7)
+
+
+def test_rows_are_those_of_the_world() -> None:
+    """What the collector puts into replay is what the same copies give, row by row, through numpy."""
+    config = maze(learn__explore=0.5)
+    world, replay, collector = collecting(config)
     for _ in range(30):
         collector.step(random=False)
     other = World(config.env.id, 3, 7)
@@ -115,10 +119,7 @@ def test_rows_are_those_of_the_world() -> None:
 @pytest.mark.parametrize("sticky", [0.0, 0.9])
 def test_random_actions_stick(sticky: float) -> None:
     config = maze(learn__sticky=sticky)
-    world = World(config.env.id, 3, 7)
-    agent = Agent(config, world.spec)
-    replay = DeviceReplay(agent.device, world.spec, 3, 300)
-    collector = DeviceCollector(world, agent, replay, np.random.default_rng(0), seed=7)
+    world, replay, collector = collecting(config)
     for _ in range(60):
         collector.step(random=True)
     action = replay.fields["action"][:60].float().argmax(-1)
