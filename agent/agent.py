@@ -26,7 +26,7 @@ from controller.types import Controller, Improving, Planning, Replaying
 from envs.contract import EnvSpec, Row, UserError
 from worldmodel.dream import Clip, Dream, Starts, imagine
 from worldmodel.dynamics import State
-from worldmodel.model import Surprise, WorldModel
+from worldmodel.model import Decisive, Surprise, WorldModel
 from worldmodel.types import Batch, Loss
 
 PATIENCE = 10
@@ -85,6 +85,8 @@ class Agent:
         self.capturable = on_cuda and all(getattr(part, "capturable", False) for part in parts)
         # a dream is thousands of small kernels, and launching them takes longer than running them
         self._dreams = Graphed(self._dream) if self.capturable else self._dream
+        dreams = config.controller
+        self._starts = dreams.starts, Decisive(dreams.decisive, dreams.horizon) if dreams.decisive else None
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -159,7 +161,7 @@ class Agent:
             seen: list[tuple[Starts, Clip]] = []
 
             def model_loss() -> Loss:
-                loss, starts, clip = self.model.loss(batch, self.config.controller.starts)
+                loss, starts, clip = self.model.loss(batch, *self._starts)
                 seen.append((starts, clip))
                 return loss
 
@@ -184,7 +186,7 @@ class Agent:
         if part := self.parts.get("controller"):
             part.set_pace(pace)
         with torch.no_grad():
-            _, starts, clip = self.model.loss(batch, self.config.controller.starts)
+            _, starts, clip = self.model.loss(batch, *self._starts)
         self._count(self._learn_to_act(metrics, starts, clip))
         return metrics
 

@@ -106,7 +106,8 @@ class Config:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     exact: bool = False
-    """On CUDA: matrix products in float32 throughout, instead of TF32, which is faster."""
+    """On CUDA: matrix products in float32 throughout, instead of TF32, and attention in float32, instead of bfloat16,
+    which are faster."""
     threads: int = 0
     """CPU threads of torch; 0 leaves its choice."""
     world: str = ""

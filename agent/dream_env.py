@@ -7,6 +7,9 @@ dreams = gym.make_vec("longdream/Dream-v0", num_envs=64, vectorization_mode="vec
                       checkpoint="runs/quickstart-s0-1")
 """
 
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_copy_: many copies in one launch
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -20,6 +23,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from agent.agent import Agent, own_randomness
 from agent.dream_spaces import action_space, observation_space, picture
@@ -34,7 +38,6 @@ from agent.dream_starts import (
 )
 from agent.graphs import Graphed
 from envs.contract import OneCopy, UserError
-from worldmodel.dynamics import State
 
 Observation = Literal["latent", "feature", "image"]
 Start = Literal["replay", "initial", "observation"]
@@ -112,8 +115,8 @@ class DreamVecEnv(gym.vector.VectorEnv):
         self.single_action_space = action_space(self.agent.spec.action)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        graphed = self.agent.device.type == "cuda" and getattr(self.agent.model.objective, "capturable", False)
-        self.step_model = Graphed(self._step_model) if graphed else self._step_model
+        self.graphed = self.agent.device.type == "cuda" and getattr(self.agent.model.objective, "capturable", False)
+        self.advance = Graphed(self._advance) if self.graphed else self._advance
         self._now: Moments | None = None
         self._age, self._over = np.zeros(num_envs, np.int64), np.zeros(num_envs, np.bool_)
 
@@ -128,31 +131,35 @@ class DreamVecEnv(gym.vector.VectorEnv):
         """
         super().reset(seed=seed)
         self._take_options(options or {})
-        self._now = self._moments().take(self._drawn())
-        if isinstance(self.step_model, Graphed) and not self.step_model.recorded:
+        begun = self._moments().take(self._index(self._drawn()))
+        if self._now is None:
+            self._now = begun
+        if isinstance(self.advance, Graphed) and not self.advance.recorded:
             nothing = torch.zeros(self.num_envs, self.agent.spec.action.size, device=self.agent.device)
             with own_randomness(0, self.agent.device):  # recorded now: recording draws random numbers
-                self.step_model(self._now.feat, self._now.state, nothing)
+                self.advance(nothing)
+        self._go_on_from(begun)
         self._age[:], self._over[:] = 0, False
         return self._observe(self._now), {}
 
     @torch.no_grad()
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        now, fresh = self._current(), np.flatnonzero(self._over)
+        self._current()
         action = self._encode(actions)
         # as many draws at each step, whatever happens in any copy
-        start, seed = self._drawn(), int(self.np_random.integers(2**63))
-        with own_randomness(seed, self.agent.device):
-            z, feat, state, told = self.step_model(now.feat, now.state, action)
-        self._now = now = Moments(z, feat, state)
-        expected, ended = told.cpu().numpy()
+        with own_randomness(int(self.np_random.integers(2**63)), self.agent.device):
+            told = self.advance(action)
+        # a device is at work from here on: what the host can do now costs no time
+        now, start, fresh = self._current(), self._drawn(), np.flatnonzero(self._over)
         self._age += 1
-        reward, terminated = expected.astype(np.float64), ended > 0.5
-        truncated = (self._age >= self.horizon) & ~terminated
         if fresh.size:
             self._begin(fresh, start)
-            reward[fresh], terminated[fresh], truncated[fresh] = 0.0, False, False
-        obs, infos, over = self._observe(now), {}, terminated | truncated
+        shown, (expected, ended) = self._fetched((self._shown(now), told))
+        reward, terminated = expected.astype(np.float64), ended > 0.5
+        reward[fresh], terminated[fresh] = 0.0, False
+        truncated = (self._age >= self.horizon) & ~terminated
+        truncated[fresh] = False
+        obs, infos, over = self._named(shown), {}, terminated | truncated
         if self.same_step:
             if (rows := np.flatnonzero(over)).size:
                 infos = {"final_obs": _each(obs, rows, self.num_envs), "_final_obs": over}
@@ -172,25 +179,31 @@ class DreamVecEnv(gym.vector.VectorEnv):
     # -- the dream ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _step_model(self, feat: Tensor, state: State, action: Tensor) -> tuple[Tensor, Tensor, State, Tensor]:
-        """M's part of a step: encoded action `(n, A)` at feat `(n, F)` and state to the next z, feat and state, and
-        `(2, n)`: the expected reward, and 1 where the dream has ended."""
-        model = self.agent.model
-        reward, cont = model.consequence.expect(feat, action)
-        z, feat, state = model.dream_step(feat, state, action, self.temperature, self.steps)
-        return z, feat, state, torch.stack([reward, (torch.rand_like(cont) >= cont).to(reward.dtype)])
+    def _advance(self, action: Tensor) -> Tensor:
+        """M's part of a step, under encoded actions `(n, A)`: `(2, n)`, the expected reward, and 1 where the dream has
+        ended."""
+        model, now = self.agent.model, self._current()
+        reward, cont = model.consequence.expect(now.feat, action)
+        self._go_on_from(Moments(*model.dream_step(now.feat, now.state, action, self.temperature, self.steps)))
+        return torch.stack([reward, (torch.rand_like(cont) >= cont).to(reward.dtype)])
 
-    def _begin(self, rows: np.ndarray, start: Tensor) -> None:
+    def _go_on_from(self, moments: Moments) -> None:
+        """These are the present ones now. A recorded graph finds them where it found those before."""
+        if self.graphed:
+            torch._foreach_copy_(pytree.tree_leaves(self._current()), pytree.tree_leaves(moments))
+        else:
+            self._now = moments
+
+    def _begin(self, rows: np.ndarray, start: np.ndarray) -> None:
         """New dreams in these copies, each from the moment that `start` `(num_envs,)` says."""
-        index = self._index(rows)
-        self._current().put(index, self._moments().take(start[index]))
+        self._current().put(self._index(rows), self._moments().take(self._index(start[rows])))
         self._age[rows] = 0
 
-    def _drawn(self) -> Tensor:
+    def _drawn(self) -> np.ndarray:
         """A moment to begin from for each copy `(num_envs,)`."""
         if self.given:
-            return self._index(np.arange(self.num_envs))
-        return self._index(self.np_random.integers(len(self._moments().z), size=self.num_envs))
+            return np.arange(self.num_envs)
+        return self.np_random.integers(len(self._moments().z), size=self.num_envs)
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows).to(self.agent.device)
@@ -242,16 +255,34 @@ class DreamVecEnv(gym.vector.VectorEnv):
 
     def _observe(self, moments: Moments) -> Any:
         """What is seen of moments: arrays of their own."""
+        return self._named(self._fetched(self._shown(moments)))
+
+    def _shown(self, moments: Moments) -> Any:
+        """What is seen of moments, on the device."""
         if self.observation == "image":
-            found = {key: self.agent.spec.obs[key].start + v for key, v in self._decoded(moments).items()}
-            return _bare(found)
+            return self.agent.model.encoder.decode(moments.z)
         # (a latent may lie outside of its bounds by a rounding error)
-        seen = moments.feat if self.observation == "feature" else moments.z.flatten(1).clamp(-1, 1)
-        return seen.to("cpu", torch.float32, copy=True).numpy()
+        return (moments.feat if self.observation == "feature" else moments.z.flatten(1).clamp(-1, 1)).float()
+
+    def _fetched(self, found: Any) -> Any:
+        """A tree of tensors as arrays of their own. The host waits for the device here, and in a step only here."""
+        away = self.agent.device.type == "cuda"
+        moved = pytree.tree_map(lambda t: t.to("cpu", non_blocking=away, copy=True), found)
+        if away:
+            torch.cuda.current_stream(self.agent.device).synchronize()
+        return pytree.tree_map(Tensor.numpy, moved)
+
+    def _named(self, shown: Any) -> Any:
+        """What was shown, in the environment's form: values that have a least one count from it, and a single
+        observation has no name."""
+        if self.observation != "image":
+            return shown
+        found = {key: self.agent.spec.obs[key].start + value for key, value in shown.items()}
+        return found["obs"] if found.keys() == {"obs"} else found
 
     @torch.no_grad()
     def _decoded(self, moments: Moments) -> dict[str, np.ndarray]:
-        return {key: value.cpu().numpy() for key, value in self.agent.model.encoder.decode(moments.z).items()}
+        return self._fetched(self.agent.model.encoder.decode(moments.z))
 
     def _space(self) -> spaces.Space:
         model = self.agent.model
@@ -350,11 +381,6 @@ def _open(
 
 
 # -- observations in pieces -------------------------------------------------------------------------------------------
-
-
-def _bare(found: dict[str, Any]) -> Any:
-    """A single observation has no name in its environment."""
-    return found["obs"] if found.keys() == {"obs"} else found
 
 
 def _each(obs: Any, rows: np.ndarray, total: int) -> np.ndarray:

@@ -1,5 +1,8 @@
 """CUDA graphs: what launches thousands of small kernels, recorded once and launched as one."""
 
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_copy_: many copies in one launch
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -38,8 +41,7 @@ class Graphed:
         if key not in self.recorded:
             self.recorded[key] = self._record(tensors, tree)
         found = self.recorded[key]
-        for held, given in zip(found.inputs, tensors, strict=True):
-            held.copy_(given)
+        torch._foreach_copy_(found.inputs, tensors)
         found.graph.replay()
         return found.outputs
 

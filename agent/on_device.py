@@ -55,7 +55,7 @@ class DeviceReplay:
                 name: torch.zeros(self.times, num_envs, *shape, dtype=kind, device=device)
                 for name, (shape, kind) in shapes.items()
             }
-        except torch.OutOfMemoryError:
+        except RuntimeError:  # on CUDA, OutOfMemoryError, which is one
             raise UserError(
                 f"replay.capacity = {capacity:,} rows do not fit the memory of {device}: lower it, or keep the replay "
                 f"on disk (replay.keep = disk)"

@@ -44,6 +44,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "controller.bins": (3, math.inf),
     "controller.starts": AT_LEAST_1,
     "controller.horizon": AT_LEAST_1,
+    "controller.decisive": SHARE,
     "controller.gamma": SHARE,
     "controller.lam": SHARE,
     "controller.entropy": AT_LEAST_0,

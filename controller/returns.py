@@ -22,6 +22,8 @@ def lambda_returns(
     Returns:
         `(B, H)`.
     """
+    if reward.shape[1] > LONG:
+        return _by_doubling(reward, discount, value, lam, follows)
     after = value[:, -1]
     out = []
     for t in reversed(range(reward.shape[1])):
@@ -30,6 +32,28 @@ def lambda_returns(
         if follows is not None:
             after = torch.where(follows[:, t], after, value[:, t])
     return torch.stack(out[::-1], 1)
+
+
+LONG = 256
+"""Steps above which returns are not summed one after another, each in kernels of its own."""
+
+
+def _by_doubling(reward: Tensor, discount: Tensor, value: Tensor, lam: float, follows: Tensor | None) -> Tensor:
+    """lambda_returns in log2 H rounds (Hillis and Steele 1986): after each, `own` sums twice as many steps and `share`
+    is what the return behind them counts."""
+    own, share = reward + discount * (1 - lam) * value[:, 1:], discount * lam
+    ends = torch.zeros_like(share, dtype=torch.bool)  # steps that what comes after is no part of
+    ends[:, -1] = True
+    if follows is not None:
+        ends[:, :-1] |= ~follows[:, 1:]
+    own = own + torch.where(ends, share * value[:, 1:], 0.0)
+    share = torch.where(ends, 0.0, share)
+    reach = 1
+    while reach < own.shape[1]:
+        own = torch.cat([own[:, :-reach] + share[:, :-reach] * own[:, reach:], own[:, -reach:]], 1)
+        share = torch.cat([share[:, :-reach] * share[:, reach:], torch.zeros_like(share[:, -reach:])], 1)
+        reach *= 2
+    return own
 
 
 class ReturnScale(torch.nn.Module):

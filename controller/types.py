@@ -146,6 +146,9 @@ class ControllerConfig:
     """Dreams per replayed clip."""
     horizon: int = 15
     """Steps per dream."""
+    decisive: float = 0.0
+    """Share of the dreams that begin at most `horizon` rows before a real reward, in clips that have one. Where rewards
+    are rare, few other dreams meet any."""
     gamma: float = 0.997
     lam: float = 0.95
     entropy: float = 3e-4

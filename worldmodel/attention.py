@@ -159,6 +159,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     tokens = q.shape[2]
     if tokens > 1:
         mask = mask.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)
-    fold = [t.flatten(1, 2).transpose(1, 2) for t in (q, k, v)]
+    kind = v.dtype
+    if v.is_cuda and kind == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        kind = torch.bfloat16  # several times as fast, for less than TF32 brings elsewhere
+    fold = [t.flatten(1, 2).transpose(1, 2).to(kind) for t in (q, k, v)]
     y = F.scaled_dot_product_attention(*fold, attn_mask=mask[:, None])
-    return y.transpose(1, 2).unflatten(1, (-1, tokens))
+    return y.transpose(1, 2).unflatten(1, (-1, tokens)).to(v.dtype)

@@ -66,9 +66,17 @@ class Objective(Protocol):
 
     latent: Literal["continuous", "categorical"]
 
-    def run(self, dynamics: Dynamics, z: Tensor, prev_action: Tensor, first: Tensor, starts: int) -> Pass:
+    def run(
+        self,
+        dynamics: Dynamics,
+        z: Tensor,
+        prev_action: Tensor,
+        first: Tensor,
+        starts: int,
+        weight: Tensor | None = None,
+    ) -> Pass:
         """One training pass: z `(B, T, N, D)`, prev_action `(B, T, A)`, first `(B, T)`; M = starts states per row
-        come back."""
+        come back, of frames drawn in proportion to weight `(B, T)` > 0 (None: evenly)."""
         ...
 
     def sample(
@@ -109,13 +117,25 @@ class Forcing(nn.Module):
         clean."""
         raise NotImplementedError
 
-    def run(self, dynamics: Dynamics, z: Tensor, prev_action: Tensor, first: Tensor, starts: int) -> Pass:
+    def run(
+        self,
+        dynamics: Dynamics,
+        z: Tensor,
+        prev_action: Tensor,
+        first: Tensor,
+        starts: int,
+        weight: Tensor | None = None,
+    ) -> Pass:
         batch, frames = z.shape[:2]
         state = dynamics.initial(batch, z.device)
         ones = torch.ones(batch, frames, device=z.device)
         level = torch.rand_like(ones) * (torch.rand_like(ones) >= self.config.blank)
         if self.config.stream == "two":
-            at = torch.randint(0, frames, (batch, starts), device=z.device)
+            at = (
+                torch.randint(0, frames, (batch, starts), device=z.device)
+                if weight is None
+                else draw_frames(weight, starts)
+            )
             noisy = self.corrupt(z, level)
             out = dynamics(z, prev_action, ones, first, state, (noisy, level), at)
             clean, noised = ones.bool(), ones
@@ -123,7 +143,8 @@ class Forcing(nn.Module):
             prefix = torch.randint(frames // 2, frames, (batch, 1), device=z.device)
             clean = torch.arange(frames, device=z.device) < prefix
             level = torch.where(clean, 1.0, level)
-            at = (torch.rand(batch, starts, device=z.device) * prefix).long()
+            even = (torch.rand(batch, starts, device=z.device) * prefix).long()
+            at = even if weight is None else draw_frames(weight * clean, starts)
             noisy = torch.where(clean[..., None, None], z, self.corrupt(z, level))
             out = dynamics(noisy, prev_action, level, first, state, None, at)
             noised = (~clean).float()
@@ -237,10 +258,22 @@ class Teacher(nn.Module):
     def _logits(self, feat: Tensor, action: Tensor, like: Tensor) -> Tensor:
         return self.head(torch.cat([feat, action], -1)).view_as(like)
 
-    def run(self, dynamics: Dynamics, z: Tensor, prev_action: Tensor, first: Tensor, starts: int) -> Pass:
+    def run(
+        self,
+        dynamics: Dynamics,
+        z: Tensor,
+        prev_action: Tensor,
+        first: Tensor,
+        starts: int,
+        weight: Tensor | None = None,
+    ) -> Pass:
         batch, frames = z.shape[:2]
         ones = torch.ones(batch, frames, device=z.device)
-        at = torch.randint(0, frames, (batch, starts), device=z.device)
+        at = (
+            torch.randint(0, frames, (batch, starts), device=z.device)
+            if weight is None
+            else draw_frames(weight, starts)
+        )
         out = dynamics(z, prev_action, ones, first, dynamics.initial(batch, z.device), None, at)
         # at the start of an episode there is nothing to predict from
         before = torch.cat([torch.zeros_like(out.feat[:, :1]), out.feat[:, :-1]], 1) * ~first[..., None]
@@ -257,6 +290,13 @@ class Teacher(nn.Module):
 
     def surprise(self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, z: Tensor) -> Tensor:
         return categorical_nats(self._logits(feat, action, z), z, self.classes).mean((-2, -1))
+
+
+def draw_frames(weight: Tensor, count: int) -> Tensor:
+    """`(B, count)` frames of each row, drawn in proportion to weight `(B, T)`."""
+    ends = weight.double().cumsum(1)
+    level = torch.rand(len(weight), count, device=weight.device) * ends[:, -1:]
+    return torch.searchsorted(ends, level, right=True)
 
 
 def schedule(frames: int, steps: int, slope: float) -> Tensor:

@@ -47,6 +47,24 @@ class Surprise(NamedTuple):
         return self.latent + self.reward + self.end
 
 
+class Decisive(NamedTuple):
+    """That the share of moments to dream from lies at most `reach` rows before a reward, where there is one."""
+
+    share: float
+    reach: int
+
+
+def start_weight(batch: Batch, decisive: Decisive) -> Tensor:
+    """How likely each row of clips is to be dreamt from, `(B, T)`; all rows are where no reward follows."""
+    rewarded, episode = batch.reward != 0, batch.is_first.long().cumsum(1)
+    near = torch.zeros_like(rewarded)
+    for ahead in range(1, min(decisive.reach, rewarded.shape[1] - 1) + 1):
+        near[:, :-ahead] |= rewarded[:, ahead:] & (episode[:, ahead:] == episode[:, :-ahead])
+    count = near.sum(1, keepdim=True)
+    share = torch.where(count > 0, decisive.share, 0.0)
+    return (1 - share) / near.shape[1] + share * near / count.clamp(min=1)
+
+
 class WorldModel(nn.Module):
     """V, M, the objective and the reward and continuation heads.
 
@@ -85,7 +103,7 @@ class WorldModel(nn.Module):
         """F, what C sees."""
         return self.dynamics.feature_size
 
-    def loss(self, batch: Batch, starts: int) -> tuple[Loss, Starts, Clip]:
+    def loss(self, batch: Batch, starts: int, decisive: Decisive | None = None) -> tuple[Loss, Starts, Clip]:
         """M's loss over clips, and moments to dream from. V is trained by its own loss; its latents enter detached.
 
         Returns:
@@ -94,7 +112,8 @@ class WorldModel(nn.Module):
         with torch.no_grad():
             z = self.encoder(batch.obs)
         first = batch.clip_first()
-        out = self.objective.run(self.dynamics, z, batch.prev_action(), first, starts)
+        leaning = {} if decisive is None else {"weight": start_weight(batch, decisive)}
+        out = self.objective.run(self.dynamics, z, batch.prev_action(), first, starts, **leaning)
         # row t + 1 is the consequence of (feat_t, a_t), unless it begins a new episode
         known = out.clean[:, :-1] & ~batch.is_first[:, 1:]
         reward_logits, cont_logit = self.consequence(out.feat[:, :-1], batch.action[:, :-1])

@@ -32,8 +32,8 @@ def measure(
     """Dreamt steps per second of longdream/Dream-v0, and the share of each part.
 
     An untrained agent of a preset dreams under random actions, from first frames of its environment; its dreams are
-    made to end at the preset's horizon only. Three things are timed in turns: steps of the environment; M alone, with
-    the same tensors; V's decoding alone, where observations are decoded. What is left is the environment's own.
+    made to end at the preset's horizon only. Three things are timed in turns: steps of the environment; M alone, at
+    as many copies; V's decoding alone, where observations are decoded. What is left is the environment's own.
 
     examples
       longdream bench dream
@@ -94,7 +94,7 @@ def _row(agent: Agent, moments: Moments, n: int, observation: Observation, secon
     encoded = torch.from_numpy(agent.spec.action.encode(actions[0])).to(agent.device)
     parts: dict[str, Callable[[int], Any]] = {
         "total": lambda i: env.step(actions[i % 16]),
-        "model": lambda i: env.step_model(now.feat, now.state, encoded),
+        "model": lambda i: env.advance(encoded),
     }
     if observation == "image":
         parts["decoder"] = lambda i: agent.model.encoder.decode(now.z)

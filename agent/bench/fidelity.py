@@ -229,7 +229,9 @@ def returns(
 
 
 def _play_real(size: int, policy: str, episodes: range, seed: int) -> np.ndarray:
-    real, totals = _pair(size)[0], []
+    from envs.memory_maze.env import simulation_class
+
+    real, totals = simulation_class(draws=False)(size), []
     for episode in episodes:
         rng = np.random.default_rng((seed, size, episode))
         player = navigate.Random(rng) if policy == "random" else navigate.Oracle()

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controller import returns
 from controller.returns import ReturnScale, lambda_returns
 
 sizes, seeds = st.integers(1, 12), st.integers(0, 2**31)
@@ -53,6 +54,23 @@ def test_limits_of_lambda(batch: int, horizon: int, seed: int) -> None:
     whole = lambda_returns(reward, discount, value, 1.0)
     for t in range(horizon):
         torch.testing.assert_close(whole[:, t], n_step(reward, discount, value, t, horizon - t))
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3, 7, 64, 129])
+def test_doubling_is_the_same_as_one_after_another(horizon: int) -> None:
+    for seed in range(5):
+        reward, discount, value = draw(3, horizon, seed)
+        follows = torch.rand(3, horizon, generator=torch.Generator().manual_seed(seed)) > 0.2
+        for cut in (None, follows):
+            fast = returns._by_doubling(reward, discount, value, 0.9, cut)
+            torch.testing.assert_close(fast, lambda_returns(reward, discount, value, 0.9, cut))
+
+
+def test_long_pieces_are_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward, discount, value = draw(2, returns.LONG + 3, 0)
+    long = lambda_returns(reward, discount, value, 0.95)
+    monkeypatch.setattr(returns, "LONG", returns.LONG + 3)
+    torch.testing.assert_close(long, lambda_returns(reward, discount, value, 0.95))
 
 
 @given(st.integers(2, 12), st.floats(0, 1), seeds)
