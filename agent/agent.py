@@ -26,7 +26,7 @@ from controller.types import Controller, Improving, Planning, Replaying
 from envs.contract import EnvSpec, Row, UserError
 from worldmodel.dream import Clip, Dream, Starts, imagine
 from worldmodel.dynamics import State
-from worldmodel.model import Decisive, Surprise, WorldModel
+from worldmodel.model import Surprise, WorldModel, start_weight
 from worldmodel.types import Batch, Loss
 
 PATIENCE = 10
@@ -85,8 +85,7 @@ class Agent:
         self.capturable = on_cuda and all(getattr(part, "capturable", False) for part in parts)
         # a dream is thousands of small kernels, and launching them takes longer than running them
         self._dreams = Graphed(self._dream) if self.capturable else self._dream
-        dreams = config.controller
-        self._starts = dreams.starts, Decisive(dreams.decisive, dreams.horizon) if dreams.decisive else None
+        self._follow = Graphed(self.model.follow) if self.capturable else self.model.follow
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -154,6 +153,7 @@ class Agent:
         learn, metrics = self.config.learn, {}
         for part in self.parts.values():
             part.set_pace(pace)
+        weight = self._start_weight(batch)
         if learn.curiosity:
             batch.reward = batch.reward + learn.curiosity * batch.surprise
         ok = self._learn("encoder", metrics, lambda: self.model.encoder.loss(self._some_rows(batch)))
@@ -161,7 +161,7 @@ class Agent:
             seen: list[tuple[Starts, Clip]] = []
 
             def model_loss() -> Loss:
-                loss, starts, clip = self.model.loss(batch, *self._starts)
+                loss, starts, clip = self._model_loss(batch, weight)
                 seen.append((starts, clip))
                 return loss
 
@@ -169,6 +169,14 @@ class Agent:
             ok &= self._learn_to_act(metrics, *seen[0])
         self._count(ok)
         return metrics
+
+    def _start_weight(self, batch: Batch) -> Tensor | None:
+        config = self.config.controller
+        return start_weight(batch, config.decisive, config.horizon) if config.decisive else None
+
+    def _model_loss(self, batch: Batch, weight: Tensor | None) -> tuple[Loss, Starts, Clip]:
+        config = self.config.controller
+        return self.model.loss(batch, config.starts, weight, config.horizon, self._follow)
 
     def _count(self, ok: bool) -> None:
         self.updates += 1
@@ -186,7 +194,7 @@ class Agent:
         if part := self.parts.get("controller"):
             part.set_pace(pace)
         with torch.no_grad():
-            _, starts, clip = self.model.loss(batch, *self._starts)
+            _, starts, clip = self._model_loss(batch, self._start_weight(batch))
         self._count(self._learn_to_act(metrics, starts, clip))
         return metrics
 

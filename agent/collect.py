@@ -45,7 +45,8 @@ class Collector:
             dare = self.rng.random(self.world.num_envs) < self.learn.explore
             action = np.where(dare[:, None], action, chosen)
         self.carry = self.agent.acted(self.carry, action)
-        self.replay.add(row, action, parts[-1])
+        # what an M that has learned nothing did not expect tells nothing
+        self.replay.add(row, action, np.zeros_like(parts[-1]) if random else parts[-1])
         self.row = self.world.step(action)
         self.env_steps += int((~self.row.is_first).sum())
         return ended

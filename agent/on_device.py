@@ -167,7 +167,8 @@ class DeviceCollector:
             choice = torch.where(dare, choice, chosen)
         action = torch.nn.functional.one_hot(choice, parts).float()
         self.carry = self.carry._replace(action=action)
-        self.replay.add(row, action, seen[-1], self.first)
+        # what an M that has learned nothing did not expect tells nothing
+        self.replay.add(row, action, torch.zeros_like(seen[-1]) if random else seen[-1], self.first)
         over = row.terminated | row.truncated
         self.first = over.cpu().numpy()  # what follows an end is a first row
         ended = self._ended(self.first)

@@ -39,6 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "heads.bins": (3, math.inf),
     "heads.reward_weight": AT_LEAST_0,
     "heads.cont_weight": AT_LEAST_0,
+    "heads.dreamt": AT_LEAST_0,
     "controller.hidden": AT_LEAST_1,
     "controller.layers": AT_LEAST_1,
     "controller.bins": (3, math.inf),

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldmodel.types import Loss
+
 
 def symlog(x: Tensor) -> Tensor:
     """sign(x) log(1 + |x|) (Hafner et al. 2023, arXiv 2301.04104, eq. 9)."""
@@ -109,6 +111,26 @@ class Consequence(nn.Module):
         value, gate = self.trunk(feat).chunk(2, -1)
         hidden = (self.norm(value) * (1 + self.scale(action)) + self.shift(action)) * F.silu(gate)
         return self.reward_out(hidden), self.cont_out(hidden)[..., 0]
+
+    def loss(
+        self,
+        feat: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        alive: Tensor,
+        counts: Tensor,
+        weights: tuple[float, float],
+    ) -> Loss:
+        """Of reward and continuation, weighted by `weights`: feat `(..., F)`, action `(..., A)` against what came of
+        them, reward and alive `(...)`; a mean in which each counts as `counts` `(...)` says."""
+        logits, going_on = self(feat, action)
+        parts = {
+            "reward": self.two_hot.loss(logits, reward),
+            "cont": F.binary_cross_entropy_with_logits(going_on.float(), alive, reduction="none"),
+        }
+        means = {key: (each * counts).sum() / counts.sum().clamp(min=1) for key, each in parts.items()}
+        value = weights[0] * means["reward"] + weights[1] * means["cont"]
+        return Loss(value, {key: mean.detach() for key, mean in means.items()})
 
     def expect(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Mean reward `(...)` and probability of going on `(...)`."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldmodel.dream import Clip, Starts
@@ -29,6 +28,9 @@ class HeadsConfig:
     """Bins of the two-hot reward."""
     reward_weight: float = 1.0
     cont_weight: float = 1.0
+    dreamt: float = 0.0
+    """Weight of both losses on dreams under the actions that were really taken, beside real frames: what M's dreams
+    look like then promises no more than what came of it."""
 
 
 class Surprise(NamedTuple):
@@ -47,22 +49,19 @@ class Surprise(NamedTuple):
         return self.latent + self.reward + self.end
 
 
-class Decisive(NamedTuple):
-    """That the share of moments to dream from lies at most `reach` rows before a reward, where there is one."""
-
-    share: float
-    reach: int
+Follow = Callable[[Starts, Tensor], Tensor]
 
 
-def start_weight(batch: Batch, decisive: Decisive) -> Tensor:
-    """How likely each row of clips is to be dreamt from, `(B, T)`; all rows are where no reward follows."""
+def start_weight(batch: Batch, share: float, reach: int) -> Tensor:
+    """How likely each row of clips is to be dreamt from, `(B, T)`, if `share` of the moments shall lie at most `reach`
+    rows before a reward; in a clip without, all rows alike."""
     rewarded, episode = batch.reward != 0, batch.is_first.long().cumsum(1)
     near = torch.zeros_like(rewarded)
-    for ahead in range(1, min(decisive.reach, rewarded.shape[1] - 1) + 1):
+    for ahead in range(1, min(reach, rewarded.shape[1] - 1) + 1):
         near[:, :-ahead] |= rewarded[:, ahead:] & (episode[:, ahead:] == episode[:, :-ahead])
     count = near.sum(1, keepdim=True)
-    share = torch.where(count > 0, decisive.share, 0.0)
-    return (1 - share) / near.shape[1] + share * near / count.clamp(min=1)
+    led = torch.where(count > 0, share, 0.0)
+    return (1 - led) / near.shape[1] + led * near / count.clamp(min=1)
 
 
 class WorldModel(nn.Module):
@@ -103,8 +102,15 @@ class WorldModel(nn.Module):
         """F, what C sees."""
         return self.dynamics.feature_size
 
-    def loss(self, batch: Batch, starts: int, decisive: Decisive | None = None) -> tuple[Loss, Starts, Clip]:
+    def loss(
+        self, batch: Batch, starts: int, weight: Tensor | None = None, ahead: int = 2, follow: Follow | None = None
+    ) -> tuple[Loss, Starts, Clip]:
         """M's loss over clips, and moments to dream from. V is trained by its own loss; its latents enter detached.
+
+        Args:
+            starts: moments per clip. weight: `(B, T)`, how likely each row is to be one, sums to 1; None: all alike.
+            ahead: steps that the heads are to foresee from each moment, where they learn from dreams.
+            follow: `self.follow`, or a recording of it.
 
         Returns:
             the loss; B * M moments, `starts` = M drawn from each clip; and the clips, both without gradient.
@@ -112,22 +118,54 @@ class WorldModel(nn.Module):
         with torch.no_grad():
             z = self.encoder(batch.obs)
         first = batch.clip_first()
-        leaning = {} if decisive is None else {"weight": start_weight(batch, decisive)}
+        leaning = {} if weight is None else {"weight": weight}
         out = self.objective.run(self.dynamics, z, batch.prev_action(), first, starts, **leaning)
         # row t + 1 is the consequence of (feat_t, a_t), unless it begins a new episode
-        known = out.clean[:, :-1] & ~batch.is_first[:, 1:]
-        reward_logits, cont_logit = self.consequence(out.feat[:, :-1], batch.action[:, :-1])
-        reward = self.consequence.two_hot.loss(reward_logits, batch.reward[:, 1:])
-        alive = (~batch.terminated[:, 1:]).float()
-        cont = F.binary_cross_entropy_with_logits(cont_logit.float(), alive, reduction="none")
-        reward, cont = ((v * known).sum() / known.sum().clamp(min=1) for v in (reward, cont))
-        value = out.loss + self.heads.reward_weight * reward + self.heads.cont_weight * cont
+        known, alive = out.clean[:, :-1] & ~batch.is_first[:, 1:], (~batch.terminated[:, 1:]).float()
+        found, metrics = self.consequence.loss(
+            out.feat[:, :-1], batch.action[:, :-1], batch.reward[:, 1:], alive, known.float(), self._of_heads
+        )
+        value, metrics = out.loss + found, {**out.metrics, **metrics}
         rows = torch.arange(len(z), device=z.device)[:, None]
         feat, ended = out.feat.detach(), batch.terminated[rows, out.at]
         moments = Starts(feat[rows, out.at].flatten(0, 1), out.starts, (~ended).float().flatten())
         clip = Clip(feat, batch.reward[:, 1:], alive, known & out.clean[:, 1:])
-        metrics = {**out.metrics, "reward": reward.detach(), "cont": cont.detach()}
+        if self.heads.dreamt:
+            found, dreamt = self._dreamt_loss(batch, out.at, moments, weight, ahead, follow or self.follow)
+            value = value + self.heads.dreamt * found
+            metrics |= {f"dreamt_{key}": each for key, each in dreamt.items()}
         return Loss(value, metrics), moments, clip
+
+    @property
+    def _of_heads(self) -> tuple[float, float]:
+        return self.heads.reward_weight, self.heads.cont_weight
+
+    def _dreamt_loss(
+        self, batch: Batch, at: Tensor, moments: Starts, weight: Tensor | None, ahead: int, follow: Follow
+    ) -> Loss:
+        """The heads' loss on what M dreams from the moments after rows `at` `(B, M)`, under the actions that were
+        taken, against what came. Moments that were drawn more often count less."""
+        rows, length = torch.arange(len(at), device=at.device)[:, None, None], batch.reward.shape[1]
+        when = at[..., None] + torch.arange(1, ahead + 1, device=at.device)
+        episode = batch.is_first.long().cumsum(1)
+        inside, when = when < length, when.clamp(max=length - 1)
+        inside = inside & (episode[rows, when] == episode[rows, at[..., None]])
+        action = batch.action[rows, when - 1].flatten(0, 1)
+        rarity = torch.ones_like(when[..., :1]) if weight is None else 1 / (length * weight[rows, at[..., None]])
+        feat = follow(moments, action[:, :-1])
+        later = when[..., 1:]
+        reward, alive = batch.reward[rows, later].flatten(0, 1), (~batch.terminated[rows, later]).float().flatten(0, 1)
+        counts = (inside[..., 1:] * rarity).flatten(0, 1)
+        return self.consequence.loss(feat, action[:, 1:], reward, alive, counts, self._of_heads)
+
+    @torch.no_grad()
+    def follow(self, starts: Starts, action: Tensor) -> Tensor:
+        """Dream under given actions `(P, H, A)` from P moments: the features after each, `(P, H, F)`."""
+        feat, state, feats = starts.feat, starts.state, []
+        for step in range(action.shape[1]):
+            _, feat, state = self.dream_step(feat, state, action[:, step])
+            feats.append(feat)
+        return torch.stack(feats, 1)
 
     @torch.no_grad()
     def commit(self, state: State, z: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple[Tensor, State]:

@@ -44,10 +44,17 @@ def test_random_actions_stick(config: Config, tmp_path: Path, sticky: float) -> 
 def test_it_is_stored_with_its_row_and_zero_at_first_rows(config: Config, tmp_path: Path) -> None:
     act = collector(config, tmp_path)
     for _ in range(60):
-        act.step(random=True)
+        act.step(random=False)
     rows = act.replay.sample(np.random.default_rng(0), 16, 40)
     assert (rows["surprise"][rows["is_first"]] == 0).all() and rows["is_first"].any()
     assert (rows["surprise"][~rows["is_first"]] > 0).all()
+
+
+def test_what_came_before_m_learned_tells_nothing(config: Config, tmp_path: Path) -> None:
+    act = collector(config, tmp_path)
+    for _ in range(60):
+        act.step(random=True)
+    assert (act.replay.sample(np.random.default_rng(0), 16, 40)["surprise"] == 0).all()
 
 
 def test_each_episode_tells_the_mean_of_its_parts(config: Config, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from worldmodel.forcing import draw_frames
-from worldmodel.model import Decisive, start_weight
+from worldmodel.model import start_weight
 from worldmodel.types import Batch
 
 
@@ -18,19 +18,19 @@ def batch(reward: list[list[float]], first: list[list[int]]) -> Batch:
 def test_weight_lies_before_rewards() -> None:
     """Reach 2: rows 1 and 2 come before the reward of row 3; that of row 5 is of an episode that begins there."""
     rows = batch([[0, 0, 0, 1.0, 0, -1.0, 0, 0]], [[1, 0, 0, 0, 0, 1, 0, 0]])
-    weight = start_weight(rows, Decisive(0.5, 2))
+    weight = start_weight(rows, 0.5, 2)
     near = torch.tensor([0.0, 1, 1, 0, 0, 0, 0, 0])
     assert torch.allclose(weight[0], 0.5 / 8 + 0.5 * near / 2)
 
 
 def test_without_rewards_all_rows_weigh_the_same() -> None:
-    weight = start_weight(batch([[0.0] * 5, [1.0, 0, 0, 0, 0]], [[1, 0, 0, 0, 0]] * 2), Decisive(1.0, 15))
+    weight = start_weight(batch([[0.0] * 5, [1.0, 0, 0, 0, 0]], [[1, 0, 0, 0, 0]] * 2), 1.0, 15)
     assert torch.allclose(weight, torch.full((2, 5), 0.2))  # the reward of the first row came before the clip
 
 
 def test_weights_sum_to_one_and_reach_no_further_than_the_clip() -> None:
     rewards = (torch.rand(7, 9, generator=torch.Generator().manual_seed(0)) > 0.6).float().tolist()
-    weight = start_weight(batch(rewards, [[1] + [0] * 8] * 7), Decisive(0.7, 50))
+    weight = start_weight(batch(rewards, [[1] + [0] * 8] * 7), 0.7, 50)
     assert weight.shape == (7, 9) and torch.allclose(weight.sum(1), torch.ones(7))
 
 
