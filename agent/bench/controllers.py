@@ -134,6 +134,8 @@ def _in_dreams(
     settings |= {"controller.replay_value": 0}  # dreams alone, whatever the preset says
     settings |= {"learn.updates": count, "evaluate.final_episodes": episodes, "evaluate.every": 0}
     settings |= ({"controller.planner.method": method} if method else {}) | ({"device": device} if device else {})
+    if name == "planner":  # what it dreams at a step, for all episodes at once: most of its time on an accelerator
+        settings["evaluate.copies"] = episodes
     return Job(kind, preset, seed, ["train", *trained.flags(settings)])
 
 
