@@ -6,6 +6,7 @@ what they should (envs/contract.py), and whether it depends on seed and actions 
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import traceback
@@ -15,11 +16,13 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec as Registration
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.utils.env_checker import data_equivalence
 
 from envs.contract import EnvError, UserError, env_spec
 from envs.make import World, find
+from envs.text import without_text
 
 SEED = 7
 
@@ -49,16 +52,20 @@ def check(env_id: str, kwargs: dict[str, Any] | None = None, steps: int = 300) -
         report.notes.append("it has a vector form only: the checks of single environments are left out")
     else:
         try:
-            envs = [gym.make(registration, disable_env_checker=True, **kwargs) for _ in range(2)]
+            envs = [without_text(gym.make(registration, disable_env_checker=True, **kwargs)) for _ in range(2)]
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{env_id} cannot be made with {kwargs or 'no arguments'}: {_one_line(error)}") from error
         try:
             if _spaces(envs[0], report):
+                seen, done = copy.deepcopy((envs[0].observation_space, envs[0].action_space))
                 _gymnasium(envs[0], report)
                 if _rows(envs[0], steps, report):
                     _determinism(envs[0], envs[1], steps, report)
+                _constant(envs[0], seen, done, report)
+                if not report.problems:
+                    _infos(registration, kwargs, min(steps, 60), report)
         except Exception as error:  # it is the environment that raised: what it does is what is asked for
             report.problem(f"reset or step raised {_one_line(error)} ({_where(error)})")
         finally:
@@ -99,7 +106,8 @@ def _gymnasium(env: gym.Env, report: Report) -> None:
 
 def _rows(env: gym.Env, steps: int, report: Report) -> bool:
     """Whether observations, rewards and flags of whole episodes are what rows need."""
-    before, ended = len(report.problems), 0
+    before, ended, length, at_limit = len(report.problems), 0, 0, 0
+    limit = env.spec.max_episode_steps if env.spec else None
     env.action_space.seed(SEED)
     obs, _ = env.reset(seed=SEED)
     _observed(env, obs, "reset", report)
@@ -119,11 +127,19 @@ def _rows(env: gym.Env, steps: int, report: Report) -> bool:
             report.notes.append("an end was both terminated and truncated: it counts as terminated, a real end")
         if len(report.problems) > before:
             return False
+        length += 1
         if terminated or truncated:
-            ended += 1
+            at_limit += bool(terminated) and length == limit
+            ended, length = ended + 1, 0
             obs, _ = env.reset()
             _observed(env, obs, "reset after an episode", report)
     report.steps_per_s = round(steps / (time.perf_counter() - began), 1)
+    if at_limit and at_limit == ended:
+        report.problem(
+            f"every episode ended as terminated at its time limit of {limit} steps: M would learn that the world ends"
+            " there; leave the limit to max_episode_steps, which truncates, and terminate at real ends alone"
+        )
+        return False
     if not ended:
         report.notes.append(
             f"no episode ended within {steps} steps: if none ever does, give it a time limit (register with"
@@ -172,6 +188,35 @@ def _determinism(one: gym.Env, two: gym.Env, steps: int, report: Report) -> None
         )
     if len(report.problems) == before:
         report.passed.append("same seed and actions, same rows")
+
+
+def _constant(env: gym.Env, seen: gym.Space, done: gym.Space, report: Report) -> None:
+    """Spaces are those that training was begun with."""
+    for name, before, now in (("observation", seen, env.observation_space), ("action", done, env.action_space)):
+        if now != before:
+            report.problem(
+                f"{name}_space changed from {before} to {now} while it was played: set it once, in __init__, as large"
+                " as it can become"
+            )
+
+
+def _infos(registration: Registration, kwargs: dict[str, Any], steps: int, report: Report) -> None:
+    """Whether Gymnasium's vector environments can put the infos of two copies together; training reads none."""
+
+    def make() -> gym.Env:
+        return without_text(gym.make(registration, disable_env_checker=True, **kwargs))
+
+    try:
+        with closing(gym.vector.SyncVectorEnv([make, make])) as both:
+            both.action_space.seed(SEED)
+            both.reset(seed=SEED)
+            for _ in range(steps):
+                both.step(both.action_space.sample())
+    except Exception as error:
+        report.notes.append(
+            f"two copies in Gymnasium's SyncVectorEnv raised {_one_line(error)} (training here is not touched): give"
+            " every entry of info one type and shape that never change, and leave out what is not known"
+        )
 
 
 def _played(env: gym.Env, seed: int, steps: int) -> list[Any]:

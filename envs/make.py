@@ -24,6 +24,7 @@ from gymnasium.vector.async_vector_env import AsyncState
 from envs.contract import EnvError, Row, UserError, env_spec
 from envs.memory_maze.sizes import SIZES
 from envs.remote import FAULTS, registration
+from envs.text import without_text
 
 REPLAYED_STEPS_PER_TIMEOUT = 100  # restoring a copy steps through its episode; it is given a time-out for each so many
 
@@ -369,7 +370,7 @@ def _native(registration: Registration, num_envs: int, kwargs: dict[str, Any]) -
 
 def _make_copy(env_id: str, registration: Registration, kwargs: dict[str, Any], index: int) -> Copy:
     try:
-        env = gym.make(registration, **kwargs)
+        env = without_text(gym.make(registration, **kwargs))
     except UserError:
         raise
     except Exception as error:

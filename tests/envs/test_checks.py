@@ -21,6 +21,8 @@ class Right(gym.Env):
         self.observation_space = spaces.Dict(
             {"place": spaces.Box(-100, 100, (2,), np.float32), "image": spaces.Box(0, 255, (16, 16, 3), np.uint8)}
         )
+        if fault == "layout":
+            self.observation_space = spaces.Box(0, 255, (3, 16, 16), np.uint8)
         if fault == "tuple":
             self.observation_space = spaces.Tuple([spaces.Discrete(2)])
         self.action_space = spaces.Discrete(3)
@@ -29,7 +31,9 @@ class Right(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         super().reset(seed=seed)
         self.t, self.place = 0, self.np_random.normal(size=2)
-        self.played += self.fault == "history"
+        self.played += self.fault in ("history", "grows")
+        if self.fault == "grows":
+            self.action_space = spaces.Discrete(3 + self.played)
         if self.fault == "unseeded":
             self.place = np.random.default_rng(time.perf_counter_ns()).normal(size=2)
         if self.fault == "deaf":
@@ -41,12 +45,13 @@ class Right(gym.Env):
         if self.fault == "raises" and self.t == 3:
             raise RuntimeError("at step 3")
         noise = 0 if self.fault == "deaf" else self.np_random.normal()
-        self.place += [action - 1, noise + 0.01 * self.played]
+        self.place += [action - 1, noise + 0.01 * self.played * (self.fault == "history")]
         reward: Any = float(self.place[0])
         if self.t == 5 and self.fault in ("nan", "array reward", "inf obs"):
             reward = {"nan": np.nan, "array reward": np.array([1.0]), "inf obs": 0.0}[self.fault]
         over: Any = self.t == 8 and self.fault != "endless"
-        return self._seen(), reward, 1 * over if self.fault == "flag" else over, False, {}
+        info = {"near": np.zeros(self.np_random.integers(1, 9))} if self.fault == "info" else {}
+        return self._seen(), reward, 1 * over if self.fault == "flag" else over, False, info
 
     def _seen(self) -> Any:
         place = self.place.astype(np.float64 if self.fault == "dtype" else np.float32)
@@ -59,6 +64,7 @@ class Right(gym.Env):
 
 
 gym.register("Checked-v0", entry_point=Right)
+gym.register("CheckedToTheLimit-v0", entry_point=Right, max_episode_steps=8)
 
 
 @pytest.mark.parametrize("env_id", ["Checked-v0", "longdream/Recall-v0", "CartPole-v1", "Pendulum-v1"])
@@ -77,6 +83,8 @@ def test_memory_maze_is_right() -> None:
     ("fault", "told"),
     [
         ("tuple", "is a Tuple: use a flat Dict"),
+        ("layout", "channel-first image .* move the channels last"),
+        ("grows", "action_space changed from .* set it once, in __init__"),
         ("shape", r"'image' as uint8 of shape \(15, 15, 3\)"),
         ("dtype", "'place' as float64 of shape"),
         ("range", r"with values from .* to 1000.0"),
@@ -92,6 +100,18 @@ def test_memory_maze_is_right() -> None:
 def test_a_fault_is_found_and_named(fault: str, told: str) -> None:
     report = check("Checked-v0", {"fault": fault})
     assert re.search(told, " | ".join(report.problems)), report.problems
+
+
+def test_an_end_that_is_a_time_limit_is_found() -> None:
+    assert "terminated at its time limit of 8 steps" in " ".join(check("CheckedToTheLimit-v0").problems)
+    endless = check("CheckedToTheLimit-v0", {"fault": "endless"})  # nothing ends it but the limit, which truncates
+    assert endless.problems == []
+
+
+def test_infos_that_cannot_be_put_together_are_told() -> None:
+    report = check("Checked-v0", {"fault": "info"})
+    assert report.problems == [] and any("one type and shape that never change" in note for note in report.notes)
+    assert not any("SyncVectorEnv" in note for note in check("Checked-v0").notes)
 
 
 def test_what_may_be_meant_is_a_note() -> None:

@@ -1,0 +1,110 @@
+"""Text that an environment shows arrives as vectors, the same in every copy and process."""
+
+import subprocess
+import sys
+from contextlib import closing
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from agent import options
+from agent.agent import Agent
+from envs.checks import check
+from envs.contract import UserError, env_spec
+from envs.make import World
+from envs.text import SIZE, embed
+
+WORDS = ("fetch the red key", "fetch the blue key", "open the door")
+
+
+class Words(spaces.Space):
+    """A space of strings of its own, as MiniGrid's missions have."""
+
+    def __init__(self) -> None:
+        super().__init__(dtype=str)
+
+    def sample(self, *args: Any, **kwargs: Any) -> str:
+        return WORDS[self.np_random.integers(3)]
+
+    def contains(self, x: Any) -> bool:
+        return x in WORDS
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Words)
+
+
+class Told(gym.Env):
+    """The mission names the action that pays: 0, 1 or 2."""
+
+    def __init__(self, form: Literal["dict", "bare", "own"] = "dict") -> None:
+        text = Words() if form == "own" else spaces.Text(40, charset="abcdefghijklmnopqrstuvwxyz ")
+        self.form = form
+        dims = {"mission": text, "place": spaces.Box(-1, 1, (2,), np.float32)}
+        self.observation_space = text if form == "bare" else spaces.Dict(dims)
+        self.action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.t, self.wanted = 0, int(self.np_random.integers(3))
+        return self._seen(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.t += 1
+        return self._seen(), float(action == self.wanted), self.t == 4, False, {}
+
+    def _seen(self) -> Any:
+        text = WORDS[self.wanted]
+        return text if self.form == "bare" else {"mission": text, "place": np.full(2, self.t / 4, np.float32)}
+
+
+gym.register("Told-v0", entry_point=Told)
+
+
+def test_texts_differ_by_their_words_and_by_their_order() -> None:
+    a, b, c = (embed(text) for text in WORDS)
+    assert a.shape == (SIZE,) and a.dtype == np.float32
+    assert (a != b).any() and (b != c).any()
+    assert (embed("the key, to the LEFT of it") == embed("the key to the left of it")).all()
+    assert (embed("a before b") != embed("b before a")).any()
+    assert (embed("") == 0).all()
+
+
+def test_it_is_the_same_in_another_process() -> None:
+    code = f"from envs.text import embed; print(embed({WORDS[0]!r}).tolist())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == str(embed(WORDS[0]).tolist())
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("form", ["dict", "bare", "own"])
+def test_a_world_shows_vectors(mode: Literal["sync", "async"], form: str) -> None:
+    with closing(World("Told-v0", 2, 0, {"form": form}, mode)) as world:
+        key = "obs" if form == "bare" else "mission"
+        assert (world.spec.obs[key].kind, world.spec.obs[key].shape) == ("vector", (SIZE,))
+        known = {embed(text).tobytes() for text in WORDS}
+        row, seen = world.reset(), set()
+        for _ in range(40):
+            assert row.obs[key].dtype == np.float32
+            seen |= {each.tobytes() for each in row.obs[key]}
+            row = world.step(world.random_action(np.random.default_rng(0)))
+        assert seen == known
+
+
+@pytest.mark.parametrize("form", ["dict", "bare", "own"])
+def test_it_passes_the_check(form: str) -> None:
+    assert check("Told-v0", {"form": form}).problems == []
+
+
+def test_an_agent_takes_it_in() -> None:
+    with closing(World("Told-v0", 3, 0)) as world:
+        agent = Agent(options.load("tiny"), world.spec)
+        carry, _ = agent.observe(agent.initial(3), world.reset())
+        assert agent.act(carry, greedy=False).shape == (3, 3)
+
+
+def test_a_space_of_text_by_itself_tells_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"is text, .* show envs.text.embed of it"):
+        env_spec(spaces.Text(5), spaces.Discrete(2))
