@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from contextlib import closing, nullcontext
 from typing import Any, TypeVar
 
@@ -17,15 +19,34 @@ from envs.make import World
 W = TypeVar("W", bound=World)
 
 
+PATIENCE_S = 20.0
+"""After so long without a word an evaluation says how far it is."""
+
+
 class WatchedWorld(World):
-    """A world that stops at the next step when a signal came."""
+    """A world that stops at the next step when a signal came, and says now and then how far it is."""
 
     signals: Signals | None = None
+    playing = ""
+    """What is said beside the numbers."""
+
+    def reset(self) -> Row:
+        self.steps, self.ended, self.said = 0, 0, time.monotonic()
+        return super().reset()
 
     def step(self, action: np.ndarray) -> Row:
         if self.signals is not None:
             self.signals.check()
-        return super().step(action)
+        row = super().step(action)
+        self.steps += int((~row.is_first).sum())
+        self.ended += int((row.terminated | row.truncated).sum())
+        if time.monotonic() - self.said > PATIENCE_S:
+            print(f"{self.playing}: {self.steps:,} steps, {self.ended} episodes ended", file=sys.stderr)
+            self.said = time.monotonic()
+        return row
+
+
+WORDS: dict[Who, str] = {"agent": "the agent", "without_memory": "it without memory", "random": "random actions"}
 
 
 def play(
@@ -44,7 +65,7 @@ def play(
         EnvError: it failed. Interrupted: a signal came.
     """
     with closing(make_world(WatchedWorld, env, min(copies, episodes), seed + EVALUATION_SEED, signals)) as world:
-        world.signals = signals
+        world.signals, world.playing = signals, f"evaluating {WORDS[who]}, {episodes} episodes"
         if world.spec != agent.spec:
             raise UserError(f"{env.id} does not fit this agent: {_difference(world.spec, agent.spec)}")
         return evaluate(agent, world, episodes, seed, who)
