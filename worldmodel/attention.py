@@ -161,7 +161,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         mask = mask.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)
     kind = v.dtype
     if v.is_cuda and kind == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        kind = torch.bfloat16  # several times as fast, for less than TF32 brings elsewhere
+        kind = torch.bfloat16  # in float32 this was a fifth of the time of training M on an H200
     fold = [t.flatten(1, 2).transpose(1, 2).to(kind) for t in (q, k, v)]
     y = F.scaled_dot_product_attention(*fold, attn_mask=mask[:, None])
     return y.transpose(1, 2).unflatten(1, (-1, tokens)).to(v.dtype)
