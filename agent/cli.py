@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -75,10 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
             warnings.showwarning = _warn
             result = command(arguments)
+            sys.stdout.flush()
             code = 1 if result is not None and result.get("ok") is False else 0  # a check that found something
     except KeyboardInterrupt:
         code, result = 130, {"error": "stopped"}
         print("longdream: stopped", file=sys.stderr)
+    except BrokenPipeError:  # who reads has read enough, as in `longdream train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         told = _tell(error)
         code, message = told or (1, f"{type(error).__name__}: {error}")

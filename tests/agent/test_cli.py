@@ -282,3 +282,10 @@ def test_a_run_of_another_version(here: Path, capsys: pytest.CaptureFixture[str]
     config.write_text(config.read_text().replace("horizon:", "how_far:"))
     assert cli.main(["evaluate", "runs/old"]) == 2
     assert "runs/old/config.yaml: unknown setting controller.how_far" in capsys.readouterr().err
+
+
+def test_a_reader_who_has_read_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m agent.cli train --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert told.stderr == "" and told.stdout.startswith("usage: longdream train")
+    assert told.stdout.split()[-1] == "141"
