@@ -136,7 +136,7 @@ REFUSED = {
     "tuple": (spaces.Tuple([spaces.Discrete(2)]), "flat Dict"),
     "bits": (spaces.MultiBinary(4), "FlattenObservation"),
     "many": (spaces.MultiDiscrete([2, 2]), "FlattenObservation"),
-    "text": (spaces.Text(5), "use Box or Discrete"),
+    "text": (spaces.Text(5), "show envs.text.embed of it"),
     "bool": (spaces.Box(0, 1, (3,), np.bool_), "float or integer"),
 }
 
