@@ -132,8 +132,8 @@ class DreamVecEnv(gym.vector.VectorEnv):
         super().reset(seed=seed)
         self._take_options(options or {})
         begun = self._moments().take(self._index(self._drawn()))
-        if self._now is None:
-            self._now = begun
+        if self._now is None:  # tensors of its own: recording writes into them
+            self._now = pytree.tree_map(torch.clone, begun)
         if isinstance(self.advance, Graphed) and not self.advance.recorded:
             nothing = torch.zeros(self.num_envs, self.agent.spec.action.size, device=self.agent.device)
             with own_randomness(0, self.agent.device):  # recorded now: recording draws random numbers
