@@ -140,7 +140,7 @@ class DreamVecEnv(gym.vector.VectorEnv):
                 self.advance(nothing)
         self._go_on_from(begun)
         self._age[:], self._over[:] = 0, False
-        return self._observe(self._now), {}
+        return self._observe(self._current()), {}
 
     @torch.no_grad()
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
