@@ -45,7 +45,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "controller.bins": (3, math.inf),
     "controller.starts": AT_LEAST_1,
     "controller.horizon": AT_LEAST_1,
-    "controller.decisive": SHARE,
+    "controller.decisive": (0, 0.99),
     "controller.gamma": SHARE,
     "controller.lam": SHARE,
     "controller.entropy": AT_LEAST_0,
@@ -115,6 +115,11 @@ def check(config: Config) -> None:
         raise UserError("worldmodel.blocks is empty: give one block side per layer, for instance 1")
     if model.width % model.heads:
         raise UserError(f"worldmodel.heads = {model.heads} does not divide worldmodel.width = {model.width}")
+    if config.heads.dreamt and config.controller.horizon < 2:
+        raise UserError(
+            f"heads.dreamt = {config.heads.dreamt}: the heads learn from the second dreamt step on; set"
+            f" controller.horizon to at least 2, or heads.dreamt to 0"
+        )
     if replay.starts + replay.surprise > 1:
         raise UserError(
             f"replay.starts = {replay.starts} and replay.surprise = {replay.surprise} are shares of the same clips: "

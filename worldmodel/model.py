@@ -130,7 +130,7 @@ class WorldModel(nn.Module):
         feat, ended = out.feat.detach(), batch.terminated[rows, out.at]
         moments = Starts(feat[rows, out.at].flatten(0, 1), out.starts, (~ended).float().flatten())
         clip = Clip(feat, batch.reward[:, 1:], alive, known & out.clean[:, 1:])
-        if self.heads.dreamt:
+        if self.heads.dreamt and torch.is_grad_enabled():  # no dream for those who want the moments alone
             found, dreamt = self._dreamt_loss(batch, out.at, moments, weight, ahead, follow or self.follow)
             value = value + self.heads.dreamt * found
             metrics |= {f"dreamt_{key}": each for key, each in dreamt.items()}

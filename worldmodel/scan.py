@@ -90,7 +90,7 @@ def scan(
     """
     frames, tokens = clean.x.shape[1:3]
     chunk = min(chunk, frames)
-    segment = segments(first)
+    segment = first.long().cumsum(1)
     pad = -frames % chunk
     if pad:  # padding writes nothing (b = 0) and keeps the state (a = 0)
         clean = Stream(*(_pad_time(v, pad) for v in clean))
@@ -173,11 +173,6 @@ def _states_at(at: Tensor, clean, token_seg, before, start, chunk: int, tokens: 
     written = b[rows, k].transpose(-1, -2)[:, :, None] @ (decay[..., None] * x[rows, k])
     carry = torch.where((seg_end[..., 0] == before[rows, k])[..., None], cum_end[..., 0].exp(), 0.0)
     return carry[..., None, None] * start[rows, k] + written
-
-
-def segments(first: Tensor) -> Tensor:
-    """`(B, T)`: the episode of each frame, counted from the clip's start."""
-    return first.long().cumsum(1)
 
 
 def scan_reference(

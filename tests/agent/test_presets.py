@@ -73,6 +73,8 @@ def test_every_number_has_a_range() -> None:
         ({"worldmodel.blocks": []}, "worldmodel.blocks is empty"),
         ({"worldmodel.heads": 3}, "worldmodel.heads = 3 does not divide worldmodel.width = 64"),
         ({"replay.starts": 0.7, "replay.surprise": 0.7}, "their sum must not exceed 1"),
+        ({"heads.dreamt": 1.0, "controller.horizon": 1}, "set controller.horizon to at least 2"),
+        ({"controller.decisive": 1.0}, "between 0 and 0.99"),
         ({"learn.prefill": 20_000}, "learn.steps = 20000: nothing is learned before step 20000"),
         ({"seed": -1}, "seed = -1: must be between 0 and"),
     ],

@@ -407,6 +407,8 @@ def test_learning_from_dreams_changes_the_heads_alone() -> None:
     plain = seeded_loss(model, batch, 2)[0]
     model.heads = replace(model.heads, dreamt=1.0)
     loss = seeded_loss(model, batch, 2)[0]
+    with torch.no_grad():
+        assert "dreamt_reward" not in seeded_loss(model, batch, 2)[0].metrics  # nobody would learn from it
     assert {"dreamt_reward", "dreamt_cont"} <= loss.metrics.keys() and loss.metrics["reward"] == plain.metrics["reward"]
     torch.testing.assert_close(
         loss.value - plain.value, loss.metrics["dreamt_reward"] + loss.metrics["dreamt_cont"], atol=1e-5, rtol=1e-5
