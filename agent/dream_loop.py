@@ -128,7 +128,7 @@ class DreamTraining:
         told = {"count/updates": agent.updates, "count/skipped": agent.skipped, "time/wall": self.wall()}
         if clock.every:
             found = play(
-                agent, self.config.evaluation_env, clock.episodes, self.config.seed, "agent", clock.copies, self.signals
+                agent, self.config.evaluation_env, clock.episodes, self.config.seed, "agent", clock, self.signals
             )
             told |= {"evaluate/return_mean": found.return_mean, "evaluate/return_std": found.return_std}
         self.logger.write(agent.updates, self.window.means() | told)
@@ -154,7 +154,7 @@ class DreamTraining:
         """The last evaluation, written to summary.json."""
         config, clock = self.config, self.config.evaluate
         self.logger.note(f"evaluating over {clock.final_episodes} episodes")
-        found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock.copies, self.signals)
+        found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock, self.signals)
         names = ("return_mean", "return_std", "length_mean", "random_mean", "without_memory_mean")
         self.logger.write(self.agent.updates, {f"final/{key}": found[key] for key in names})
         found |= {"env_steps": self.real_steps, "dream_steps": self.agent.dream_steps}
