@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from worldmodel.types import Batch, Loss
 PATIENCE = 10
 """Updates in a row that may be skipped because a loss or gradient is not finite."""
 
+Upto = Literal["encoder", "model", "controller"]
 COUNTERS = ("updates", "skipped", "skipped_in_a_row", "dream_steps")
 
 
@@ -142,9 +143,9 @@ class Agent:
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
-    def update(self, rows: dict, warmup: bool = False, pace: float = 1.0) -> dict[str, Tensor]:
-        """One update of V, M and C (of V alone in warm-up) from replayed rows, at `pace` times the learning rates;
-        returns metrics as scalar tensors.
+    def update(self, rows: dict, upto: Upto = "controller", pace: float = 1.0) -> dict[str, Tensor]:
+        """One update of V, M and C from replayed rows, at `pace` times the learning rates, or of those of them up to
+        `upto`; returns metrics as scalar tensors.
 
         Raises:
             NotFinite: after PATIENCE updates in a row whose loss or gradient was not finite.
@@ -157,7 +158,7 @@ class Agent:
         if learn.curiosity:
             batch.reward = batch.reward + learn.curiosity * batch.surprise
         ok = self._learn("encoder", metrics, lambda: self.model.encoder.loss(self._some_rows(batch)))
-        if not warmup:
+        if upto != "encoder":
             seen: list[tuple[Starts, Clip]] = []
 
             def model_loss() -> Loss:
@@ -166,7 +167,8 @@ class Agent:
                 return loss
 
             ok &= self._learn("model", metrics, model_loss)
-            ok &= self._learn_to_act(metrics, *seen[0])
+            if upto == "controller":
+                ok &= self._learn_to_act(metrics, *seen[0])
         self._count(ok)
         return metrics
 

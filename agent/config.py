@@ -59,6 +59,9 @@ class LearnConfig:
     """Replayed rows learned from per real step."""
     warmup: int = 0
     """Updates of V alone before anything else learns."""
+    warmup_model: int = 0
+    """Updates of V and M after these, before C learns too: C settles on what a new M makes up faster than M learns
+    better."""
     encoder_rows: int = 1_024
     """Rows of each batch that V learns from, at most."""
     encoder_rate: float = 1e-3

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from agent import checkpoint, ranges, run, saving
-from agent.agent import Agent, resolve_device
+from agent.agent import Agent, Upto, resolve_device
 from agent.collect import Collector
 from agent.config import Config
 from agent.judge import judge, make_world, play
@@ -150,10 +150,10 @@ class Training:
             self.act(random=True)
             if self.collector.env_steps >= learn.prefill and self.replay.can_sample(replay.length):
                 count["begun"] = self.collector.env_steps
-        elif count["warmup"] < learn.warmup:
-            self.learn(warmup=True)
+        elif count["warmup"] < (whole := learn.warmup + learn.warmup_model):
+            self.learn("encoder" if count["warmup"] < learn.warmup else "model")
             count["warmup"] += 1
-            if count["warmup"] % WARMUP_LOG == 0 or count["warmup"] == learn.warmup:
+            if count["warmup"] % WARMUP_LOG == 0 or count["warmup"] in (learn.warmup, whole):
                 self.log()
         elif not self.replay.can_sample(replay.length):  # resumed without it: these steps bring no updates
             before = self.collector.env_steps
@@ -163,7 +163,7 @@ class Training:
             self.act(random=False)
             due = int((self.collector.env_steps - count["begun"]) * learn.ratio / (replay.batch * replay.length))
             while count["updates"] < due:
-                self.learn(warmup=False)
+                self.learn()
                 count["updates"] += 1
 
     def act(self, random: bool) -> None:
@@ -173,11 +173,11 @@ class Training:
             self.logger.write(self.collector.env_steps, episode)
             self.window.add({key.replace("episode/", "train/"): value for key, value in episode.items()})
 
-    def learn(self, warmup: bool) -> None:
+    def learn(self, upto: Upto = "controller") -> None:
         replay, skipped = self.config.replay, self.agent.skipped
         with self.timed("replay"):
             rows = self.replay.sample(self.rng["sample"], replay.batch, replay.length, replay.starts, replay.surprise)
-        metrics = self.agent.update(rows, warmup, self.pace())
+        metrics = self.agent.update(rows, upto, self.pace())
         if self.agent.skipped == skipped:  # one that was skipped has no finite metrics
             self.window.add(metrics)
 

@@ -73,6 +73,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "learn.prefill": AT_LEAST_0,
     "learn.ratio": AT_LEAST_0,
     "learn.warmup": AT_LEAST_0,
+    "learn.warmup_model": AT_LEAST_0,
     "learn.encoder_rows": AT_LEAST_1,
     "learn.encoder_rate": AT_LEAST_0,
     "learn.model_rate": AT_LEAST_0,

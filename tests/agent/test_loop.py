@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agent import loop, options
-from agent.agent import Agent, Carry
+from agent.agent import Agent, Carry, Upto
 from agent.config import Config
 from agent.judge import judge
 from agent.loop import train
@@ -131,26 +131,27 @@ def test_no_updates_where_nothing_is_due(tmp_path: Path) -> None:
 def test_learning_rates_fall_on_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the whole rate when learning begins to `learn.decay` of it at the last step, for every part, after a stop
     too."""
-    seen: list[tuple[int, list[float]]] = []
+    seen: list[tuple[Upto, list[float]]] = []
 
     class Told(Agent):
-        def update(self, rows: dict, warmup: bool = False, pace: float = 1.0) -> dict:
-            found = super().update(rows, warmup, pace)
-            seen.append((warmup, [part.optimiser.param_groups[0]["lr"] / part.rate for part in self.parts.values()]))
+        def update(self, rows: dict, upto: Upto = "controller", pace: float = 1.0) -> dict:
+            found = super().update(rows, upto, pace)
+            seen.append((upto, [part.optimiser.param_groups[0]["lr"] / part.rate for part in self.parts.values()]))
             if len(seen) == 20:
                 signal.raise_signal(signal.SIGTERM)
             return found
 
     monkeypatch.setattr(loop, "Agent", Told)
-    config = tiny(learn__decay=0.2)
+    config = tiny(learn__decay=0.2, learn__warmup_model=3)
     with pytest.raises(Interrupted):
         train(config, tmp_path / "run", console=False)
     assert len(seen) == 20
     train(config, tmp_path / "run", resume=True, console=False)
     paces = [pace for _, pace in seen]
     assert all(max(pace) == pytest.approx(min(pace)) for pace in paces)
-    falling = [pace[0] for warmup, pace in seen if not warmup]
-    assert all(pace[0] == 1 for warmup, pace in seen if warmup)
+    falling = [pace[0] for upto, pace in seen if upto == "controller"]
+    assert [upto for upto, _ in seen[:9]] == ["encoder"] * 5 + ["model"] * 3 + ["controller"]
+    assert all(pace[0] == 1 for upto, pace in seen if upto != "controller")
     assert falling == sorted(falling, reverse=True) and falling[0] > 0.9 and 0.199 < falling[-1] < 0.25
     assert np.diff(sorted(set(falling))).max() < 0.1  # no jumps, where it was stopped either
 
@@ -202,12 +203,12 @@ class Watchful(Agent):
             assert (found[0].state.age == 1).all()
         return found
 
-    def update(self, rows: dict, warmup: bool = False, pace: float = 1.0) -> dict:
+    def update(self, rows: dict, upto: Upto = "controller", pace: float = 1.0) -> dict:
         grew = follow(*(rows[key] for key in ("obs", "action", "reward", "is_first", "terminated", "truncated")))
         assert (grew == self.numbered).all()
         assert (rows["surprise"][rows["is_first"]] == 0).all()
         type(self).surprised |= bool(rows["surprise"].max() > 0)
-        found = super().update(rows, warmup, pace)
+        found = super().update(rows, upto, pace)
         if self.updates == type(self).stop_after:
             signal.raise_signal(signal.SIGTERM)
         return found

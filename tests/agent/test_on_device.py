@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agent import loop, options
-from agent.agent import Agent
+from agent.agent import Agent, Upto
 from agent.config import Config
 from agent.loop import train
 from agent.on_device import DeviceCollector, DeviceReplay, DeviceRow
@@ -134,11 +134,11 @@ def test_a_run_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     held: list[int] = []
 
     class Told(Agent):
-        def update(self, rows: dict, warmup: bool = False, pace: float = 1.0) -> dict:
+        def update(self, rows: dict, upto: Upto = "controller", pace: float = 1.0) -> dict:
             updates.append(self.updates)
             if len(updates) == 15:
                 signal.raise_signal(signal.SIGTERM)
-            return super().update(rows, warmup, pace)
+            return super().update(rows, upto, pace)
 
     class Counted(DeviceReplay):
         def sample(self, *args: Any) -> dict[str, Any]:
