@@ -31,6 +31,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "worldmodel.heads": AT_LEAST_1,
     "worldmodel.state_size": AT_LEAST_1,
     "worldmodel.window": AT_LEAST_1,
+    "worldmodel.frames_together": AT_LEAST_1,
+    "worldmodel.longest": AT_LEAST_1,
     "worldmodel.blocks": AT_LEAST_1,
     "worldmodel.chunk": AT_LEAST_1,
     "forcing.steps": AT_LEAST_1,
@@ -115,6 +117,10 @@ def check(config: Config) -> None:
         raise UserError("worldmodel.blocks is empty: give one block side per layer, for instance 1")
     if model.width % model.heads:
         raise UserError(f"worldmodel.heads = {model.heads} does not divide worldmodel.width = {model.width}")
+    if model.frames_together > 1:
+        raise UserError(
+            f"worldmodel.frames_together = {model.frames_together}: an agent acts after every frame; set it to 1"
+        )
     if config.heads.dreamt and config.controller.horizon < 2:
         raise UserError(
             f"heads.dreamt = {config.heads.dreamt}: the heads learn from the second dreamt step on; set"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from worldmodel.dynamics import Dynamics, DynamicsConfig, State
 from worldmodel.encoder import Encoder, EncoderConfig, Observed
 from worldmodel.forcing import Flow, ForcingConfig, Mask, Objective, Teacher
 from worldmodel.heads import Consequence
-from worldmodel.types import Batch, Loss
+from worldmodel.types import Batch, Loss, named
 
 
 @dataclass(frozen=True)
@@ -209,13 +208,4 @@ def objective_class(name: str) -> type:
     Raises:
         ValueError: neither.
     """
-    known = {"flow": Flow, "mask": Mask, "teacher": Teacher}
-    if name in known:
-        return known[name]
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"forcing.objective = {name}: use one of {', '.join(known)} or package.module:Class")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"forcing.objective = {name}: {error}") from None
+    return named("forcing.objective", name, {"flow": Flow, "mask": Mask, "teacher": Teacher})
