@@ -164,6 +164,13 @@ class Dynamics(nn.Module):
         self.feature_grid = min(grid, 4)
         self.feature_size = self.feature_grid**2 * (width + channels * config.see_latents)
         self.layout = self._layout(self.initial(0))
+        self.dimmed, self.pace = True, None
+
+    def heed_noise(self, paces: bool) -> None:
+        """For objectives to which noise is more than a lack of signal: it enters M as it is, not dimmed by its level;
+        and with `paces`, M is told how long a denoising step is."""
+        self.dimmed = False
+        self.pace = nn.Linear(2 * LEVEL_FEATURES + 1, self.config.width) if paces else None
 
     def initial(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state of B streams that have seen nothing."""
@@ -185,6 +192,7 @@ class Dynamics(nn.Module):
         state: State,
         query: tuple[Tensor, Tensor] | None = None,
         at: Tensor | None = None,
+        fineness: Tensor | None = None,
     ) -> Output:
         """A whole clip in parallel.
 
@@ -195,6 +203,8 @@ class Dynamics(nn.Module):
             query: `(z, level)` of a second stream, whose frame t sees the first stream's frames before t and itself:
                 `predict` at every frame at once. (With frames_together, chunks in place of frames.)
             at: `(B, M)` frames after which the state is wanted as well, without gradient, to start dreams from.
+            fineness: `(B, T)` of denoising steps, from 0, the whole way in one, to 1, which is what None stands for;
+                of the second stream, if there is one. Only where the objective uses it (`heed_noise`).
 
         Raises:
             ValueError: latents, actions or a state of another size, or no whole chunks of frames.
@@ -207,15 +217,15 @@ class Dynamics(nn.Module):
             )
         if at is not None and at.numel():
             self._one_by_one("a state after any frame")
-        u, cond = self._enter(z, prev_action, level, is_first)
-        uq, cond_q = self._enter(query[0], prev_action, query[1], is_first) if query else (None, None)
+        u, cond = self._enter(z, prev_action, level, is_first, None if query else fineness)
+        uq, cond_q = self._enter(query[0], prev_action, query[1], is_first, fineness) if query else (None, None)
         ends, ats = [], []
         for layer, past in zip(self.stack, state.parts(self.stack), strict=True):
             u, uq, end, each = layer(u, cond, is_first, past, uq, cond_q, at)
             ends.append(end)
             ats.append(each)
         known = z * level[..., None, None]  # a noised frame is no ground to build on
-        starts = None
+        end, starts = State.of(ends, known[:, -1].clone()), None  # a view would keep the whole clip in memory
         if at is not None:
             rows = torch.arange(len(z), device=z.device)[:, None]
             starts = State.of(ats, known[rows, at].flatten(0, 1).detach())
@@ -229,17 +239,20 @@ class Dynamics(nn.Module):
         return Output(
             self._feature(u, z),
             self._leave(u if uq is None else self.norm(uq), last),
-            State.of(ends, known[:, -1]),
+            end,
             starts,
         )
 
-    def predict(self, state: State, z_noisy: Tensor, prev_action: Tensor, level: Tensor) -> Tensor:
+    def predict(
+        self, state: State, z_noisy: Tensor, prev_action: Tensor, level: Tensor, fineness: Tensor | None = None
+    ) -> Tensor:
         """What the next frame's latents are, `(B, N, D)`, from their noised version `(B, N, D)` at `level` `(B,)`,
-        the state and the action `(B, A)` that leads there. Reads only."""
+        the state and the action `(B, A)` that leads there. Reads only. fineness `(B,)`: see `forward`."""
         self._one_by_one("a single frame")
         self._check(state, z_noisy, prev_action)
         first = torch.zeros_like(level, dtype=torch.bool)[:, None]
-        u, cond = self._enter(z_noisy[:, None], prev_action[:, None], level[:, None], first)
+        fineness = None if fineness is None else fineness[:, None]
+        u, cond = self._enter(z_noisy[:, None], prev_action[:, None], level[:, None], first, fineness)
         for layer, past in zip(self.stack, state.parts(self.stack), strict=True):
             u = layer.peek(u, cond, past)
         return self._leave(self.norm(u)[:, 0], state.last)
@@ -299,14 +312,22 @@ class Dynamics(nn.Module):
         """Normed tokens `(..., N, W)` and the frame before `(..., N, D)` to predicted latents (or logits of them)."""
         return self.out(u) if self.stay is None else self.out(u) + self.stay * last
 
-    def _enter(self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    def _enter(
+        self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor, fineness: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Token embeddings `(B, T, N, W)` and the condition `(B, T, 1, 9, W)`. The previous action is masked here and
         nowhere else."""
         action = self.action(prev_action) * ~first[..., None]
-        cond = self.condition(action + self.level(level_features(level)))
-        # noise enters in proportion to the signal in it: at level 0, where it says nothing, not at all
-        clear = level * torch.rsqrt(level.square() + (1 - level).square())
-        return self.embed(z) * clear[..., None, None] + self.place, cond.unflatten(-1, (9, -1)).unsqueeze(2)
+        told = action + self.level(level_features(level))
+        if self.pace is not None:
+            told = told + self.pace(level_features(torch.ones_like(level) if fineness is None else fineness))
+        cond = self.condition(told).unflatten(-1, (9, -1)).unsqueeze(2)
+        u = self.embed(z)
+        if self.dimmed:
+            # noise enters in proportion to the signal in it: at level 0, where it says nothing, not at all
+            clear = level * torch.rsqrt(level.square() + (1 - level).square())
+            u = u * clear[..., None, None]
+        return u + self.place, cond
 
     def _feature(self, u: Tensor, z: Tensor) -> Tensor:
         """`(B, T, N, W)` and latents `(B, T, N, D)` to `(B, T, F)`."""

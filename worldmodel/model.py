@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ class WorldModel(nn.Module):
         with torch.no_grad():
             z = self.encoder(batch.obs)
         first = batch.clip_first()
-        leaning = {} if weight is None else {"weight": weight}
+        leaning: dict[str, Any] = {} if weight is None else {"weight": weight}
         out = self.objective.run(self.dynamics, z, batch.prev_action(), first, starts, **leaning)
         # row t + 1 is the consequence of (feat_t, a_t), unless it begins a new episode
         known, alive = out.clean[:, :-1] & ~batch.is_first[:, 1:], (~batch.terminated[:, 1:]).float()

@@ -124,7 +124,8 @@ def scan(
         query_y = _read(query, (x, b, cum), start, alive, same, tokens * group, chunks, group > 1)
         query_y = _unchunk(query_y, tokens)[:, :frames]
     states_at = None if at is None else _states_at(at, (x, b, cum), token_seg, before, start, chunk, tokens)
-    return ScanOut(_unchunk(y, tokens)[:, :frames], states[:, -1], query_y, states_at)
+    last = states[:, -1].clone()  # a view would keep the states of all chunks in memory
+    return ScanOut(_unchunk(y, tokens)[:, :frames], last, query_y, states_at)
 
 
 def _over_chunks(written: Tensor, decay: Tensor, cut: Tensor, most: int = 256) -> Tensor:
