@@ -15,11 +15,14 @@ A *query* stream may run beside the clean one: a query chunk attends to the clea
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from functools import cache as once
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -123,6 +126,41 @@ def attend_far(
     return torch.cat(ys, 1), torch.cat(query_ys, 1) if query is not None else None
 
 
+def attend_flex(
+    clean: Heads, first: Tensor, cache: Cache, reach: int, query: Heads | None = None, chunk: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` and `attend_far` as one call of FlexAttention, which skips the blocks of tokens that nothing sees
+    (Dong et al. 2024, arXiv 2412.05496). Compiled, on CUDA, for heads of 16 channels or more; elsewhere its slow form,
+    without gradient."""
+    held, tokens = cache.k.shape[1], clean.q.shape[2]
+    segment = key_segments(first, cache.age, held)
+    where = torch.arange(segment.shape[1], device=first.device)
+    keys, values = rotate(torch.cat([cache.k, clean.k], 1), where), torch.cat([cache.v, clean.v], 1)
+
+    def begin(frame: Tensor) -> Tensor:
+        return held + (frame - held) // chunk * chunk
+
+    def sees(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        to, since = q // tokens + held, k // tokens
+        near = (since >= begin(to) - reach) & (since < begin(to) + chunk)
+        return near & (segment[b, to] == segment[b, since])
+
+    y = _flex(rotate(clean.q, where[held:]), keys, values, sees)
+    if query is None:
+        return y, None
+    clean_keys = len(where)
+
+    def sees_past_and_itself(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        to, key = q // tokens + held, k // tokens
+        own = key >= clean_keys
+        since = torch.where(own, key - clean_keys + held, key)
+        near = torch.where(own, begin(since) == begin(to), (since >= begin(to) - reach) & (since < begin(to)))
+        return near & (segment[b, to] == segment[b, since])
+
+    keys, values = torch.cat([keys, rotate(query.k, where[held:])], 1), torch.cat([values, query.v], 1)
+    return y, _flex(rotate(query.q, where[held:]), keys, values, sees_past_and_itself)
+
+
 def attend_step(heads: Heads, cache: Cache) -> Tensor:
     """One frame (T = 1, c = 1) against the cache and itself: y `(B, 1, N, H, P)`."""
     reach = cache.k.shape[1]
@@ -217,6 +255,21 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     fold = [t.flatten(1, 2).transpose(1, 2).to(precision(v)) for t in (q, k, v)]
     y = F.scaled_dot_product_attention(*fold, attn_mask=mask[:, None])
     return y.transpose(1, 2).unflatten(1, (-1, tokens)).to(v.dtype)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, sees: Callable[..., Tensor]) -> Tensor:
+    """As `_sdpa`, with a mask over tokens `sees(b, head, q, k)`."""
+    fold = [t.flatten(1, 2).transpose(1, 2).to(precision(v)) for t in (q, k, v)]
+    tools: tuple[Any, Any] = _compiled() if v.is_cuda else (flex_attention, create_block_mask)
+    run, mask_of = tools
+    mask = mask_of(sees, len(q), None, fold[0].shape[2], fold[1].shape[2], device=v.device)
+    y = run(*fold, block_mask=mask)
+    return y.transpose(1, 2).unflatten(1, (-1, q.shape[2])).to(v.dtype)
+
+
+@once
+def _compiled() -> tuple[Any, Any]:
+    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
 
 
 def _forgetful(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,9 @@ class DynamicsConfig:
     frames_together: int = 1
     """Frames of a chunk, in which attention looks ahead too (5, of a window of 10, in Po et al. 2025). An agent acts
     after every frame and needs 1."""
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    """How a clip's attention is computed on CUDA: in dense rectangles, or by FlexAttention, compiled for each length of
+    clip; `longdream bench attention` compares them. Elsewhere in rectangles."""
     longest: int = 8192
     """Frames that the attention of `causal` sees. What it remembers grows with the frames seen, up to these."""
     blocks: tuple[int, ...] = (1,)

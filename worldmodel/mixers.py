@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.attention import Cache, Heads, attend, attend_far, attend_step, cache_at, push
+from worldmodel.attention import Cache, Heads, attend, attend_far, attend_flex, attend_step, cache_at, push
 from worldmodel.scan import Stream, scan, scan_query_step, scan_step
 from worldmodel.types import named
 
@@ -299,7 +299,12 @@ class Attention(nn.Module):
     def __init__(self, config: DynamicsConfig):
         super().__init__()
         width, self.heads, self.chunk = config.width, config.heads, config.frames_together
-        self.far = config.mixer == "causal"
+        self.far, self.flex = config.mixer == "causal", config.attention == "flex"
+        if self.flex and width // self.heads < 16:
+            raise ValueError(
+                f"worldmodel.attention = flex needs heads of 16 channels, these have {width // self.heads}: lower "
+                f"worldmodel.heads or use sdpa"
+            )
         self.reach = (config.longest if self.far else config.window) - self.chunk
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_norm, self.k_norm = (nn.LayerNorm(width // self.heads, bias=False) for _ in range(2))
@@ -313,6 +318,8 @@ class Attention(nn.Module):
 
     def forward(self, clean: Heads, first: Tensor, cache: Cache, query: Heads | None) -> tuple[Tensor, Tensor | None]:
         """See `attend`."""
+        if self.flex and first.is_cuda:
+            return attend_flex(clean, first, cache, self.reach, query, self.chunk)
         if self.far:
             return attend_far(clean, first, cache, self.reach, query, chunk=self.chunk)
         return attend(clean, first, cache, query, chunk=self.chunk)

@@ -10,6 +10,7 @@ from worldmodel.attention import (
     Heads,
     attend,
     attend_far,
+    attend_flex,
     attend_reference,
     attend_step,
     cache_at,
@@ -279,3 +280,32 @@ def test_a_cache_that_grows_holds_all_that_is_reached_and_no_more(reach: int) ->
         for row in range(BATCH):
             newest = slice(-int(cache.age[row]), None)  # the frame itself, at least
             assert torch.equal(everywhere.k[row, t, newest], cache.k[row, newest])
+
+
+@pytest.mark.parametrize(("held", "reach", "chunk"), [(4, 4, 1), (3, 9, 3)])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")  # its slow form is what runs here
+@torch.no_grad()
+def test_flex_attention_is_the_reference(held: int, reach: int, chunk: int) -> None:
+    clean, query, first = draw(17, 2), draw(17, 2), resets(17)
+    cache = draw_cache(2, held + 1)
+    y, query_y = attend_flex(clean, first, cache, reach, query, chunk)
+    assert query_y is not None
+    close(y, attend_reference(clean, first, cache, None, chunk, reach))
+    close(query_y, attend_reference(clean, first, cache, query, chunk, reach))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("reach", [4, 100])
+def test_compiled_flex_attention_is_the_reference_in_values_and_gradients(reach: int, chunk: int) -> None:
+    """At an odd number of frames, in bfloat16 and near the exact values."""
+    size = (BATCH, 67, 4, HEADS, 16)
+    clean, query = (Heads(*(torch.randn(*size, device="cuda", requires_grad=True) for _ in range(3))) for _ in range(2))
+    nothing = torch.zeros(BATCH, 0, *size[2:], device="cuda")
+    first, cache = resets(67).cuda(), Cache(nothing, nothing, torch.zeros(BATCH, dtype=torch.long, device="cuda"))
+    got = attend_flex(clean, first, cache, reach, query, chunk)
+    wanted = [attend_reference(clean, first, cache, stream, chunk, reach) for stream in (None, query)]
+    cotangents = [torch.randn_like(v) for v in wanted]
+    grads = [torch.autograd.grad(ys, [*clean, *query], cotangents) for ys in (got, wanted)]
+    for a, b in zip((*got, *grads[0]), (*wanted, *grads[1]), strict=True):
+        assert a is not None and (a - b).norm() < 0.02 * b.norm()
