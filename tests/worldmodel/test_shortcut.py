@@ -194,5 +194,5 @@ def test_velocities_draw_both_modes() -> None:
 
 def test_with_shortcuts_one_step_takes_sides() -> None:
     """Without, it stays at the mean of the two."""
-    assert sum(sides(two_modes(1, 200, shortcut=0.5, finest=8)[0])) > 0.5
-    assert sum(sides(two_modes(1, 100)[0])) < 0.1
+    assert sum(sides(two_modes(1, 150, shortcut=0.5, finest=8)[0])) > 0.4
+    assert sum(sides(two_modes(1, 60)[0])) < 0.1
