@@ -31,10 +31,17 @@ RANGES: dict[str, tuple[float, float]] = {
     "worldmodel.heads": AT_LEAST_1,
     "worldmodel.state_size": AT_LEAST_1,
     "worldmodel.window": AT_LEAST_1,
+    "worldmodel.frames_together": AT_LEAST_1,
+    "worldmodel.longest": AT_LEAST_1,
     "worldmodel.blocks": AT_LEAST_1,
     "worldmodel.chunk": AT_LEAST_1,
     "forcing.steps": AT_LEAST_1,
     "forcing.blank": SHARE,
+    "forcing.prefix": SHARE,
+    "forcing.prefix_least": (0, 0.99),
+    "forcing.shortcut": SHARE,
+    "forcing.finest": (2, math.inf),
+    "forcing.context_level": SHARE,
     "heads.hidden": AT_LEAST_1,
     "heads.bins": (3, math.inf),
     "heads.reward_weight": AT_LEAST_0,
@@ -116,6 +123,15 @@ def check(config: Config) -> None:
         raise UserError("worldmodel.blocks is empty: give one block side per layer, for instance 1")
     if model.width % model.heads:
         raise UserError(f"worldmodel.heads = {model.heads} does not divide worldmodel.width = {model.width}")
+    if model.frames_together > 1:
+        raise UserError(
+            f"worldmodel.frames_together = {model.frames_together}: an agent acts after every frame; set it to 1"
+        )
+    if config.forcing.stream == "one" and config.forcing.prefix < 1:
+        raise UserError(
+            f"forcing.prefix = {config.forcing.prefix}: an agent's dreams begin at clean frames, of which some clips "
+            f"have none then; set it to 1"
+        )
     if config.heads.dreamt and config.controller.horizon < 2:
         raise UserError(
             f"heads.dreamt = {config.heads.dreamt}: the heads learn from the second dreamt step on; set"

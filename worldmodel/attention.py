@@ -1,21 +1,29 @@
-"""Frame-local attention: every token of frame t attends to all tokens of frames [t - k + 1, t] of its own episode.
+"""Attention over frames: every token of frame t attends to all tokens of frames [t - k + 1, t] of its own episode.
+
+In chunks of c frames (Po et al. 2025, arXiv 2505.20171: c = 5, k = 10) every frame of a chunk attends to the whole
+chunk and to the k - c frames before it. c = 1 is the line above. Chunks are counted from the start of a clip, and a
+cache ends where a chunk does. `reach` below is k - c, what a chunk sees of its past.
 
 Parallel over a clip it is computed as dense rectangles, blocks of query frames against the frames they can reach,
-through `scaled_dot_product_attention`; streamed, as one query frame against a cache of the last k - 1 frames. Time
-enters as rotary phases (Su et al. 2021, arXiv 2104.09864) of the distance between frames, so that the cache holds
-keys without any position and nothing grows with the age of an episode.
+through `scaled_dot_product_attention`: all of one size where the reach is a window (`attend`), growing with the past
+where it is all that was seen (`attend_far`). Streamed, it is one query frame against a cache. Time enters as rotary
+phases (Su et al. 2021, arXiv 2104.09864) of the distance between frames, so that the cache holds keys without any
+position and nothing grows with the age of an episode.
 
-A *query* stream may run beside the clean one: query frame t attends to the clean frames [t - k + 1, t - 1] and to
-itself.
+A *query* stream may run beside the clean one: a query chunk attends to the clean frames before it and to itself.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache as once
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 
 class Heads(NamedTuple):
@@ -27,8 +35,8 @@ class Heads(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the last k - 1 frames, `(B, k - 1, N, H, P)`, oldest first; age `(B,)`: how many of them are
-    valid."""
+    """Keys and values of the last frames, `(B, reach, N, H, P)` or fewer where it grows, oldest first; age `(B,)`: how
+    many of them are valid."""
 
     k: Tensor
     v: Tensor
@@ -36,17 +44,18 @@ class Cache(NamedTuple):
 
 
 def attend(
-    clean: Heads, first: Tensor, cache: Cache, query: Heads | None = None, block: int = 16
+    clean: Heads, first: Tensor, cache: Cache, query: Heads | None = None, block: int = 16, chunk: int = 1
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over a clip: y `(B, T, N, H, P)` and, with a query stream, its y.
 
     Args:
         clean, query: see the module's text. first: `(B, T)` bool, frames that begin an episode.
-        cache: what came before frame 0. block: query frames per rectangle.
+        cache: what came before frame 0, of as many frames as are reached. block: query frames per rectangle.
+        chunk: c.
     """
     frames = clean.q.shape[1]
     reach = cache.k.shape[1]
-    block = min(block, frames)
+    block = _whole(min(block, frames), chunk)
     pad = -frames % block
     keys, values = torch.cat([cache.k, clean.k], 1), torch.cat([cache.v, clean.v], 1)
     segment = key_segments(first, cache.age, reach)
@@ -57,10 +66,9 @@ def attend(
     to = _windows(segment[:, reach:], block, 0)
     since = _windows(segment, block, reach)
     where = torch.arange(block + reach, device=first.device)
-    distance = where[reach:, None] - where  # (block, block + reach)
-    local = (distance >= 0) & (distance <= reach)
-    mask = local & (to[:, :, None] == since[:, None, :])
-    mask = mask | ((distance == 0) & (to[:, :, None] < 0))  # padded frames see themselves: no row without a key
+    begin = (reach + torch.arange(block, device=first.device) // chunk * chunk)[:, None]  # of each frame's chunk
+    local = (where >= begin - reach) & (where < begin + chunk)  # (block, block + reach)
+    mask = local & (to[:, :, None] == since[:, None, :])  # padded frames, -1 all of them, see each other
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, k_where: Tensor) -> Tensor:
         if pad:
@@ -76,13 +84,85 @@ def attend(
     if pad:
         own_k, own_v = (F.pad(v, (0, 0) * 3 + (0, pad)) for v in (own_k, own_v))
     keys, values = torch.cat([keys, _windows(own_k, block, 0)], 1), torch.cat([values, _windows(own_v, block, 0)], 1)
-    own = torch.eye(block, dtype=torch.bool, device=mask.device).expand(len(mask), -1, -1)
-    query_y = run(query.q, keys, values, torch.cat([mask & (distance > 0), own], 2), torch.cat([where, where[reach:]]))
+    own = (begin == begin.T) & (to[:, :, None] == to[:, None, :])
+    query_y = run(query.q, keys, values, torch.cat([mask & (where < begin), own], 2), torch.cat([where, where[reach:]]))
     return y, query_y
 
 
+def attend_far(
+    clean: Heads,
+    first: Tensor,
+    cache: Cache,
+    reach: int,
+    query: Heads | None = None,
+    block: int = 32,
+    chunk: int = 1,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` where the reach is far and the cache holds what there was so far, at most `reach` frames of it.
+
+    One rectangle after another. What is kept for the backward pass grows with the clip and with the square of its
+    frames, not of its tokens: a mask over tokens is made again when it is needed.
+    """
+    held, frames = cache.k.shape[1], clean.q.shape[1]
+    block = _whole(min(block, frames), chunk)
+    segment = key_segments(first, cache.age, held)
+    where = torch.arange(held + frames, device=first.device)
+    begin = (held + torch.arange(frames, device=first.device) // chunk * chunk)[:, None]
+    keys, values = rotate(torch.cat([cache.k, clean.k], 1), where), torch.cat([cache.v, clean.v], 1)
+    q, ys, query_ys = rotate(clean.q, where[held:]), [], []
+    if query is not None:
+        query = Heads(rotate(query.q, where[held:]), rotate(query.k, where[held:]), query.v)
+    for start in range(0, frames, block):
+        now = slice(start, min(start + block, frames))
+        past = slice(max(0, held + start - reach), held + now.stop)
+        to, since = segment[:, held:][:, now, None], segment[:, None, past]
+        mask = (where[past] >= begin[now] - reach) & (where[past] < begin[now] + chunk) & (to == since)
+        ys.append(_forgetful(q[:, now], keys[:, past], values[:, past], mask))
+        if query is not None:
+            own = (begin[now] == begin[now].T) & (to == to.transpose(1, 2))
+            k, v = torch.cat([keys[:, past], query.k[:, now]], 1), torch.cat([values[:, past], query.v[:, now]], 1)
+            mask = torch.cat([mask & (where[past] < begin[now]), own], 2)
+            query_ys.append(_forgetful(query.q[:, now], k, v, mask))
+    return torch.cat(ys, 1), torch.cat(query_ys, 1) if query is not None else None
+
+
+def attend_flex(
+    clean: Heads, first: Tensor, cache: Cache, reach: int, query: Heads | None = None, chunk: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` and `attend_far` as one call of FlexAttention, which skips the blocks of tokens that nothing sees
+    (Dong et al. 2024, arXiv 2412.05496). Compiled, on CUDA, for heads of 16 channels or more; elsewhere its slow form,
+    without gradient."""
+    held, tokens = cache.k.shape[1], clean.q.shape[2]
+    segment = key_segments(first, cache.age, held)
+    where = torch.arange(segment.shape[1], device=first.device)
+    keys, values = rotate(torch.cat([cache.k, clean.k], 1), where), torch.cat([cache.v, clean.v], 1)
+
+    def begin(frame: Tensor) -> Tensor:
+        return held + (frame - held) // chunk * chunk
+
+    def sees(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        to, since = q // tokens + held, k // tokens
+        near = (since >= begin(to) - reach) & (since < begin(to) + chunk)
+        return near & (segment[b, to] == segment[b, since])
+
+    y = _flex(rotate(clean.q, where[held:]), keys, values, sees)
+    if query is None:
+        return y, None
+    clean_keys = len(where)
+
+    def sees_past_and_itself(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        to, key = q // tokens + held, k // tokens
+        own = key >= clean_keys
+        since = torch.where(own, key - clean_keys + held, key)
+        near = torch.where(own, begin(since) == begin(to), (since >= begin(to) - reach) & (since < begin(to)))
+        return near & (segment[b, to] == segment[b, since])
+
+    keys, values = torch.cat([keys, rotate(query.k, where[held:])], 1), torch.cat([values, query.v], 1)
+    return y, _flex(rotate(query.q, where[held:]), keys, values, sees_past_and_itself)
+
+
 def attend_step(heads: Heads, cache: Cache) -> Tensor:
-    """One frame (T = 1) against the cache and itself: y `(B, 1, N, H, P)`."""
+    """One frame (T = 1, c = 1) against the cache and itself: y `(B, 1, N, H, P)`."""
     reach = cache.k.shape[1]
     where = torch.arange(reach + 1, device=heads.q.device)
     valid = where >= reach - cache.age[:, None]  # the frame itself always is
@@ -90,41 +170,49 @@ def attend_step(heads: Heads, cache: Cache) -> Tensor:
     return _sdpa(rotate(heads.q, where[reach:]), rotate(k, where), v, valid[:, None])
 
 
-def push(cache: Cache, k: Tensor, v: Tensor) -> Cache:
-    """The cache after one more frame, k and v `(B, 1, N, H, P)`."""
-    reach = cache.k.shape[1]
-    k, v = torch.cat([cache.k, k], 1)[:, 1:], torch.cat([cache.v, v], 1)[:, 1:]
+def push(cache: Cache, k: Tensor, v: Tensor, reach: int) -> Cache:
+    """The cache after one more frame, k and v `(B, 1, N, H, P)`; it holds at most `reach`."""
+    over = max(0, cache.k.shape[1] + 1 - reach)
+    k, v = torch.cat([cache.k, k], 1)[:, over:], torch.cat([cache.v, v], 1)[:, over:]
     return Cache(k, v, (cache.age + 1).clamp(max=reach))
 
 
-def cache_at(clean: Heads, first: Tensor, cache: Cache, at: Tensor) -> Cache:
-    """Caches after the frames `at` `(B, M)` of a clip: k, v `(B, M, k - 1, N, H, P)`, age `(B, M)`."""
-    reach = cache.k.shape[1]
+def cache_at(clean: Heads, first: Tensor, cache: Cache, at: Tensor, reach: int) -> Cache:
+    """Caches after the frames `at` `(B, M)` of a clip, of `reach` frames or as many as there were: k, v
+    `(B, M, reach, N, H, P)`, age `(B, M)`."""
+    held = cache.k.shape[1]
+    reach = min(reach, held + first.shape[1])
     rows = torch.arange(len(at), device=at.device)[:, None, None]
-    index = at[..., None] + 1 + torch.arange(reach, device=at.device)
+    index = at[..., None] + (held - reach + 1) + torch.arange(reach, device=at.device)
+    there, index = index >= 0, index.clamp(min=0)
     k, v = torch.cat([cache.k, clean.k], 1)[rows, index], torch.cat([cache.v, clean.v], 1)[rows, index]
-    segment = key_segments(first, cache.age, reach)
-    now = segment[:, reach:].gather(1, at)
-    return Cache(k, v, (segment[rows, index] == now[..., None]).sum(-1))
+    segment = key_segments(first, cache.age, held)
+    now = segment[:, held:].gather(1, at)
+    return Cache(k, v, (there & (segment[rows, index] == now[..., None])).sum(-1))
 
 
-def attend_reference(clean: Heads, first: Tensor, cache: Cache, query: Heads | None = None) -> Tensor:
+def attend_reference(
+    clean: Heads, first: Tensor, cache: Cache, query: Heads | None = None, chunk: int = 1, reach: int | None = None
+) -> Tensor:
     """The slow truth: one query frame after another, a masked softmax over every key of the clip. y of `query`, or of
-    `clean`."""
-    reach = cache.k.shape[1]
+    `clean`. reach: the cache's frames, if not told."""
+    held, frames = cache.k.shape[1], clean.q.shape[1]
+    reach = held if reach is None else reach
     keys, values = torch.cat([cache.k, clean.k], 1), torch.cat([cache.v, clean.v], 1)
-    segment = key_segments(first, cache.age, reach)
+    segment = key_segments(first, cache.age, held)
+    stream = clean if query is None else query
     outputs = []
-    for t in range(clean.q.shape[1]):
-        now = t + reach
-        stream = clean if query is None else query
-        where = torch.arange(now + 1, device=first.device)
+    for t in range(frames):
+        begin = t // chunk * chunk
+        end = min(begin + chunk, frames)
+        where = torch.arange(held + end, device=first.device)
         k, v = (
-            torch.cat([keys[:, :now], stream.k[:, t : t + 1]], 1),
-            torch.cat([values[:, :now], stream.v[:, t : t + 1]], 1),
+            torch.cat([keys[:, : held + begin], stream.k[:, begin:end]], 1),
+            torch.cat([values[:, : held + begin], stream.v[:, begin:end]], 1),
         )
-        seen = (segment[:, : now + 1] == segment[:, now : now + 1]) & (where >= now - reach)
-        q, k = rotate(stream.q[:, t : t + 1], where[now:]), rotate(k, where)
+        now = segment[:, held + t : held + t + 1]
+        seen = (segment[:, : held + end] == now) & (where >= held + begin - reach)
+        q, k = rotate(stream.q[:, t : t + 1], where[held + t :][:1]), rotate(k, where)
         score = torch.einsum("bqnhp,bkmhp->bhnkm", q, k) / q.shape[-1] ** 0.5
         score = score.masked_fill(~seen[:, None, None, :, None], -torch.inf).flatten(-2).softmax(-1)
         outputs.append(torch.einsum("bhnk,bkhp->bnhp", score, v.flatten(1, 2)))
@@ -148,6 +236,11 @@ def rotate(x: Tensor, position: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)
 
 
+def _whole(frames: int, chunk: int) -> int:
+    """That many frames, or a few more: whole chunks."""
+    return -(-frames // chunk) * chunk
+
+
 def _windows(v: Tensor, block: int, reach: int) -> Tensor:
     """`(B, reach + T, ...)` to `(B * T / block, reach + block, ...)`: each block with the `reach` frames before it."""
     v = v.unfold(1, block + reach, block)  # (B, blocks, ..., block + reach)
@@ -159,9 +252,35 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     tokens = q.shape[2]
     if tokens > 1:
         mask = mask.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)
-    kind = v.dtype
-    if v.is_cuda and kind == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        kind = torch.bfloat16  # in float32 this was a fifth of the time of training M on an H200
-    fold = [t.flatten(1, 2).transpose(1, 2).to(kind) for t in (q, k, v)]
+    fold = [t.flatten(1, 2).transpose(1, 2).to(precision(v)) for t in (q, k, v)]
     y = F.scaled_dot_product_attention(*fold, attn_mask=mask[:, None])
     return y.transpose(1, 2).unflatten(1, (-1, tokens)).to(v.dtype)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, sees: Callable[..., Tensor]) -> Tensor:
+    """As `_sdpa`, with a mask over tokens `sees(b, head, q, k)`."""
+    fold = [t.flatten(1, 2).transpose(1, 2).to(precision(v)) for t in (q, k, v)]
+    tools: tuple[Any, Any] = _compiled() if v.is_cuda else (flex_attention, create_block_mask)
+    run, mask_of = tools
+    mask = mask_of(sees, len(q), None, fold[0].shape[2], fold[1].shape[2], device=v.device)
+    y = run(*fold, block_mask=mask)
+    return y.transpose(1, 2).unflatten(1, (-1, q.shape[2])).to(v.dtype)
+
+
+@once
+def _compiled() -> tuple[Any, Any]:
+    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+
+
+def _forgetful(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`_sdpa`, computed once more in the backward pass rather than kept for it."""
+    if not torch.is_grad_enabled():
+        return _sdpa(q, k, v, mask)
+    return cast(Tensor, checkpoint(_sdpa, q, k, v, mask, use_reentrant=False, preserve_rng_state=False))
+
+
+def precision(v: Tensor) -> torch.dtype:
+    """The type that attention is computed in: on CUDA, bfloat16 in place of float32, unless that has to be exact."""
+    if v.is_cuda and v.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return torch.bfloat16  # in float32 this was a fifth of the time of training M on an H200
+    return v.dtype

@@ -13,6 +13,7 @@ State is a value: it goes in and comes out, nothing is remembered here. `commit`
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -20,19 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.attention import Cache, Heads, attend, attend_step, cache_at, push
-from worldmodel.scan import Stream, scan, scan_query_step, scan_step
-
-Mixer = Literal["hybrid", "window"]
+from worldmodel.attention import Cache
+from worldmodel.mixers import Layer, Past
 
 
 @dataclass(frozen=True)
 class DynamicsConfig:
     """Size and shape of M."""
 
-    mixer: Mixer = "hybrid"
+    mixer: str = "hybrid"
     """hybrid: scan and frame-local attention. window: frame-local attention alone, so nothing older than it is
-    remembered."""
+    remembered. ssm, ssm+local, causal, or a dotted path `package.module:Class` to a Mixer of your own: see
+    worldmodel/mixers.py."""
     layers: int = 2
     width: int = 64
     heads: int = 4
@@ -41,10 +41,21 @@ class DynamicsConfig:
     """Size of the scan's state per channel."""
     window: int = 4
     """Frames that the attention sees, the present one included."""
+    frames_together: int = 1
+    """Frames of a chunk, in which attention looks ahead too (5, of a window of 10, in Po et al. 2025). An agent acts
+    after every frame and needs 1."""
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    """How a clip's attention is computed on CUDA: in dense rectangles, or by FlexAttention, compiled for each length of
+    clip; `longdream bench attention` compares them. Elsewhere in rectangles."""
+    longest: int = 8192
+    """Frames that the attention of `causal` sees. What it remembers grows with the frames seen, up to these."""
     blocks: tuple[int, ...] = (1,)
     """Side of the scan's token blocks, one per layer, repeated as needed; no larger than the token grid."""
     chunk: int = 64
     """Tokens per chunk of the parallel scan, whose cost within a chunk is quadratic; at least a frame of a block."""
+    matched: bool = False
+    """Give every layer as many parameters as a layer of `hybrid` has at this width, by the width of its MLP: mixers can
+    then be compared at one size."""
     change: bool = False
     """Predict the change from the frame before instead of the frame: what hardly changes from frame to frame, like
     positions among an observation's numbers, then need not be copied through every layer."""
@@ -56,9 +67,9 @@ class DynamicsConfig:
 class State(NamedTuple):
     """M's memory of B streams, a tuple of tensors.
 
-    ssm: per layer `(B, G, H, S, P)`, one scan state for each of G token blocks. k, v: per layer `(B, window - 1, N,
-    H, P)`, the last frames' keys and values. last: `(B, N, D)`, the last frame's latents. age: `(B,)`, how many of the
-    keys are valid.
+    ssm: per layer with a mixer its state; of a scan `(B, G, H, S, P)`, one for each of G token blocks. k, v: per layer
+    with attention `(B, window - 1, N, H, P)`, the last frames' keys and values (with `causal`, of as many frames as
+    there were). last: `(B, N, D)`, the last frame's latents. age: `(B,)`, how many of the keys are valid.
     """
 
     ssm: tuple[Tensor, ...]
@@ -81,8 +92,27 @@ class State(NamedTuple):
         return self.map(clear)
 
     def without_long_memory(self) -> State:
-        """The same state with the scans' part erased: what attention alone still knows."""
+        """The same state with the mixers' part erased: what attention alone still knows."""
         return self._replace(ssm=tuple(torch.zeros_like(s) for s in self.ssm))
+
+    @classmethod
+    def of(cls, pasts: Sequence[Past], last: Tensor) -> State:
+        """The layers' parts and the last frame's latents, put together."""
+        caches = [past.cache for past in pasts if past.cache is not None]
+        age = caches[-1].age if caches else last.new_zeros(len(last), dtype=torch.long)
+        ssm = tuple(past.mix for past in pasts if past.mix is not None)
+        return cls(ssm, tuple(c.k for c in caches), tuple(c.v for c in caches), last, age)
+
+    def parts(self, layers: Sequence[Layer]) -> list[Past]:
+        """The layers' parts of it, bottom to top."""
+        mixed, cached = iter(self.ssm), zip(self.k, self.v, strict=True)
+        return [
+            Past(
+                None if layer.mix is None else next(mixed),
+                None if layer.attention is None else Cache(*next(cached), self.age),
+            )
+            for layer in layers
+        ]
 
 
 class Output(NamedTuple):
@@ -106,7 +136,12 @@ class Dynamics(nn.Module):
 
     def __init__(self, config: DynamicsConfig, grid: int, channels: int, actions: int):
         super().__init__()
-        self.config, self.grid, self.channels = config, grid, channels
+        if config.window < config.frames_together or config.longest < config.frames_together:
+            raise ValueError(
+                f"worldmodel.frames_together = {config.frames_together} is more than worldmodel.window = "
+                f"{config.window} or longest = {config.longest}: a frame sees its whole chunk"
+            )
+        self.config, self.grid, self.channels, self.actions = config, grid, channels, actions
         width = config.width
         self.tokens = grid * grid
         # two layers, not linear: continuous latents need it before the first scan, or memory does not form
@@ -131,17 +166,20 @@ class Dynamics(nn.Module):
         # a frame's feature: its tokens side by side, pooled to 4 x 4 where the grid is finer
         self.feature_grid = min(grid, 4)
         self.feature_size = self.feature_grid**2 * (width + channels * config.see_latents)
+        self.layout = self._layout(self.initial(0))
+        self.dimmed, self.pace = True, None
+
+    def heed_noise(self, paces: bool) -> None:
+        """For objectives to which noise is more than a lack of signal: it enters M as it is, not dimmed by its level;
+        and with `paces`, M is told how long a denoising step is."""
+        self.dimmed = False
+        self.pace = nn.Linear(2 * LEVEL_FEATURES + 1, self.config.width) if paces else None
 
     def initial(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state of B streams that have seen nothing."""
-        config = self.config
         device = device or self.place.device
-        head = config.width // config.heads
-        cache = torch.zeros(batch, config.window - 1, self.tokens, config.heads, head, device=device)
-        ssm = tuple(layer.mix.initial(batch, device) for layer in self.stack if layer.mix is not None)
-        last = torch.zeros(batch, self.tokens, self.channels, device=device)
-        age = torch.zeros(batch, dtype=torch.long, device=device)
-        return State(ssm, (cache,) * config.layers, (cache,) * config.layers, last, age)
+        pasts = [layer.initial(batch, self.tokens, device) for layer in self.stack]
+        return State.of(pasts, torch.zeros(batch, self.tokens, self.channels, device=device))
 
     @property
     def stack(self) -> list[Layer]:
@@ -157,6 +195,7 @@ class Dynamics(nn.Module):
         state: State,
         query: tuple[Tensor, Tensor] | None = None,
         at: Tensor | None = None,
+        fineness: Tensor | None = None,
     ) -> Output:
         """A whole clip in parallel.
 
@@ -165,52 +204,60 @@ class Dynamics(nn.Module):
             prev_action: `(B, T, A)`, the action that led to frame t; masked where `is_first` `(B, T)` is true.
             state: before frame 0.
             query: `(z, level)` of a second stream, whose frame t sees the first stream's frames before t and itself:
-                `predict` at every frame at once.
+                `predict` at every frame at once. (With frames_together, chunks in place of frames.)
             at: `(B, M)` frames after which the state is wanted as well, without gradient, to start dreams from.
-        """
-        u, cond = self._enter(z, prev_action, level, is_first)
-        uq, cond_q = self._enter(query[0], prev_action, query[1], is_first) if query else (None, None)
-        ssm, ks, vs, ages = [], [], [], None
-        ssm_at, ks_at, vs_at, ages_at = [], [], [], None
-        s = 0
-        for i, layer in enumerate(self.stack):
-            cache = Cache(state.k[i], state.v[i], state.age)
-            ssm_in = state.ssm[s] if layer.mix is not None else None
-            step = layer(u, cond, is_first, ssm_in, cache, uq, cond_q, at)
-            u, uq = step.u, step.uq
-            if ssm_in is not None:
-                ssm.append(step.ssm)
-                ssm_at.append(step.ssm_at)
-                s += 1
-            ks.append(step.cache.k)
-            vs.append(step.cache.v)
-            ages = step.cache.age
-            if step.cache_at is not None:
-                ks_at.append(step.cache_at.k.flatten(0, 1))
-                vs_at.append(step.cache_at.v.flatten(0, 1))
-                ages_at = step.cache_at.age.flatten()
-        assert ages is not None
-        known = z * level[..., None, None]  # a noised frame is no ground to build on
-        end = State(tuple(ssm), tuple(ks), tuple(vs), known[:, -1], ages)
-        starts = None
-        if at is not None and ages_at is not None:
-            rows = torch.arange(len(z), device=z.device)[:, None]
-            last_at = known[rows, at].flatten(0, 1).detach()
-            starts = State(tuple(ssm_at), tuple(ks_at), tuple(vs_at), last_at, ages_at)
-        last = torch.cat([state.last[:, None], known[:, :-1]], 1) * ~is_first[..., None, None]
-        u = self.norm(u)
-        return Output(self._feature(u, z), self._leave(u if uq is None else self.norm(uq), last), end, starts)
+            fineness: `(B, T)` of denoising steps, from 0, the whole way in one, to 1, which is what None stands for;
+                of the second stream, if there is one. Only where the objective uses it (`heed_noise`).
 
-    def predict(self, state: State, z_noisy: Tensor, prev_action: Tensor, level: Tensor) -> Tensor:
+        Raises:
+            ValueError: latents, actions or a state of another size, or no whole chunks of frames.
+        """
+        self._check(state, z, prev_action)
+        if z.shape[1] % self.config.frames_together:
+            raise ValueError(
+                f"a clip of {z.shape[1]} frames is not whole chunks of worldmodel.frames_together = "
+                f"{self.config.frames_together}: let its length be a multiple of that"
+            )
+        if at is not None and at.numel():
+            self._one_by_one("a state after any frame")
+        u, cond = self._enter(z, prev_action, level, is_first, None if query else fineness)
+        uq, cond_q = self._enter(query[0], prev_action, query[1], is_first, fineness) if query else (None, None)
+        ends, ats = [], []
+        for layer, past in zip(self.stack, state.parts(self.stack), strict=True):
+            u, uq, end, each = layer(u, cond, is_first, past, uq, cond_q, at)
+            ends.append(end)
+            ats.append(each)
+        known = z * level[..., None, None]  # a noised frame is no ground to build on
+        end, starts = State.of(ends, known[:, -1].clone()), None  # a view would keep the whole clip in memory
+        if at is not None:
+            rows = torch.arange(len(z), device=z.device)[:, None]
+            starts = State.of(ats, known[rows, at].flatten(0, 1).detach())
+        last = torch.cat([state.last[:, None], known[:, :-1]], 1)
+        if query and self.config.frames_together > 1:  # within a chunk the query stream knows its own frames only
+            own = (query[0] * query[1][..., None, None]).roll(1, 1)
+            inside = torch.arange(z.shape[1], device=z.device) % self.config.frames_together > 0
+            last = torch.where(inside[:, None, None], own, last)
+        last = last * ~is_first[..., None, None]
+        u = self.norm(u)
+        return Output(
+            self._feature(u, z),
+            self._leave(u if uq is None else self.norm(uq), last),
+            end,
+            starts,
+        )
+
+    def predict(
+        self, state: State, z_noisy: Tensor, prev_action: Tensor, level: Tensor, fineness: Tensor | None = None
+    ) -> Tensor:
         """What the next frame's latents are, `(B, N, D)`, from their noised version `(B, N, D)` at `level` `(B,)`,
-        the state and the action `(B, A)` that leads there. Reads only."""
+        the state and the action `(B, A)` that leads there. Reads only. fineness `(B,)`: see `forward`."""
+        self._one_by_one("a single frame")
+        self._check(state, z_noisy, prev_action)
         first = torch.zeros_like(level, dtype=torch.bool)[:, None]
-        u, cond = self._enter(z_noisy[:, None], prev_action[:, None], level[:, None], first)
-        s = 0
-        for i, layer in enumerate(self.stack):
-            ssm = state.ssm[s] if layer.mix is not None else None
-            u = layer.peek(u, cond, ssm, Cache(state.k[i], state.v[i], state.age))
-            s += layer.mix is not None
+        fineness = None if fineness is None else fineness[:, None]
+        u, cond = self._enter(z_noisy[:, None], prev_action[:, None], level[:, None], first, fineness)
+        for layer, past in zip(self.stack, state.parts(self.stack), strict=True):
+            u = layer.peek(u, cond, past)
         return self._leave(self.norm(u)[:, 0], state.last)
 
     def commit(
@@ -221,33 +268,69 @@ class Dynamics(nn.Module):
 
         level `(B,)` defaults to 1, clean; a little less tells M to trust the frame a little less.
         """
+        self._one_by_one("a single frame")
+        self._check(state, z, prev_action)
         state = state.reset(is_first)
         level = torch.ones_like(prev_action[:, 0]) if level is None else level
         u, cond = self._enter(z[:, None], prev_action[:, None], level[:, None], is_first[:, None])
-        ssm, ks, vs, age = [], [], [], state.age
-        for i, layer in enumerate(self.stack):
-            before = state.ssm[len(ssm)] if layer.mix is not None else None
-            u, after, cache = layer.step(u, cond, before, Cache(state.k[i], state.v[i], state.age))
-            if after is not None:
-                ssm.append(after)
-            ks.append(cache.k)
-            vs.append(cache.v)
-            age = cache.age
-        last = z * level[:, None, None]
-        return self._feature(self.norm(u), z[:, None])[:, 0], State(tuple(ssm), tuple(ks), tuple(vs), last, age)
+        pasts = []
+        for layer, past in zip(self.stack, state.parts(self.stack), strict=True):
+            u, past = layer.step(u, cond, past)
+            pasts.append(past)
+        return self._feature(self.norm(u), z[:, None])[:, 0], State.of(pasts, z * level[:, None, None])
+
+    def _one_by_one(self, what: str) -> None:
+        if self.config.frames_together > 1:
+            raise ValueError(
+                f"worldmodel.frames_together = {self.config.frames_together}: M takes in whole chunks of frames, and "
+                f"{what} was asked of it, as an agent or its dreams do: set it to 1, or go on by `forward`"
+            )
+
+    def _check(self, state: State, z: Tensor, prev_action: Tensor) -> None:
+        """Raise ValueError for latents and actions of the wrong size and for a state of another M."""
+        if z.shape[-2:] != (self.tokens, self.channels):
+            raise ValueError(
+                f"latents of shape {tuple(z.shape)}: M was made for {self.tokens} tokens (encoder.grid) of "
+                f"{self.channels} channels (encoder.channels) per frame"
+            )
+        if prev_action.shape != (*z.shape[:-2], self.actions):
+            raise ValueError(
+                f"actions of shape {tuple(prev_action.shape)} beside latents of shape {tuple(z.shape)}: M was made for "
+                f"one of length {self.actions} per frame"
+            )
+        if self._layout(state) != self.layout:
+            raise ValueError(
+                "a state of another configuration: worldmodel.mixer, layers, width, heads, state_size, window, blocks "
+                "and the token grid must be those that it was made with; begin with Dynamics.initial"
+            )
+        if len(state.last) != len(z):
+            raise ValueError(f"a state of {len(state.last)} streams beside latents of {len(z)}: index it by State.map")
+
+    def _layout(self, state: State) -> list[tuple[int, ...]]:
+        """Shapes of a stream's state; of a cache that grows, without its length."""
+        shapes = [tuple(t.shape[1:]) for t in (*state.ssm, *state.k, *state.v, state.last)]
+        return [shape[1:] for shape in shapes] if self.config.mixer == "causal" else shapes
 
     def _leave(self, u: Tensor, last: Tensor) -> Tensor:
         """Normed tokens `(..., N, W)` and the frame before `(..., N, D)` to predicted latents (or logits of them)."""
         return self.out(u) if self.stay is None else self.out(u) + self.stay * last
 
-    def _enter(self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    def _enter(
+        self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor, fineness: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Token embeddings `(B, T, N, W)` and the condition `(B, T, 1, 9, W)`. The previous action is masked here and
         nowhere else."""
         action = self.action(prev_action) * ~first[..., None]
-        cond = self.condition(action + self.level(level_features(level)))
-        # noise enters in proportion to the signal in it: at level 0, where it says nothing, not at all
-        clear = level * torch.rsqrt(level.square() + (1 - level).square())
-        return self.embed(z) * clear[..., None, None] + self.place, cond.unflatten(-1, (9, -1)).unsqueeze(2)
+        told = action + self.level(level_features(level))
+        if self.pace is not None:
+            told = told + self.pace(level_features(torch.ones_like(level) if fineness is None else fineness))
+        cond = self.condition(told).unflatten(-1, (9, -1)).unsqueeze(2)
+        u = self.embed(z)
+        if self.dimmed:
+            # noise enters in proportion to the signal in it: at level 0, where it says nothing, not at all
+            clear = level * torch.rsqrt(level.square() + (1 - level).square())
+            u = u * clear[..., None, None]
+        return u + self.place, cond
 
     def _feature(self, u: Tensor, z: Tensor) -> Tensor:
         """`(B, T, N, W)` and latents `(B, T, N, D)` to `(B, T, F)`."""
@@ -257,192 +340,6 @@ class Dynamics(nn.Module):
             maps = u.flatten(0, 1).transpose(1, 2).unflatten(-1, (self.grid, self.grid))
             u = F.adaptive_avg_pool2d(maps, self.feature_grid).flatten(2).transpose(1, 2).unflatten(0, u.shape[:2])
         return u.flatten(2)
-
-
-class LayerOut(NamedTuple):
-    u: Tensor
-    uq: Tensor | None
-    ssm: Tensor
-    cache: Cache
-    ssm_at: Tensor
-    cache_at: Cache | None
-
-
-class Layer(nn.Module):
-    """Scan, attention, MLP, each behind a modulated norm and added to the residual stream."""
-
-    def __init__(self, config: DynamicsConfig, grid: int, block: int):
-        super().__init__()
-        width = config.width
-        self.mix = ScanMixer(config, grid, block) if config.mixer == "hybrid" else None
-        self.attention = Attention(width, config.heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.offset = nn.Parameter(torch.tensor([1.0, 0.0, 1.0] * 3)[:, None].repeat(1, width))  # scale, shift, gate
-
-    def forward(
-        self,
-        u: Tensor,
-        cond: Tensor,
-        first: Tensor,
-        ssm: Tensor | None,
-        cache: Cache,
-        uq: Tensor | None,
-        cond_q: Tensor | None,
-        at: Tensor | None,
-    ) -> LayerOut:
-        """u, uq `(B, T, N, W)`; cond, cond_q `(B, T, 1, 9, W)`. See Dynamics.forward."""
-        mods = self._mods(cond)
-        mods_q = None if cond_q is None else self._mods(cond_q)
-        ssm_out = ssm_at = u.new_zeros(0)
-        if self.mix is not None:
-            assert ssm is not None
-            hq = None if uq is None or mods_q is None else self._in(uq, mods_q, 0)
-            y, yq, ssm_out, ssm_at = self.mix(self._in(u, mods, 0), first, ssm, hq, at)
-            u = self._add(u, y, mods, 0)
-            uq = uq if mods_q is None or uq is None else self._add(uq, yq, mods_q, 0)
-        heads = self.attention.heads_of(self._in(u, mods, 1))
-        heads_q = None if uq is None or mods_q is None else self.attention.heads_of(self._in(uq, mods_q, 1))
-        y, yq = attend(heads, first, cache, heads_q)
-        end = torch.full_like(first[:, :1], first.shape[1] - 1, dtype=torch.long)
-        last = cache_at(heads, first, cache, end)
-        last = Cache(last.k[:, 0], last.v[:, 0], last.age[:, 0])
-        caches = None if at is None else cache_at(Heads(*(v.detach() for v in heads)), first, cache, at)
-        u = self._add(u, self.attention.out(y.flatten(-2)), mods, 1)
-        u = self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2)
-        if uq is not None and mods_q is not None and yq is not None:
-            uq = self._add(uq, self.attention.out(yq.flatten(-2)), mods_q, 1)
-            uq = self._add(uq, self.mlp(self._in(uq, mods_q, 2)), mods_q, 2)
-        return LayerOut(u, uq, ssm_out, last, ssm_at, caches)
-
-    def step(self, u: Tensor, cond: Tensor, ssm: Tensor | None, cache: Cache) -> tuple[Tensor, Tensor | None, Cache]:
-        """One frame (T = 1) that is remembered."""
-        mods = self._mods(cond)
-        if self.mix is not None and ssm is not None:
-            y, ssm = self.mix.step(self._in(u, mods, 0), ssm)
-            u = self._add(u, y, mods, 0)
-        heads = self.attention.heads_of(self._in(u, mods, 1))
-        u = self._add(u, self.attention.out(attend_step(heads, cache).flatten(-2)), mods, 1)
-        return self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2), ssm, push(cache, heads.k, heads.v)
-
-    def peek(self, u: Tensor, cond: Tensor, ssm: Tensor | None, cache: Cache) -> Tensor:
-        """One frame (T = 1) that is not."""
-        mods = self._mods(cond)
-        if self.mix is not None and ssm is not None:
-            u = self._add(u, self.mix.peek(self._in(u, mods, 0), ssm), mods, 0)
-        y = attend_step(self.attention.heads_of(self._in(u, mods, 1)), cache)
-        u = self._add(u, self.attention.out(y.flatten(-2)), mods, 1)
-        return self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2)
-
-    def _mods(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """Scale, shift and gate of the three parts, nine times `(B, T, 1, W)`."""
-        return (cond + self.offset).unbind(-2)
-
-    def _in(self, u: Tensor, mods: tuple[Tensor, ...], part: int) -> Tensor:
-        return torch.addcmul(mods[3 * part + 1], self.norm(u), mods[3 * part])
-
-    def _add(self, u: Tensor, y: Tensor, mods: tuple[Tensor, ...], part: int) -> Tensor:
-        return torch.addcmul(u, y, mods[3 * part + 2])
-
-
-class ScanMixer(nn.Module):
-    """The block-wise scan: the token grid falls into blocks, each of which is scanned through time with a state of
-    its own."""
-
-    def __init__(self, config: DynamicsConfig, grid: int, block: int):
-        super().__init__()
-        if grid % block:
-            raise ValueError(f"worldmodel.blocks: a block side of {block} does not divide the token grid of {grid}")
-        width = config.width
-        self.heads, self.size, self.chunk = config.heads, config.state_size, max(1, config.chunk // block**2)
-        self.block, self.side = block, grid // block
-        self.split = [width, width, self.size, self.size, self.heads, self.heads]
-        self.inp = nn.Linear(width, sum(self.split))
-        self.skip = nn.Parameter(torch.ones(self.heads, 1))
-        self.norm = nn.LayerNorm(width, bias=False)
-        self.out = nn.Linear(width, width)
-        # Memory is an initialisation: time constants log-spaced over 4 to 1000 frames across heads, and not
-        # input-dependent at first; Mamba-2's own, short for most heads, left the cue forgotten before any gradient
-        # could ask for it.
-        tau = torch.logspace(math.log10(4), math.log10(1000), self.heads)
-        self.rate = nn.Parameter(torch.log(torch.expm1(1 / tau)))
-        with torch.no_grad():
-            self.inp.weight[-2 * self.heads :].mul_(0.1)
-            self.inp.bias[-2 * self.heads :].zero_()
-
-    def initial(self, batch: int, device: torch.device | str) -> Tensor:
-        """An empty state `(B, G, H, S, P)`."""
-        head = self.norm.normalized_shape[0] // self.heads
-        return torch.zeros(batch, self.side**2, self.heads, self.size, head, device=device)
-
-    def forward(
-        self, h: Tensor, first: Tensor, ssm: Tensor, hq: Tensor | None, at: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """h, hq `(B, T, N, W)` to their outputs, the state after the clip and the states after the frames `at`, `(B *
-        M, ...)`."""
-        tubes = self.side**2
-        stream, gate = self._project(h)
-        query, gate_q = (None, None) if hq is None else self._project(hq)
-        first = first.repeat_interleave(tubes, 0)
-        at = None if at is None else at.repeat_interleave(tubes, 0)
-        out = scan(stream, first, ssm.flatten(0, 1), self.chunk, query, at)
-        states_at = h.new_zeros(0)
-        if out.at is not None:
-            states_at = out.at.unflatten(0, (-1, tubes)).transpose(1, 2).flatten(0, 1)
-        y = self._finish(out.y, stream, gate)
-        yq = None if query is None or out.query is None or gate_q is None else self._finish(out.query, query, gate_q)
-        return y, yq, out.state.unflatten(0, (-1, tubes)), states_at
-
-    def step(self, h: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor]:
-        stream, gate = self._project(h)
-        y, state = scan_step(stream, ssm.flatten(0, 1))
-        return self._finish(y, stream, gate), state.unflatten(0, (-1, self.side**2))
-
-    def peek(self, h: Tensor, ssm: Tensor) -> Tensor:
-        stream, gate = self._project(h)
-        return self._finish(scan_query_step(stream, ssm.flatten(0, 1)), stream, gate)
-
-    def _project(self, h: Tensor) -> tuple[Stream, Tensor]:
-        gate, x, b, c, rate, write = self.inp(h).split(self.split, -1)
-        # rates are per frame: a block of n tokens decays n times less per token
-        exact = torch.promote_types(h.dtype, torch.float32)  # the state sums over thousands of frames
-        a = -F.softplus(rate.to(exact) + self.rate) / self.block**2
-        x = (x.unflatten(-1, (self.heads, -1)) * torch.sigmoid(write)[..., None]).to(exact)
-        b, c = (F.rms_norm(v.to(exact), (self.size,)) * self.size**-0.5 for v in (b, c))
-        return Stream(*(self._to_tubes(v) for v in (x, b, c, a))), gate
-
-    def _finish(self, y: Tensor, stream: Stream, gate: Tensor) -> Tensor:
-        y = self._from_tubes(y + self.skip * stream.x).flatten(-2).to(gate.dtype)
-        return self.out(self.norm(y) * F.silu(gate))
-
-    def _to_tubes(self, v: Tensor) -> Tensor:
-        """`(B, T, N, ...)` to `(B * G, T, n, ...)`: one row per block, raster order inside it."""
-        if self.side == 1:
-            return v
-        v = v.unflatten(2, (self.side, self.block, self.side, self.block))
-        return v.movedim((2, 4), (1, 2)).flatten(0, 2).flatten(2, 3)
-
-    def _from_tubes(self, v: Tensor) -> Tensor:
-        if self.side == 1:
-            return v
-        v = v.unflatten(2, (self.block, self.block)).unflatten(0, (-1, self.side, self.side))
-        return v.movedim((1, 2), (2, 4)).flatten(2, 5)
-
-
-class Attention(nn.Module):
-    """Projections of frame-local attention, with normed queries and keys."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm, self.k_norm = (nn.LayerNorm(width // heads, bias=False) for _ in range(2))
-        self.out = nn.Linear(width, width)
-
-    def heads_of(self, h: Tensor) -> Heads:
-        """`(B, T, N, W)` to queries, keys, values `(B, T, N, H, P)`."""
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return Heads(self.q_norm(q), self.k_norm(k), v)
 
 
 LEVEL_FEATURES = 4

@@ -5,14 +5,19 @@
 * `Mask`: the same idea on categorical latents, where noise is absorbing: a variable is hidden with probability 1 - tau.
 * `Teacher`: plain teacher-forced prediction of categorical latents from the last feature and action. The yardstick.
 
-`stream` says what a noised frame sees of its past. "one" is the paper's: a single pass, in which each row has a clean
+`stream` says what a noised frame sees of its past. "one" is the paper's: a single pass, in which a row has a clean
 prefix longer than half of the clip and independent levels after it. "two" gives every frame both roles in one pass: a
 clean stream writes the memory, and a query stream, every frame of it noised, reads it. Reward heads and dream starts
 may use clean frames only.
+
+With `shortcut`, M is told how long a denoising step is, and learns from itself to take long ones (Frans et al. 2024,
+arXiv 2410.12557; in x-space as in arXiv 2509.24527): one step shall lead where two of half its length lead.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
@@ -21,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.dynamics import Dynamics, State
+from worldmodel.dynamics import Dynamics, Output, State
 from worldmodel.heads import draw, mlp
 
 
@@ -39,13 +44,28 @@ class ForcingConfig:
     """Weight the loss by 0.9 tau + 0.1 rather than evenly (flow)."""
     blank: float = 0.3
     """Share of noised frames whose level is exactly 0: where sampling begins."""
+    prefix: float = 1.0
+    """Share of clips that begin with clean frames (stream one; 0.5 in Po et al. 2025). Dreams begin in these: an agent
+    needs 1."""
+    prefix_least: float = 0.5
+    """Least share of such a clip that is clean."""
+    predict: Literal["x", "v"] = "x"
+    """What M predicts (flow): x, the clean latents; v, the way to them from the noise, with an even loss on that."""
+    shortcut: float = 0.0
+    """Share of noised frames that learn to be denoised in few, long steps (flow); costs two more passes of M."""
+    finest: int = 64
+    """Denoising steps that count as infinitely many with `shortcut`; a power of 2."""
+    context_level: float = 1.0
+    """Level that a finished frame is given when a clip is generated on from it: 1, clean, or a little less, so that its
+    small errors are taken for noise."""
 
 
 class Pass(NamedTuple):
     """What an objective hands on of a training pass over B clips of T frames.
 
     loss: scalar. metrics: to log. feat: `(B, T, F)`; clean: `(B, T)`, which of them saw clean frames only.
-    at: `(B, M)` frames and starts: the states after them, `(B * M, ...)`, of clean frames only.
+    at: `(B, M)` frames and starts: the states after them, `(B * M, ...)`, of clean frames only. end: the state after
+    the clip, to go on with in the next (with stream one, it has seen the noised frames as noised).
     """
 
     loss: Tensor
@@ -54,6 +74,7 @@ class Pass(NamedTuple):
     clean: Tensor
     at: Tensor
     starts: State
+    end: State | None = None
 
 
 class Objective(Protocol):
@@ -74,9 +95,11 @@ class Objective(Protocol):
         first: Tensor,
         starts: int,
         weight: Tensor | None = None,
+        state: State | None = None,
     ) -> Pass:
         """One training pass: z `(B, T, N, D)`, prev_action `(B, T, A)`, first `(B, T)`; M = starts states per row
-        come back, of frames drawn in proportion to weight `(B, T)` > 0 (None: evenly)."""
+        come back, of frames drawn in proportion to weight `(B, T)` > 0 (None: evenly). state: before frame 0, carried
+        from the clip before (None: nothing was seen)."""
         ...
 
     def sample(
@@ -90,6 +113,10 @@ class Objective(Protocol):
         ...
 
 
+Ask = Callable[[Tensor, Tensor, Tensor | None], Output]
+"""Asks M for all frames of a training clip, given their noised latents, levels and fineness."""
+
+
 class Forcing(nn.Module):
     """What Flow and Mask share: the training pass and the samplers. They differ in what noise is."""
 
@@ -99,6 +126,11 @@ class Forcing(nn.Module):
     def __init__(self, config: ForcingConfig, dynamics: Dynamics):
         super().__init__()
         self.config = config
+        if self.latent == "categorical" and (config.shortcut or config.predict != "x"):
+            raise ValueError(
+                f"forcing.shortcut = {config.shortcut} and forcing.predict = {config.predict} need forcing.objective = "
+                f"flow: with another, leave them at 0 and x"
+            )
 
     def blank(self, like: Tensor, temperature: float) -> Tensor:
         """A frame at level 0, shaped as `like`."""
@@ -117,6 +149,18 @@ class Forcing(nn.Module):
         clean."""
         raise NotImplementedError
 
+    def pace(self, level: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Levels to train on, and in how many steps frames are to be denoised from noise; None: M is not told."""
+        return level, None
+
+    def fineness(self, steps: Tensor | None) -> Tensor | None:
+        """What M is told of a number of steps: 0 one step, 1 the finest."""
+        return None
+
+    def landing(self, ask: Ask, z: Tensor, noisy: Tensor, level: Tensor, steps: Tensor) -> Tensor:
+        """What M shall predict, `(B, T, N, D)`, where steps are told."""
+        raise NotImplementedError
+
     def run(
         self,
         dynamics: Dynamics,
@@ -125,11 +169,13 @@ class Forcing(nn.Module):
         first: Tensor,
         starts: int,
         weight: Tensor | None = None,
+        state: State | None = None,
     ) -> Pass:
         batch, frames = z.shape[:2]
-        state = dynamics.initial(batch, z.device)
+        state = dynamics.initial(batch, z.device) if state is None else state
         ones = torch.ones(batch, frames, device=z.device)
         level = torch.rand_like(ones) * (torch.rand_like(ones) >= self.config.blank)
+        level, steps = self.pace(level)
         if self.config.stream == "two":
             at = (
                 torch.randint(0, frames, (batch, starts), device=z.device)
@@ -137,29 +183,51 @@ class Forcing(nn.Module):
                 else draw_frames(weight, starts)
             )
             noisy = self.corrupt(z, level)
-            out = dynamics(z, prev_action, ones, first, state, (noisy, level), at)
             clean, noised = ones.bool(), ones
+
+            def ask(noisy: Tensor, level: Tensor, fineness: Tensor | None, at: Tensor | None = None) -> Output:
+                return dynamics(z, prev_action, ones, first, state, (noisy, level), at, fineness)
         else:
-            prefix = torch.randint(frames // 2, frames, (batch, 1), device=z.device)
+            prefix = self.prefixes(batch, frames, dynamics.config.frames_together, starts, z.device)
             clean = torch.arange(frames, device=z.device) < prefix
             level = torch.where(clean, 1.0, level)
             even = (torch.rand(batch, starts, device=z.device) * prefix).long()
             at = even if weight is None else draw_frames(weight * clean, starts)
             noisy = torch.where(clean[..., None, None], z, self.corrupt(z, level))
-            out = dynamics(noisy, prev_action, level, first, state, None, at)
             noised = (~clean).float()
-        error = self.error(out.pred, z, noisy, level)
+            steps = None if steps is None else torch.where(clean, self.config.finest, steps)
+
+            def ask(noisy: Tensor, level: Tensor, fineness: Tensor | None, at: Tensor | None = None) -> Output:
+                return dynamics(noisy, prev_action, level, first, state, None, at, fineness)
+
+        out = ask(noisy, level, self.fineness(steps), at)
+        target = z if steps is None else self.landing(ask, z, noisy, level, steps)
+        error = self.error(out.pred, target, noisy, level)
         loss = (error * noised).sum() / noised.sum()
         assert out.at is not None
-        return Pass(loss, {"prediction": loss.detach()}, out.feat, clean, at, out.at)
+        return Pass(loss, {"prediction": loss.detach()}, out.feat, clean, at, out.at, out.state)
+
+    def prefixes(self, batch: int, frames: int, chunk: int, starts: int, device: torch.device) -> Tensor:
+        """How many frames of each clip are clean, `(B, 1)`: whole chunks of them."""
+        config = self.config
+        if config.prefix < 1 and starts:
+            raise ValueError(
+                f"forcing.prefix = {config.prefix}: dreams begin at clean frames, of which some clips have none then; "
+                f"set it to 1"
+            )
+        prefix = torch.randint(int(frames * config.prefix_least), frames, (batch, 1), device=device)
+        if config.prefix < 1:
+            prefix = prefix * (torch.rand(batch, 1, device=device) < config.prefix)
+        return prefix // chunk * chunk
 
     def sample(
         self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
     ) -> Tensor:
         z = self.blank(action.new_empty(len(action), dynamics.tokens, dynamics.channels), temperature)
+        fineness = self.fineness(torch.full_like(action[:, 0], steps))
         for i in range(steps):
             level, to = (torch.full_like(action[:, 0], j / steps) for j in (i, i + 1))
-            z = self.advance(z, dynamics.predict(state, z, action, level), level, to, temperature)
+            z = self.advance(z, dynamics.predict(state, z, action, level, fineness), level, to, temperature)
         return z
 
     def sample_clip(
@@ -174,8 +242,10 @@ class Forcing(nn.Module):
         z = self.blank(action.new_empty(*action.shape[:2], dynamics.tokens, dynamics.channels), temperature)
         first = torch.zeros(action.shape[:2], dtype=torch.bool, device=action.device)
         levels = (1 - matrix.to(action) / total)[:, None].expand(-1, len(action), -1)
+        steps = torch.full_like(levels[0], total)
         for level, to in pairwise(levels):
-            pred = dynamics(z, action, level, first, state).pred
+            fineness = self.fineness(torch.where(level < 1, steps, self.config.finest))
+            pred = dynamics(z, action, level, first, state, None, None, fineness).pred
             z = self.advance(z, pred, level, to, temperature)
         return z
 
@@ -185,6 +255,14 @@ class Flow(Forcing):
 
     latent = "continuous"
 
+    def __init__(self, config: ForcingConfig, dynamics: Dynamics):
+        super().__init__(config, dynamics)
+        self.exponent = int(math.log2(config.finest))
+        if 2**self.exponent != config.finest:
+            raise ValueError(f"forcing.finest = {config.finest} is no power of 2: use {2**self.exponent}")
+        if config.shortcut or config.predict == "v":
+            dynamics.heed_noise(paces=config.shortcut > 0)
+
     def blank(self, like: Tensor, temperature: float) -> Tensor:
         return torch.randn_like(like) * temperature
 
@@ -193,17 +271,50 @@ class Flow(Forcing):
         return (1 - level) * torch.randn_like(z) + level * z
 
     def error(self, pred: Tensor, z: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+        if self.config.predict == "v":
+            return (pred - velocity(z, noisy, level)).square().mean((-2, -1))
         error = (pred - z).square().mean((-2, -1))
         return error * (0.9 * level + 0.1) if self.config.ramp else error
 
+    def clean(self, pred: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+        """The clean latents that a prediction stands for."""
+        return pred if self.config.predict == "x" else noisy + (1 - level)[..., None, None] * pred
+
     def advance(self, z: Tensor, pred: Tensor, level: Tensor, to: Tensor, temperature: float) -> Tensor:
-        pred = pred.clamp(-1, 1)
+        pred = self.clean(pred, z, level).clamp(-1, 1)
         share = ((to - level) / (1 - level).clamp(min=1e-6)).clamp(0, 1)[..., None, None]
         return z + share * (pred - z)  # an Euler step along v = (z_hat - z) / (1 - tau)
 
+    def pace(self, level: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.config.shortcut:
+            return level, None
+        coarse = torch.rand_like(level) < self.config.shortcut
+        steps = 2.0 ** torch.randint_like(level, self.exponent)
+        begun = (torch.rand_like(level) * steps).floor() / steps  # where a step of that length begins
+        return torch.where(coarse, begun, level), torch.where(coarse, steps, self.config.finest)
+
+    def fineness(self, steps: Tensor | None) -> Tensor | None:
+        if steps is None or not self.config.shortcut:
+            return None
+        return (steps.log2() / self.exponent).clamp(max=1)
+
+    @torch.no_grad()
+    def landing(self, ask: Ask, z: Tensor, noisy: Tensor, level: Tensor, steps: Tensor) -> Tensor:
+        """The clean latents; where steps are long, those towards which the mean of two half-steps points."""
+        coarse = steps < self.config.finest
+        half, fineness = torch.where(coarse, 0.5 / steps, 0.0), self.fineness(2 * steps)
+        ways, here, now = [], noisy, level
+        for _ in range(2):
+            way = velocity(self.clean(ask(here, now, fineness).pred, here, now), here, now)
+            here, now = here + half[..., None, None] * way, now + half
+            ways.append(way)
+        towards = noisy + (1 - level)[..., None, None] * (ways[0] + ways[1]) / 2
+        return torch.where(coarse[..., None, None], towards, z)
+
     def surprise(self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, z: Tensor) -> Tensor:
-        level = torch.zeros_like(action[:, 0])
-        return (dynamics.predict(state, torch.zeros_like(z), action, level) - z).square().mean((-2, -1))
+        level, noise = torch.zeros_like(action[:, 0]), torch.zeros_like(z)
+        expected = self.clean(dynamics.predict(state, noise, action, level), noise, level)
+        return (expected - z).square().mean((-2, -1))
 
 
 class Mask(Forcing):
@@ -266,6 +377,7 @@ class Teacher(nn.Module):
         first: Tensor,
         starts: int,
         weight: Tensor | None = None,
+        state: State | None = None,
     ) -> Pass:
         batch, frames = z.shape[:2]
         ones = torch.ones(batch, frames, device=z.device)
@@ -274,13 +386,14 @@ class Teacher(nn.Module):
             if weight is None
             else draw_frames(weight, starts)
         )
-        out = dynamics(z, prev_action, ones, first, dynamics.initial(batch, z.device), None, at)
+        state = dynamics.initial(batch, z.device) if state is None else state
+        out = dynamics(z, prev_action, ones, first, state, None, at)
         # at the start of an episode there is nothing to predict from
         before = torch.cat([torch.zeros_like(out.feat[:, :1]), out.feat[:, :-1]], 1) * ~first[..., None]
         pred = self._logits(before, prev_action * ~first[..., None], z)
         loss = categorical_nats(pred, z, self.classes).mean()
         assert out.at is not None
-        return Pass(loss, {"prediction": loss.detach()}, out.feat, ones.bool(), at, out.at)
+        return Pass(loss, {"prediction": loss.detach()}, out.feat, ones.bool(), at, out.at, out.state)
 
     def sample(
         self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
@@ -290,6 +403,11 @@ class Teacher(nn.Module):
 
     def surprise(self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, z: Tensor) -> Tensor:
         return categorical_nats(self._logits(feat, action, z), z, self.classes).mean((-2, -1))
+
+
+def velocity(z: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+    """z - noise, the way from noise to clean latents z, of a frame that is at `level` `(...)` on it, `(..., N, D)`."""
+    return (z - noisy) / (1 - level).clamp(min=1e-6)[..., None, None]
 
 
 def draw_frames(weight: Tensor, count: int) -> Tensor:

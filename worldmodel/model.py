@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from worldmodel.dynamics import Dynamics, DynamicsConfig, State
 from worldmodel.encoder import Encoder, EncoderConfig, Observed
 from worldmodel.forcing import Flow, ForcingConfig, Mask, Objective, Teacher
 from worldmodel.heads import Consequence
-from worldmodel.types import Batch, Loss
+from worldmodel.types import Batch, Loss, named
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class WorldModel(nn.Module):
         with torch.no_grad():
             z = self.encoder(batch.obs)
         first = batch.clip_first()
-        leaning = {} if weight is None else {"weight": weight}
+        leaning: dict[str, Any] = {} if weight is None else {"weight": weight}
         out = self.objective.run(self.dynamics, z, batch.prev_action(), first, starts, **leaning)
         # row t + 1 is the consequence of (feat_t, a_t), unless it begins a new episode
         known, alive = out.clean[:, :-1] & ~batch.is_first[:, 1:], (~batch.terminated[:, 1:]).float()
@@ -209,13 +208,4 @@ def objective_class(name: str) -> type:
     Raises:
         ValueError: neither.
     """
-    known = {"flow": Flow, "mask": Mask, "teacher": Teacher}
-    if name in known:
-        return known[name]
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"forcing.objective = {name}: use one of {', '.join(known)} or package.module:Class")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"forcing.objective = {name}: {error}") from None
+    return named("forcing.objective", name, {"flow": Flow, "mask": Mask, "teacher": Teacher})

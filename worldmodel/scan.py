@@ -9,7 +9,8 @@ Tokens come frame by frame, `n` to a frame. Where a frame begins an episode the 
 
 A *query* stream may run beside the clean one. Query frame t starts from the state that the clean frames before t left
 and is then scanned alone: what M computes for a noised frame at time t, for every t at once. That is how denoising is
-trained against a clean past at every frame in one pass.
+trained against a clean past at every frame in one pass. In groups of frames, a group starts from the state before it
+and is scanned as a whole.
 
 `scan` is the fast form (cost linear in time), `scan_step` advances one frame, `scan_reference` is the slow truth.
 """
@@ -78,6 +79,7 @@ def scan(
     chunk: int = 64,
     query: Stream | None = None,
     at: Tensor | None = None,
+    group: int = 1,
 ) -> ScanOut:
     """Scan T frames in chunks: matrix products inside a chunk, one recurrence over chunks.
 
@@ -87,9 +89,10 @@ def scan(
         state: `(B, H, S, P)` float32, before frame 0.
         chunk: frames per chunk.
         at: `(B, M)` frame indices after which to return the state as well, without gradient, to start dreams from.
+        group: query frames that are scanned together; T is a multiple of it.
     """
     frames, tokens = clean.x.shape[1:3]
-    chunk = min(chunk, frames)
+    chunk = max(1, min(chunk, frames) // group) * group
     segment = first.long().cumsum(1)
     pad = -frames % chunk
     if pad:  # padding writes nothing (b = 0) and keeps the state (a = 0)
@@ -118,19 +121,29 @@ def scan(
 
     query_y = None
     if query is not None:
-        query_y = _read(query, (x, b, cum), start, alive, same, tokens, chunks)
+        query_y = _read(query, (x, b, cum), start, alive, same, tokens * group, chunks, group > 1)
         query_y = _unchunk(query_y, tokens)[:, :frames]
     states_at = None if at is None else _states_at(at, (x, b, cum), token_seg, before, start, chunk, tokens)
-    return ScanOut(_unchunk(y, tokens)[:, :frames], states[:, -1], query_y, states_at)
+    last = states[:, -1].clone()  # a view would keep the states of all chunks in memory
+    return ScanOut(_unchunk(y, tokens)[:, :frames], last, query_y, states_at)
 
 
-def _over_chunks(written: Tensor, decay: Tensor, cut: Tensor) -> Tensor:
-    """The recurrence from chunk to chunk, as one product with the (K + 1)^2 decays between them.
+def _over_chunks(written: Tensor, decay: Tensor, cut: Tensor, most: int = 256) -> Tensor:
+    """The recurrence from chunk to chunk, as one product with the (K + 1)^2 decays between them; beyond `most` chunks,
+    as several, so that the cost stays linear in time.
 
     written: `(B, K + 1, H, S, P)`, the state before all chunks, then what each chunk adds. decay: `(B, K, H)` log decay
     over each chunk; cut: `(B, K)`, whether nothing passes through it. Returns the states before each chunk and after
     the last, as written.
     """
+    if decay.shape[1] > most:
+        parts, state = [], written[:, :1]
+        for k in range(0, decay.shape[1], most):
+            now = slice(k, k + most)
+            found = _over_chunks(torch.cat([state, written[:, 1:][:, now]], 1), decay[:, now], cut[:, now], most)
+            parts.append(found[:, :-1])
+            state = found[:, -1:]
+        return torch.cat([*parts, state], 1)
     since = F.pad(decay.cumsum(1), (0, 0, 1, 0)).transpose(1, 2)  # (B, H, K + 1)
     piece = F.pad(cut.long().cumsum(1), (1, 0))
     same = (piece[:, :, None] == piece[:, None])[:, None]
@@ -139,8 +152,9 @@ def _over_chunks(written: Tensor, decay: Tensor, cut: Tensor) -> Tensor:
     return states.transpose(1, 2).unflatten(3, written.shape[3:])
 
 
-def _read(query: Stream, clean, start, alive, same, tokens: int, chunks: int) -> Tensor:
-    """The query stream's outputs: past clean frames through the chunk and its incoming state, then its own frame."""
+def _read(query: Stream, clean, start, alive, same, tokens: int, chunks: int, grouped: bool) -> Tensor:
+    """The query stream's outputs: past clean frames through the chunk and its incoming state, then its own frame. Where
+    `grouped`, a group of frames, of that many tokens, within which an episode may begin."""
     x, b, cum = clean
     qx, qb, qc, qa = _chunked(query, chunks)
     frame_of = torch.arange(qx.shape[-2], device=qx.device) // tokens
@@ -155,7 +169,11 @@ def _read(query: Stream, clean, start, alive, same, tokens: int, chunks: int) ->
     if tokens == 1:
         return y + (qb * qc).sum(-1)[:, :, None, :, None] * qx
     qx, qb, qc = qx.unflatten(-2, (-1, tokens)), qb.unflatten(-2, (-1, tokens)), qc.unflatten(-2, (-1, tokens))
-    inside = (qc @ qb.transpose(-1, -2))[:, :, None] * _causal_decay(own, own)
+    within = None
+    if grouped:
+        episode = same.unflatten(-1, (-1, tokens)).unflatten(-3, (-1, tokens))  # (B, K, groups, n, groups, n)
+        within = episode.diagonal(dim1=2, dim2=4).movedim(-1, 2)[:, :, None]
+    inside = (qc @ qb.transpose(-1, -2))[:, :, None] * _causal_decay(own, own, within)
     return y + (inside @ qx).flatten(-3, -2)
 
 
@@ -176,14 +194,16 @@ def _states_at(at: Tensor, clean, token_seg, before, start, chunk: int, tokens: 
 
 
 def scan_reference(
-    clean: Stream, first: Tensor, state: Tensor, query: Stream | None = None
+    clean: Stream, first: Tensor, state: Tensor, query: Stream | None = None, group: int = 1
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The slow truth: the recurrence token by token. Returns y, the state after each frame, and the queries' y."""
-    ys, states, query_ys = [], [], []
+    ys, states, query_ys, aside = [], [], [], state
     for t in range(clean.x.shape[1]):
-        state = torch.where(first[:, t, None, None, None], torch.zeros_like(state), state)
+        aside = state if t % group == 0 else aside
+        state, aside = (torch.where(first[:, t, None, None, None], torch.zeros_like(s), s) for s in (state, aside))
         if query is not None:
-            query_ys.append(_token_by_token(query, t, state)[0])
+            y, aside = _token_by_token(query, t, aside)
+            query_ys.append(y)
         y, state = _token_by_token(clean, t, state)
         ys.append(y)
         states.append(state)

@@ -5,7 +5,9 @@ Shapes: B batch, T time, N latent tokens per frame, D latent channels, A encoded
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -58,3 +60,20 @@ class Batch:
         first = self.is_first.clone()
         first[:, 0] = True
         return first
+
+
+def named(field: str, name: str, known: Mapping[str, type]) -> type:
+    """The class behind a field of the configuration: a known word or a dotted path `package.module:Class`.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name in known:
+        return known[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"{field} = {name}: use one of {', '.join(known)} or package.module:Class")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{field} = {name}: {error}") from None

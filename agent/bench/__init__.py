@@ -9,11 +9,25 @@ from collections.abc import Callable
 from typing import Any
 
 from agent import options
-from agent.bench import act, controllers, dream, fidelity, loop, maze, memory_maze, objectives, remote, temperature
+from agent.bench import (
+    act,
+    attention,
+    controllers,
+    dream,
+    fidelity,
+    loop,
+    maze,
+    memory_maze,
+    objectives,
+    remote,
+    scan,
+    temperature,
+)
 from envs.contract import UserError
 
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "act": act.measure,
+    "attention": attention.measure,
     "controllers": controllers.measure,
     "dream": dream.measure,
     "fidelity": fidelity.measure,
@@ -22,6 +36,7 @@ BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "memory-maze": memory_maze.measure,
     "objectives": objectives.measure,
     "remote": remote.measure,
+    "scan": scan.measure,
     "temperature": temperature.measure,
 }
 """Name and function of each measurement: prints what it found, and returns it as JSON values."""

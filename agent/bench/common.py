@@ -6,12 +6,15 @@ import dataclasses
 import os
 import resource
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from agent import options
+from agent.agent import resolve_device
 from agent.config import Config
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -33,3 +36,29 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except FileNotFoundError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def device_of(device: Device | None) -> torch.device:
+    """The device meant (default: the one that training would take), set up as for training."""
+    found = torch.device(resolve_device(device or "auto"))
+    if found.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return found
+
+
+def median_ms(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Milliseconds that a call takes: the median of so many, after three that are not counted."""
+    taken = []
+    for i in range(-3, repeats):
+        began = _now(device)
+        function()
+        if i >= 0:
+            taken.append(1e3 * (_now(device) - began))
+    return sorted(taken)[len(taken) // 2]
+
+
+def _now(device: torch.device) -> float:
+    """Seconds; on CUDA, with all that was launched done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -199,7 +199,7 @@ MISTAKES = [
     ("train tiny --steps 10", "learn.steps = 10: nothing is learned before step 60"),
     ("train tiny --worldmodel.layers 0", "worldmodel.layers = 0: must be at least 1"),
     ("train tiny --worldmodel.heads 3", "worldmodel.heads = 3 does not divide worldmodel.width = 16"),
-    ("train tiny --worldmodel.mixer transformer", "should be 'hybrid' or 'window'"),
+    ("train tiny --worldmodel.mixer transformer", "worldmodel.mixer = transformer: use one of hybrid, ssm, ssm+local"),
     ("train tiny --device gpu", "--device 'gpu': should be 'auto', 'cpu' or 'cuda': did you mean cpu?"),
     ("train tiny --env.kwargs {", "--env.kwargs {: cannot be read; write it like"),
     ("train tiny --env.kwargs 3", "--env.kwargs 3: should be a valid dictionary"),

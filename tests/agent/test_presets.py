@@ -71,6 +71,8 @@ def test_every_number_has_a_range() -> None:
         ({"env.timeout_s": 0}, "env.timeout_s = 0.0: must be greater than 0"),
         ({"worldmodel.blocks": [1, 0]}, "worldmodel.blocks = 0: must be at least 1"),
         ({"worldmodel.blocks": []}, "worldmodel.blocks is empty"),
+        ({"worldmodel.frames_together": 5}, "an agent acts after every frame; set it to 1"),
+        ({"forcing.stream": "one", "forcing.prefix": 0.5}, "an agent's dreams begin at clean frames"),
         ({"worldmodel.heads": 3}, "worldmodel.heads = 3 does not divide worldmodel.width = 64"),
         ({"replay.starts": 0.7, "replay.surprise": 0.7}, "their sum must not exceed 1"),
         ({"heads.dreamt": 1.0, "controller.horizon": 1}, "set controller.horizon to at least 2"),

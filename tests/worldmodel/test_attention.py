@@ -5,7 +5,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from worldmodel.attention import Cache, Heads, attend, attend_reference, attend_step, cache_at, push, rotate
+from worldmodel.attention import (
+    Cache,
+    Heads,
+    attend,
+    attend_far,
+    attend_flex,
+    attend_reference,
+    attend_step,
+    cache_at,
+    push,
+    rotate,
+)
 
 BATCH, HEADS, HEAD = 3, 2, 6
 TOLERANCE = 2e-6  # rotary angles are float32 whatever the type of the values
@@ -123,13 +134,13 @@ def test_frame_by_frame_is_the_clip(tokens: int, window: int) -> None:
     frames = 13
     clean, query, cache, first = draw(frames, tokens), draw(frames, tokens), draw_cache(tokens, window), resets(frames)
     y, query_y = attend(clean, first, cache, query, 4)
-    everywhere = cache_at(clean, first, cache, torch.arange(frames).expand(BATCH, -1))
+    everywhere = cache_at(clean, first, cache, torch.arange(frames).expand(BATCH, -1), window - 1)
     assert query_y is not None
     for t in range(frames):
         cache = cache._replace(age=torch.where(first[:, t], 0, cache.age))
         close(attend_step(part(query, t), cache), query_y[:, t : t + 1])
         close(attend_step(part(clean, t), cache), y[:, t : t + 1])
-        cache = push(cache, clean.k[:, t : t + 1], clean.v[:, t : t + 1])
+        cache = push(cache, clean.k[:, t : t + 1], clean.v[:, t : t + 1], window - 1)
         assert torch.equal(everywhere.age[:, t], cache.age)
         for row in range(BATCH):
             valid = slice(window - 1 - int(cache.age[row]), None)
@@ -142,7 +153,7 @@ def test_frame_by_frame_is_the_clip(tokens: int, window: int) -> None:
 def test_two_parts_with_the_cache_carried_are_one_pass(window: int, cut: int) -> None:
     clean, cache, first = draw(13, 2), draw_cache(2, window), resets(13)
     whole, _ = attend(clean, first, cache, None, 4)
-    between = cache_at(clean, first, cache, torch.full((BATCH, 1), cut - 1))
+    between = cache_at(clean, first, cache, torch.full((BATCH, 1), cut - 1), window - 1)
     between = Cache(between.k[:, 0], between.v[:, 0], between.age[:, 0])
     tail, _ = attend(Heads(*(v[:, cut:] for v in clean)), first[:, cut:], between, None, 3)
     close(tail, whole[:, cut:])
@@ -196,3 +207,105 @@ def test_memory_grows_with_time_and_not_with_its_square() -> None:
         return total
 
     assert kept(512) < 2.2 * kept(256) < 4.84 * kept(128)
+
+
+# -- chunks, and the far past -----------------------------------------------------------------------------------------
+
+# frames, tokens, window, chunk, block: whole chunks and parts of one, windows that are no multiple of a chunk
+CHUNKS = [(13, 2, 10, 5, 16), (20, 1, 10, 5, 5), (7, 3, 3, 3, 1), (17, 1, 5, 2, 3), (12, 2, 7, 4, 8), (3, 1, 9, 4, 16)]
+
+
+def same_in_values_and_gradients(got, wanted, inputs: list[Tensor]) -> None:
+    cotangents, grads = [torch.randn_like(v) for v in wanted], []
+    for y in (got, wanted):
+        assert y[1] is not None
+        grads.append(torch.autograd.grad(y, inputs, cotangents, materialize_grads=True))
+    for a, b in zip((*got, *grads[0]), (*wanted, *grads[1]), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize(("frames", "tokens", "window", "chunk", "block"), CHUNKS)
+def test_chunks_are_the_reference(frames: int, tokens: int, window: int, chunk: int, block: int) -> None:
+    clean, query, first = draw(frames, tokens), draw(frames, tokens), resets(frames)
+    cache = draw_cache(tokens, window - chunk + 1)
+    got = attend(clean, first, cache, query, block, chunk)
+    wanted = attend_reference(clean, first, cache, None, chunk), attend_reference(clean, first, cache, query, chunk)
+    same_in_values_and_gradients(got, wanted, [*clean, *query, cache.k, cache.v])
+
+
+@pytest.mark.parametrize(("frames", "tokens", "window", "chunk", "block"), CHUNKS)
+def test_a_frame_sees_its_chunk_and_what_of_the_window_lies_before_it(
+    frames: int, tokens: int, window: int, chunk: int, block: int
+) -> None:
+    clean, query, reach = draw(frames, tokens), draw(frames, tokens), window - chunk
+    cache = draw_cache(tokens, reach + 1, [reach] * BATCH)
+    streams = attend(clean, torch.zeros(BATCH, frames, dtype=torch.bool), cache, query, block, chunk)
+    for t in range(frames):
+        begin = t // chunk * chunk
+        past, own = set(range(begin - reach, begin)), set(range(begin, min(begin + chunk, frames)))
+        for y, both in zip(streams, ((past | own, set()), (past, own)), strict=True):
+            assert y is not None
+            values = torch.autograd.grad(
+                y[:, t].sum(), [cache.v, clean.v, query.v], retain_graph=True, allow_unused=True
+            )
+            held, seen, asked = ([] if v is None else v[0].flatten(1).any(1).nonzero().flatten() for v in values)
+            assert {int(s) - reach for s in held} | {int(s) for s in seen} == both[0]
+            assert {int(s) for s in asked} == both[1]
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize(("held", "reach", "block"), [(0, 100, 5), (4, 100, 32), (3, 9, 4), (6, 6, 1)])
+def test_the_far_past_is_the_reference(held: int, reach: int, block: int, chunk: int) -> None:
+    """Whether all of it is reached or not, however much of it there is and how much of that is valid."""
+    clean, query, first = draw(17, 2), draw(17, 2), resets(17)
+    cache = draw_cache(2, held + 1)
+    got = attend_far(clean, first, cache, reach, query, block, chunk)
+    wanted = [attend_reference(clean, first, cache, stream, chunk, reach) for stream in (None, query)]
+    same_in_values_and_gradients(got, wanted, [*clean, *query, cache.k, cache.v])
+    with torch.no_grad():
+        close(attend_far(clean, first, cache, reach, None, block, chunk)[0], wanted[0])
+
+
+@pytest.mark.parametrize("reach", [5, 100])
+def test_a_cache_that_grows_holds_all_that_is_reached_and_no_more(reach: int) -> None:
+    clean, first, cache = draw(13, 2), resets(13), draw_cache(2, 1)
+    y, _ = attend_far(clean, first, cache, reach)
+    everywhere = cache_at(clean, first, cache, torch.arange(13).expand(BATCH, -1), reach)
+    for t in range(13):
+        cache = cache._replace(age=torch.where(first[:, t], 0, cache.age))
+        close(attend_step(part(clean, t), cache), y[:, t : t + 1])
+        cache = push(cache, clean.k[:, t : t + 1], clean.v[:, t : t + 1], reach)
+        assert cache.k.shape[1] == min(t + 1, reach)
+        assert torch.equal(everywhere.age[:, t], cache.age)
+        for row in range(BATCH):
+            newest = slice(-int(cache.age[row]), None)  # the frame itself, at least
+            assert torch.equal(everywhere.k[row, t, newest], cache.k[row, newest])
+
+
+@pytest.mark.parametrize(("held", "reach", "chunk"), [(4, 4, 1), (3, 9, 3)])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")  # its slow form is what runs here
+@torch.no_grad()
+def test_flex_attention_is_the_reference(held: int, reach: int, chunk: int) -> None:
+    clean, query, first = draw(17, 2), draw(17, 2), resets(17)
+    cache = draw_cache(2, held + 1)
+    y, query_y = attend_flex(clean, first, cache, reach, query, chunk)
+    assert query_y is not None
+    close(y, attend_reference(clean, first, cache, None, chunk, reach))
+    close(query_y, attend_reference(clean, first, cache, query, chunk, reach))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("reach", [4, 100])
+def test_compiled_flex_attention_is_the_reference_in_values_and_gradients(reach: int, chunk: int) -> None:
+    """At an odd number of frames, in bfloat16 and near the exact values."""
+    size = (BATCH, 67, 4, HEADS, 16)
+    clean, query = (Heads(*(torch.randn(*size, device="cuda", requires_grad=True) for _ in range(3))) for _ in range(2))
+    nothing = torch.zeros(BATCH, 0, *size[2:], device="cuda")
+    first, cache = resets(67).cuda(), Cache(nothing, nothing, torch.zeros(BATCH, dtype=torch.long, device="cuda"))
+    got = attend_flex(clean, first, cache, reach, query, chunk)
+    wanted = [attend_reference(clean, first, cache, stream, chunk, reach) for stream in (None, query)]
+    cotangents = [torch.randn_like(v) for v in wanted]
+    grads = [torch.autograd.grad(ys, [*clean, *query], cotangents) for ys in (got, wanted)]
+    for a, b in zip((*got, *grads[0]), (*wanted, *grads[1]), strict=True):
+        assert a is not None and (a - b).norm() < 0.02 * b.norm()

@@ -16,6 +16,9 @@ KINDS = [
     ("window", 2, (1,)),
     ("hybrid, change", 4, (1, 4)),
     ("window, change", 1, (1,)),
+    ("ssm", 2, (1,)),
+    ("ssm+local, change", 2, (1,)),
+    ("causal", 2, (1,)),
 ]
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from worldmodel.scan import Stream, scan, scan_query_step, scan_reference, scan_step
+from worldmodel.scan import Stream, _over_chunks, scan, scan_query_step, scan_reference, scan_step
 
 HEADS, HEAD, SIZE = 2, 3, 5
 # Longer than the chunk by one, a frame alone, primes, exact multiples; 1, 3, 4 and 16 tokens a frame.
@@ -215,3 +215,31 @@ def test_memory_grows_with_time_and_not_with_its_square() -> None:
         return total
 
     assert kept(256) < 2.2 * kept(128) < 4.84 * kept(64)
+
+
+@pytest.mark.parametrize(
+    ("frames", "tokens", "chunk", "group"), [(12, 1, 4, 3), (20, 4, 7, 5), (10, 3, 64, 2), (5, 1, 1, 5)]
+)
+def test_groups_of_query_frames_are_scanned_as_one(frames: int, tokens: int, chunk: int, group: int) -> None:
+    """From the state before the group, also where an episode begins inside it."""
+    clean, query, state, first = draw(frames, tokens), draw(frames, tokens), draw_state(), resets(frames, 4)
+    out = scan(clean, first, state, chunk, query, group=group)
+    y, states, query_y = scan_reference(clean, first, state, query, group)
+    got, wanted = (out.y, out.state, out.query), (y, states[-1], query_y)
+    cotangents, inputs = [torch.randn_like(v) for v in wanted], [*clean, *query, state]
+    grads = (torch.autograd.grad(v, inputs, cotangents) for v in (got, wanted))
+    for a, b in zip((*got, *next(grads)), (*wanted, *next(grads)), strict=True):
+        close(a, b, 1e-10)
+    assert (scan_reference(clean, first, state, query)[2] - query_y).abs().amax() > 0.1
+
+
+@pytest.mark.parametrize("most", [1, 4, 13])
+def test_many_chunks_in_parts_are_one_product(most: int) -> None:
+    written = torch.randn(2, 14, HEADS, SIZE, HEAD, dtype=torch.float64, requires_grad=True)
+    decay = (-torch.rand(2, 13, HEADS, dtype=torch.float64)).requires_grad_()
+    cut = torch.rand(2, 13) < 0.2
+    got, wanted = (_over_chunks(written, decay, cut, parts) for parts in (most, 13))
+    close(got, wanted)
+    weight = torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad(v, [written, decay], weight) for v in (got, wanted)), strict=True):
+        close(a, b)

@@ -1,0 +1,160 @@
+"""Streams of generated frames."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from worldmodel.dynamics import Dynamics, DynamicsConfig, State
+from worldmodel.forcing import Flow, ForcingConfig, Mask, Teacher
+from worldmodel.generate import generate, slope, take_in
+
+ACTIONS, CHANNELS = 2, 6
+
+
+def build(mixer: str = "hybrid", objective: str = "flow", grid: int = 2, **options):
+    """A context of 9 frames behind an M with random weights: objective, M, feat, state."""
+    made = {"layers": 1, "width": 8, "heads": 2, "state_size": 3, "window": 4} | options
+    forcing = ForcingConfig(context_level=made.pop("context_level", 1.0))
+    dynamics = Dynamics(DynamicsConfig(mixer, **made), grid, CHANNELS, ACTIONS)
+    with torch.no_grad():
+        for weight in dynamics.parameters():
+            weight += 0.2 * torch.randn_like(weight)
+    kinds = {
+        "flow": lambda: Flow(forcing, dynamics),
+        "mask": lambda: Mask(forcing, dynamics, 3),
+        "teacher": lambda: Teacher(forcing, dynamics, 3, ACTIONS),
+    }
+    feat, state = take_in(dynamics, *context(dynamics, 9))
+    return kinds[objective](), dynamics, feat, state
+
+
+def context(dynamics: Dynamics, frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    first = torch.arange(frames).expand(2, -1) == 0
+    return torch.rand(2, frames, dynamics.tokens, CHANNELS) * 2 - 1, torch.rand(2, frames, ACTIONS), first
+
+
+def held(state: State) -> int:
+    """Bytes of memory behind the tensors, seen by them or not."""
+    sizes = []
+    state.map(lambda t: sizes.append(t.untyped_storage().nbytes()) or t)
+    return sum(sizes)
+
+
+@torch.no_grad()
+def test_a_context_is_taken_in_whole_or_in_pieces() -> None:
+    for together in (1, 3):
+        _, dynamics, _, _ = build(frames_together=together, grid=1)
+        clip = context(dynamics, 12)
+        whole, parts = take_in(dynamics, *clip), take_in(dynamics, *clip, piece=5)
+        head = take_in(dynamics, *(v[:, :6] for v in clip))[1]
+        parts_too = take_in(dynamics, *(v[:, 6:] for v in clip), state=head)
+        for feat, state in (parts, parts_too):
+            torch.testing.assert_close(feat, whole[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(state.ssm, whole[1].ssm, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["hybrid", "window"])
+def test_ten_thousand_frames_in_constant_memory(mixer: str) -> None:
+    objective, dynamics, feat, state = build(mixer, grid=1)
+    before, sizes, frames = held(state), set(), 0
+    for piece in generate(objective, dynamics, feat, state, torch.rand(2, 10_000, ACTIONS), steps=1, piece=50):
+        sizes.add(held(piece.state))
+        frames += piece.z.shape[1]
+        assert piece.z.isfinite().all() and piece.feat.isfinite().all()
+        assert all(t.isfinite().all() for t in (*piece.state.ssm, *piece.state.k, *piece.state.v))
+    assert frames == 10_000 and sizes == {before}
+
+
+def test_the_cache_of_causal_attention_grows_up_to_its_bound() -> None:
+    objective, dynamics, feat, state = build("causal", longest=15)
+    pieces = generate(objective, dynamics, feat, state, torch.rand(2, 12, ACTIONS), steps=1)
+    assert [piece.state.k[0].shape[1] for piece in pieces] == [10, 11, 12, 13, *[14] * 8]
+
+
+@pytest.mark.parametrize("objective", ["flow", "mask", "teacher"])
+def test_frame_after_frame_is_sampled_and_committed(objective: str) -> None:
+    drawn, dynamics, feat, state = build(objective=objective)
+    action = torch.rand(2, 4, ACTIONS)
+    torch.manual_seed(5)
+    made = list(generate(drawn, dynamics, feat, state, action, steps=2, temperature=0.7))
+    torch.manual_seed(5)
+    go_on = torch.zeros(2, dtype=torch.bool)
+    with torch.no_grad():
+        for t, piece in enumerate(made):
+            z = drawn.sample(dynamics, feat, state, action[:, t], 2, 0.7)
+            feat, state = dynamics.commit(state, z, action[:, t], go_on)
+            assert torch.equal(piece.z[:, 0], z) and torch.equal(piece.feat[:, 0], feat)
+            assert all(torch.equal(a, b) for a, b in zip(piece.state.k, state.k, strict=True))
+
+
+class Silent(Flow):
+    """Flow that begins with no noise at all."""
+
+    def blank(self, like: Tensor, temperature: float) -> Tensor:
+        return torch.zeros_like(like)
+
+
+def test_pieces_in_order_are_frames_one_by_one() -> None:
+    """Autoregressive pieces of any size are what single frames are; other orders are other computations."""
+    _, dynamics, feat, state = build()
+    objective, action = Silent(ForcingConfig(), dynamics), torch.rand(2, 6, ACTIONS)
+
+    def made(**how) -> Tensor:
+        return torch.cat([piece.z for piece in generate(objective, dynamics, feat, state, action, 3, **how)], 1)
+
+    one_by_one = made()
+    assert one_by_one.shape == (2, 6, 4, CHANNELS)
+    torch.testing.assert_close(made(piece=4, order="autoregressive"), one_by_one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made(piece=6, order=3.0), one_by_one, rtol=1e-4, atol=1e-5)
+    others = [made(piece=3, order=order) for order in ("full", "pyramid", 0.5)]
+    for i, other in enumerate(others):
+        assert all((other - x).abs().amax() > 1e-3 for x in (one_by_one, *others[:i]))
+
+
+def test_chunks_of_attention_are_generated_whole() -> None:
+    objective, dynamics, feat, state = build(frames_together=3, window=6)
+    pieces = list(generate(objective, dynamics, feat, state, torch.rand(2, 9, ACTIONS), steps=2))
+    assert [piece.z.shape[1] for piece in pieces] == [3, 3, 3]
+    assert all(piece.z.abs().amax() <= 1 + 1e-5 for piece in pieces)
+    first = torch.zeros(2, 3, dtype=torch.bool)
+    with torch.no_grad():  # the last piece went into the state as what it is, clean
+        out = dynamics(pieces[2].z, torch.rand(2, 3, ACTIONS), torch.ones(2, 3), first, pieces[1].state)
+    torch.testing.assert_close(out.state.last, pieces[2].state.last)
+
+
+@pytest.mark.parametrize("piece", [1, 2])
+def test_finished_frames_are_trusted_as_far_as_told(piece: int) -> None:
+    """Committed at a level below 1, without noise; by the configuration, or by the call."""
+    _, dynamics, feat, state = build()
+    action = torch.rand(2, 2, ACTIONS)
+
+    def run(config: ForcingConfig, **how):
+        *_, last = generate(Silent(config, dynamics), dynamics, feat, state, action, 1, piece=piece, **how)
+        return last
+
+    plain, told = run(ForcingConfig()), run(ForcingConfig(), context_level=0.9)
+    assert not torch.equal(plain.state.k[0], told.state.k[0])
+    assert torch.equal(run(ForcingConfig(context_level=0.9)).state.k[0], told.state.k[0])
+    torch.testing.assert_close(told.state.last, 0.9 * told.z[:, -1])
+    if piece == 2:
+        assert torch.equal(plain.z, told.z)  # only what comes after a piece can tell
+
+
+def test_what_cannot_be_generated() -> None:
+    objective, dynamics, feat, state = build()
+    action = torch.rand(2, 4, ACTIONS)
+    with pytest.raises(ValueError, match="order = upwards: use one of full, pyramid, autoregressive"):
+        list(generate(objective, dynamics, feat, state, action, 2, order="upwards", piece=2))
+    with pytest.raises(ValueError, match="pieces of 0 frames"):
+        list(generate(objective, dynamics, feat, state, action, 2, piece=0))
+    teacher, dynamics, feat, state = build(objective="teacher")
+    with pytest.raises(ValueError, match="Teacher draws frames one by one"):
+        list(generate(teacher, dynamics, feat, state, action, 2, piece=2))
+    objective, dynamics, feat, state = build(frames_together=3)
+    for how in ({"piece": 2}, {}):
+        with pytest.raises(ValueError, match=r"whole chunks of worldmodel\.frames_together = 3"):
+            list(generate(objective, dynamics, feat, state, action, 2, **how))
+
+
+def test_orders_are_slopes() -> None:
+    assert [slope(order, 5) for order in ("full", "pyramid", "autoregressive", 2.5)] == [0, 1, 5, 2.5]

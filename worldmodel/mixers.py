@@ -1,0 +1,334 @@
+"""What a layer of M is made of: a mixer that remembers, attention over frames, an MLP.
+
+`worldmodel.mixer` says which, and everything else stays equal:
+
+| mixer | remembers by | attention |
+|---|---|---|
+| `hybrid` | a scan in each of the layer's token blocks | frame-local |
+| `ssm` | one scan over the whole frame | none |
+| `ssm+local` | one scan over the whole frame | frame-local |
+| `causal` | | all frames so far |
+| `window` | | frame-local |
+| `package.module:Class` | a `Mixer` of your own, in the scan's place | frame-local, if it says so |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldmodel.attention import Cache, Heads, attend, attend_far, attend_flex, attend_step, cache_at, push
+from worldmodel.scan import Stream, scan, scan_query_step, scan_step
+from worldmodel.types import named
+
+if TYPE_CHECKING:
+    from worldmodel.dynamics import DynamicsConfig
+
+MIXERS = ("hybrid", "ssm", "ssm+local", "causal", "window")
+
+
+class Mixer(Protocol):
+    """What carries memory from frame to frame in a layer. An `nn.Module` built as `Class(config, grid, block)`: M's
+    DynamicsConfig, the side of the token grid, and the layer's entry in `blocks`.
+
+    Its state is one tensor `(B, ...)` of floating point, zeros where nothing was seen: M clears rows of it with zeros
+    before an episode's first frame in `step`; in the parallel form that is the mixer's own work.
+    """
+
+    local: bool
+    """Whether frame-local attention follows it in the layer."""
+
+    def initial(self, batch: int, device: torch.device | str) -> Tensor:
+        """The state of B streams that have seen nothing."""
+        ...
+
+    def __call__(
+        self, h: Tensor, first: Tensor, state: Tensor, hq: Tensor | None, at: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """`forward`, a clip in parallel.
+
+        Args:
+            h: `(B, T, N, W)`, normed tokens. first: `(B, T)` bool, frames before which the state is zero.
+            state: before frame 0.
+            hq: `(B, T, N, W)` of the query stream, if there is one: its frame t sees the clean frames before t and
+                itself (with frames_together = c: its chunk sees those before the chunk, and itself).
+            at: `(B, M)`, frames after which the state is wanted as well, without gradient.
+
+        Returns:
+            y and yq `(B, T, N, W)`, the state after the clip, and the states `(B * M, ...)` (anything without `at`).
+        """
+        ...
+
+    def step(self, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One frame `(B, 1, N, W)` that is remembered: y and the new state."""
+        ...
+
+    def peek(self, h: Tensor, state: Tensor) -> Tensor:
+        """One frame that is not: y."""
+        ...
+
+
+class Past(NamedTuple):
+    """A layer's part of M's state: the mixer's, and the attention's cache."""
+
+    mix: Tensor | None
+    cache: Cache | None
+
+
+class LayerOut(NamedTuple):
+    """Of a clip: both streams, the past after it, and after the frames asked for, `(B * M, ...)`."""
+
+    u: Tensor
+    uq: Tensor | None
+    end: Past
+    at: Past
+
+
+class Layer(nn.Module):
+    """Mixer, attention, MLP, each behind a modulated norm and added to the residual stream."""
+
+    def __init__(self, config: DynamicsConfig, grid: int, block: int):
+        super().__init__()
+        width = config.width
+        self.mix, local = mixer(config, grid, block)
+        self.attention = Attention(config) if local else None
+        hidden = matched_hidden(config, self) if config.matched else 4 * width
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.offset = nn.Parameter(torch.tensor([1.0, 0.0, 1.0] * 3)[:, None].repeat(1, width))  # scale, shift, gate
+
+    def initial(self, batch: int, tokens: int, device: torch.device | str) -> Past:
+        """What B streams that have seen nothing remember."""
+        mix = None if self.mix is None else self.mix.initial(batch, device)
+        return Past(mix, None if self.attention is None else self.attention.initial(batch, tokens, device))
+
+    def forward(
+        self,
+        u: Tensor,
+        cond: Tensor,
+        first: Tensor,
+        past: Past,
+        uq: Tensor | None,
+        cond_q: Tensor | None,
+        at: Tensor | None,
+    ) -> LayerOut:
+        """u, uq `(B, T, N, W)`; cond, cond_q `(B, T, 1, 9, W)`. See Dynamics.forward."""
+        mods = self._mods(cond)
+        mods_q = None if cond_q is None else self._mods(cond_q)
+        end, starts = Past(None, None), Past(None, None)
+        if self.mix is not None:
+            assert past.mix is not None
+            hq = None if uq is None or mods_q is None else self._in(uq, mods_q, 0)
+            y, yq, after, states = self.mix(self._in(u, mods, 0), first, past.mix, hq, at)
+            end, starts = Past(after, None), Past(None if at is None else states, None)
+            u = self._add(u, y, mods, 0)
+            uq = uq if mods_q is None or uq is None or yq is None else self._add(uq, yq, mods_q, 0)
+        if self.attention is not None:
+            assert past.cache is not None
+            heads = self.attention.heads_of(self._in(u, mods, 1))
+            heads_q = None if uq is None or mods_q is None else self.attention.heads_of(self._in(uq, mods_q, 1))
+            y, yq = self.attention(heads, first, past.cache, heads_q)
+            last = torch.full_like(first[:, :1], first.shape[1] - 1, dtype=torch.long)
+            end = end._replace(cache=self.attention.cache_at(heads, first, past.cache, last))
+            if at is not None:
+                kept = Heads(*(v.detach() for v in heads))
+                starts = starts._replace(cache=self.attention.cache_at(kept, first, past.cache, at))
+            u = self._add(u, self.attention.out(y.flatten(-2)), mods, 1)
+            if uq is not None and mods_q is not None and yq is not None:
+                uq = self._add(uq, self.attention.out(yq.flatten(-2)), mods_q, 1)
+        u = self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2)
+        if uq is not None and mods_q is not None:
+            uq = self._add(uq, self.mlp(self._in(uq, mods_q, 2)), mods_q, 2)
+        return LayerOut(u, uq, end, starts)
+
+    def step(self, u: Tensor, cond: Tensor, past: Past) -> tuple[Tensor, Past]:
+        """One frame (T = 1) that is remembered."""
+        mods, (state, cache) = self._mods(cond), past
+        if self.mix is not None and state is not None:
+            y, state = self.mix.step(self._in(u, mods, 0), state)
+            u = self._add(u, y, mods, 0)
+        if self.attention is not None and cache is not None:
+            heads = self.attention.heads_of(self._in(u, mods, 1))
+            u = self._add(u, self.attention.out(attend_step(heads, cache).flatten(-2)), mods, 1)
+            cache = push(cache, heads.k, heads.v, self.attention.reach)
+        return self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2), Past(state, cache)
+
+    def peek(self, u: Tensor, cond: Tensor, past: Past) -> Tensor:
+        """One frame (T = 1) that is not."""
+        mods = self._mods(cond)
+        if self.mix is not None and past.mix is not None:
+            u = self._add(u, self.mix.peek(self._in(u, mods, 0), past.mix), mods, 0)
+        if self.attention is not None and past.cache is not None:
+            y = attend_step(self.attention.heads_of(self._in(u, mods, 1)), past.cache)
+            u = self._add(u, self.attention.out(y.flatten(-2)), mods, 1)
+        return self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2)
+
+    def _mods(self, cond: Tensor) -> tuple[Tensor, ...]:
+        """Scale, shift and gate of the three parts, nine times `(B, T, 1, W)`."""
+        return (cond + self.offset).unbind(-2)
+
+    def _in(self, u: Tensor, mods: tuple[Tensor, ...], part: int) -> Tensor:
+        return torch.addcmul(mods[3 * part + 1], self.norm(u), mods[3 * part])
+
+    def _add(self, u: Tensor, y: Tensor, mods: tuple[Tensor, ...], part: int) -> Tensor:
+        return torch.addcmul(u, y, mods[3 * part + 2])
+
+
+def mixer(config: DynamicsConfig, grid: int, block: int) -> tuple[Mixer | None, bool]:
+    """The mixer of a layer, if it has one, and whether attention follows.
+
+    Raises:
+        ValueError: `worldmodel.mixer` is neither a known word nor a class that can be found.
+    """
+    if config.mixer in ("causal", "window"):
+        return None, True
+    if config.mixer in ("ssm", "ssm+local"):
+        return cast(Mixer, ScanMixer(config, grid, grid)), config.mixer == "ssm+local"
+    kind: Any = named("worldmodel.mixer", config.mixer, dict.fromkeys(MIXERS, ScanMixer))
+    found = kind(config, grid, block)
+    return found, found.local
+
+
+def matched_hidden(config: DynamicsConfig, layer: nn.Module) -> int:
+    """Width of the MLP with which a layer, of which mixer and attention are there, has as many parameters as a layer
+    of `hybrid` with its MLP of four times the width."""
+    with torch.device("meta"):
+        hybrid = nn.ModuleList([ScanMixer(config, 1, 1), Attention(config)])
+    width = config.width
+    left = _parameters(hybrid) + 2 * width * 4 * width + 5 * width - _parameters(layer)
+    return max(1, round((left - width) / (2 * width + 1)))
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+class ScanMixer(nn.Module):
+    """The block-wise scan: the token grid falls into blocks, each of which is scanned through time with a state of
+    its own. A `Mixer`."""
+
+    local = True
+
+    def __init__(self, config: DynamicsConfig, grid: int, block: int):
+        super().__init__()
+        if grid % block:
+            raise ValueError(f"worldmodel.blocks: a block side of {block} does not divide the token grid of {grid}")
+        width = config.width
+        self.heads, self.size, self.chunk = config.heads, config.state_size, max(1, config.chunk // block**2)
+        self.block, self.side, self.group = block, grid // block, config.frames_together
+        self.split = [width, width, self.size, self.size, self.heads, self.heads]
+        self.inp = nn.Linear(width, sum(self.split))
+        self.skip = nn.Parameter(torch.ones(self.heads, 1))
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.out = nn.Linear(width, width)
+        # Memory is an initialisation: time constants log-spaced over 4 to 1000 frames across heads, and not
+        # input-dependent at first; Mamba-2's own, short for most heads, left the cue forgotten before any gradient
+        # could ask for it.
+        tau = torch.logspace(math.log10(4), math.log10(1000), self.heads)
+        self.rate = nn.Parameter(torch.log(torch.expm1(1 / tau)))
+        with torch.no_grad():
+            self.inp.weight[-2 * self.heads :].mul_(0.1)
+            self.inp.bias[-2 * self.heads :].zero_()
+
+    def initial(self, batch: int, device: torch.device | str) -> Tensor:
+        """An empty state `(B, G, H, S, P)`."""
+        head = self.norm.normalized_shape[0] // self.heads
+        return torch.zeros(batch, self.side**2, self.heads, self.size, head, device=device)
+
+    def forward(
+        self, h: Tensor, first: Tensor, ssm: Tensor, hq: Tensor | None, at: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """h, hq `(B, T, N, W)` to their outputs, the state after the clip and the states after the frames `at`, `(B *
+        M, ...)`."""
+        tubes = self.side**2
+        stream, gate = self._project(h)
+        query, gate_q = (None, None) if hq is None else self._project(hq)
+        first = first.repeat_interleave(tubes, 0)
+        at = None if at is None else at.repeat_interleave(tubes, 0)
+        out = scan(stream, first, ssm.flatten(0, 1), self.chunk, query, at, self.group)
+        states_at = h.new_zeros(0)
+        if out.at is not None:
+            states_at = out.at.unflatten(0, (-1, tubes)).transpose(1, 2).flatten(0, 1)
+        y = self._finish(out.y, stream, gate)
+        yq = None if query is None or out.query is None or gate_q is None else self._finish(out.query, query, gate_q)
+        return y, yq, out.state.unflatten(0, (-1, tubes)), states_at
+
+    def step(self, h: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor]:
+        stream, gate = self._project(h)
+        y, state = scan_step(stream, ssm.flatten(0, 1))
+        return self._finish(y, stream, gate), state.unflatten(0, (-1, self.side**2))
+
+    def peek(self, h: Tensor, ssm: Tensor) -> Tensor:
+        stream, gate = self._project(h)
+        return self._finish(scan_query_step(stream, ssm.flatten(0, 1)), stream, gate)
+
+    def _project(self, h: Tensor) -> tuple[Stream, Tensor]:
+        gate, x, b, c, rate, write = self.inp(h).split(self.split, -1)
+        # rates are per frame: a block of n tokens decays n times less per token
+        exact = torch.promote_types(h.dtype, torch.float32)  # the state sums over thousands of frames
+        a = -F.softplus(rate.to(exact) + self.rate) / self.block**2
+        x = (x.unflatten(-1, (self.heads, -1)) * torch.sigmoid(write)[..., None]).to(exact)
+        b, c = (F.rms_norm(v.to(exact), (self.size,)) * self.size**-0.5 for v in (b, c))
+        return Stream(*(self._to_tubes(v) for v in (x, b, c, a))), gate
+
+    def _finish(self, y: Tensor, stream: Stream, gate: Tensor) -> Tensor:
+        y = self._from_tubes(y + self.skip * stream.x).flatten(-2).to(gate.dtype)
+        return self.out(self.norm(y) * F.silu(gate))
+
+    def _to_tubes(self, v: Tensor) -> Tensor:
+        """`(B, T, N, ...)` to `(B * G, T, n, ...)`: one row per block, raster order inside it."""
+        if self.side == 1:
+            return v
+        v = v.unflatten(2, (self.side, self.block, self.side, self.block))
+        return v.movedim((2, 4), (1, 2)).flatten(0, 2).flatten(2, 3)
+
+    def _from_tubes(self, v: Tensor) -> Tensor:
+        if self.side == 1:
+            return v
+        v = v.unflatten(2, (self.block, self.block)).unflatten(0, (-1, self.side, self.side))
+        return v.movedim((1, 2), (2, 4)).flatten(2, 5)
+
+
+class Attention(nn.Module):
+    """Attention over frames: projections with normed queries and keys, and what it can reach."""
+
+    def __init__(self, config: DynamicsConfig):
+        super().__init__()
+        width, self.heads, self.chunk = config.width, config.heads, config.frames_together
+        self.far, self.flex = config.mixer == "causal", config.attention == "flex"
+        if self.flex and width // self.heads < 16:
+            raise ValueError(
+                f"worldmodel.attention = flex needs heads of 16 channels, these have {width // self.heads}: lower "
+                f"worldmodel.heads or use sdpa"
+            )
+        self.reach = (config.longest if self.far else config.window) - self.chunk
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm, self.k_norm = (nn.LayerNorm(width // self.heads, bias=False) for _ in range(2))
+        self.out = nn.Linear(width, width)
+
+    def initial(self, batch: int, tokens: int, device: torch.device | str) -> Cache:
+        """An empty cache: room for all that is reached, or none yet where it grows."""
+        frames, head = 0 if self.far else self.reach, self.out.in_features // self.heads
+        room = torch.zeros(batch, frames, tokens, self.heads, head, device=device)
+        return Cache(room, room, torch.zeros(batch, dtype=torch.long, device=device))
+
+    def forward(self, clean: Heads, first: Tensor, cache: Cache, query: Heads | None) -> tuple[Tensor, Tensor | None]:
+        """See `attend`."""
+        if self.flex and first.is_cuda:
+            return attend_flex(clean, first, cache, self.reach, query, self.chunk)
+        if self.far:
+            return attend_far(clean, first, cache, self.reach, query, chunk=self.chunk)
+        return attend(clean, first, cache, query, chunk=self.chunk)
+
+    def cache_at(self, clean: Heads, first: Tensor, cache: Cache, at: Tensor) -> Cache:
+        """Caches after the frames `at` `(B, M)`: k, v `(B * M, ...)`, age `(B * M,)`."""
+        return Cache(*(v.flatten(0, 1) for v in cache_at(clean, first, cache, at, self.reach)))
+
+    def heads_of(self, h: Tensor) -> Heads:
+        """`(B, T, N, W)` to queries, keys, values `(B, T, N, H, P)`."""
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return Heads(self.q_norm(q), self.k_norm(k), v)
