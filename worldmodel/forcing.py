@@ -46,6 +46,7 @@ class Pass(NamedTuple):
 
     loss: scalar. metrics: to log. feat: `(B, T, F)`; clean: `(B, T)`, which of them saw clean frames only.
     at: `(B, M)` frames and starts: the states after them, `(B * M, ...)`, of clean frames only.
+    end: where a state was given, the one after the clip, without gradient, of clean frames only.
     """
 
     loss: Tensor
@@ -54,6 +55,7 @@ class Pass(NamedTuple):
     clean: Tensor
     at: Tensor
     starts: State
+    end: State | None = None
 
 
 class Objective(Protocol):
@@ -74,9 +76,11 @@ class Objective(Protocol):
         first: Tensor,
         starts: int,
         weight: Tensor | None = None,
+        state: State | None = None,
     ) -> Pass:
         """One training pass: z `(B, T, N, D)`, prev_action `(B, T, A)`, first `(B, T)`; M = starts states per row
-        come back, of frames drawn in proportion to weight `(B, T)` > 0 (None: evenly)."""
+        come back, of frames drawn in proportion to weight `(B, T)` > 0 (None: evenly). state: before the first frame;
+        None: the empty one. The last two are passed only where they are not None."""
         ...
 
     def sample(
@@ -125,9 +129,10 @@ class Forcing(nn.Module):
         first: Tensor,
         starts: int,
         weight: Tensor | None = None,
+        state: State | None = None,
     ) -> Pass:
         batch, frames = z.shape[:2]
-        state = dynamics.initial(batch, z.device)
+        carried, state = state is not None, dynamics.initial(batch, z.device) if state is None else state
         ones = torch.ones(batch, frames, device=z.device)
         level = torch.rand_like(ones) * (torch.rand_like(ones) >= self.config.blank)
         if self.config.stream == "two":
@@ -138,7 +143,7 @@ class Forcing(nn.Module):
             )
             noisy = self.corrupt(z, level)
             out = dynamics(z, prev_action, ones, first, state, (noisy, level), at)
-            clean, noised = ones.bool(), ones
+            clean, noised, end = ones.bool(), ones, out.state
         else:
             prefix = torch.randint(frames // 2, frames, (batch, 1), device=z.device)
             clean = torch.arange(frames, device=z.device) < prefix
@@ -147,11 +152,15 @@ class Forcing(nn.Module):
             at = even if weight is None else draw_frames(weight * clean, starts)
             noisy = torch.where(clean[..., None, None], z, self.corrupt(z, level))
             out = dynamics(noisy, prev_action, level, first, state, None, at)
-            noised = (~clean).float()
+            noised, end = (~clean).float(), None
+            if carried:
+                with torch.no_grad():
+                    end = dynamics(z, prev_action, ones, first, state).state
         error = self.error(out.pred, z, noisy, level)
         loss = (error * noised).sum() / noised.sum()
         assert out.at is not None
-        return Pass(loss, {"prediction": loss.detach()}, out.feat, clean, at, out.at)
+        end = end.map(Tensor.detach) if carried and end is not None else None
+        return Pass(loss, {"prediction": loss.detach()}, out.feat, clean, at, out.at, end)
 
     def sample(
         self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
@@ -266,6 +275,7 @@ class Teacher(nn.Module):
         first: Tensor,
         starts: int,
         weight: Tensor | None = None,
+        state: State | None = None,
     ) -> Pass:
         batch, frames = z.shape[:2]
         ones = torch.ones(batch, frames, device=z.device)
@@ -274,13 +284,15 @@ class Teacher(nn.Module):
             if weight is None
             else draw_frames(weight, starts)
         )
-        out = dynamics(z, prev_action, ones, first, dynamics.initial(batch, z.device), None, at)
+        before_clip = dynamics.initial(batch, z.device) if state is None else state
+        out = dynamics(z, prev_action, ones, first, before_clip, None, at)
         # at the start of an episode there is nothing to predict from
         before = torch.cat([torch.zeros_like(out.feat[:, :1]), out.feat[:, :-1]], 1) * ~first[..., None]
         pred = self._logits(before, prev_action * ~first[..., None], z)
         loss = categorical_nats(pred, z, self.classes).mean()
         assert out.at is not None
-        return Pass(loss, {"prediction": loss.detach()}, out.feat, ones.bool(), at, out.at)
+        end = None if state is None else out.state.map(Tensor.detach)
+        return Pass(loss, {"prediction": loss.detach()}, out.feat, ones.bool(), at, out.at, end)
 
     def sample(
         self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
