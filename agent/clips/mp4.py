@@ -79,7 +79,7 @@ def _stream(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = 1  # clips are read side by side
             yield container, stream
     except FAULTS as error:
         raise Damaged(f"is damaged or no video ({one_line(error)})") from error
