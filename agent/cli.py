@@ -303,7 +303,7 @@ def evaluate(
     ranges.check(config)
     episodes = config.evaluate.final_episodes
     print(f"playing {episodes} episodes of {config.env.id}", file=sys.stderr)
-    found = judge(agent, config.env, episodes, config.seed, config.evaluate.copies)
+    found = judge(agent, config.env, episodes, config.seed, config.evaluate)
     known = references(config.env.id, config.env.kwargs)
     found |= {"env_steps": step} | ({"references": known} if known else {})
     report.summary_table(found)

@@ -125,6 +125,9 @@ class EvaluateConfig:
     """How the copies of that one run."""
     copies: int = 16
     """Environments side by side."""
+    greedy: bool = True
+    """C's likeliest actions. false: actions drawn as while learning; where little is seen at once, a greedy C can turn
+    on the spot for ever."""
     log_every: int = 500
     """Real steps between lines of metrics (on video, updates)."""
     save_seconds: float = 60.0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from typing import Any
 
 from envs import gl
 from envs.contract import UserError
+from envs.minerl.env import PYTHON
 
 STEPS = 100
 ROOM = 5 << 30
@@ -146,8 +147,16 @@ def _disk() -> dict[str, Any]:
 
 
 def _minerl() -> dict[str, Any]:
-    here = importlib.util.find_spec("minerl") is not None
-    told = (
-        "installed in this Python" if here else "not in this Python, and nothing here needs it (it runs on 3.8 to 3.10)"
-    )
-    return {"ok": None, "found": told, "installed": here}
+    python = os.environ.get(PYTHON, "")
+    if not python:
+        return {"ok": None, "found": f"{PYTHON} names no interpreter that has it (docs/minerl.md)", "version": None}
+    # not imported: that takes seconds, and Minecraft is another matter
+    code = "import importlib.util as u; found = u.find_spec('minerl'); print(found.origin if found else '')"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    where = done.stdout.strip()
+    if done.returncode or not where:
+        said = (done.stderr.strip().splitlines() or ["it is not installed there"])[-1]
+        return {"ok": None, "found": f"not in {python}: {said}", "version": None}
+    code = "import importlib.metadata as m; print(m.version('minerl'))"
+    version = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60).stdout.strip() or None
+    return {"ok": None, "found": f"{version or 'of an unknown version'} in {python}", "version": version}

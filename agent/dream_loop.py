@@ -77,15 +77,8 @@ class DreamTraining(UpdateLoop):
             return
         told = {}
         if clock.every:
-            found = play(
-                self.agent,
-                self.config.evaluation_env,
-                clock.episodes,
-                self.config.seed,
-                "agent",
-                clock.copies,
-                self.signals,
-            )
+            env, seed = self.config.evaluation_env, self.config.seed
+            found = play(self.agent, env, clock.episodes, seed, "agent", clock, self.signals)
             told = {"evaluate/return_mean": found.return_mean, "evaluate/return_std": found.return_std}
         self.write(told)
 
@@ -98,7 +91,7 @@ class DreamTraining(UpdateLoop):
     def finish(self) -> dict[str, Any]:
         config, clock = self.config, self.config.evaluate
         self.logger.note(f"evaluating over {clock.final_episodes} episodes")
-        found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock.copies, self.signals)
+        found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock, self.signals)
         names = ("return_mean", "return_std", "length_mean", "random_mean", "without_memory_mean")
         self.logger.write(self.agent.updates, {f"final/{key}": found[key] for key in names})
         if isinstance(self.agent.controller, Exporting):

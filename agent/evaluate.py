@@ -1,4 +1,4 @@
-"""Evaluation: whole real episodes, greedy, and a fair mean of their returns."""
+"""Evaluation: whole real episodes, and a fair mean of their returns."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ class Returns:
 Who = Literal["agent", "without_memory", "random"]
 
 
-def evaluate(agent: Agent, world: World, episodes: int, seed: int, who: Who = "agent") -> Returns:
+def evaluate(agent: Agent, world: World, episodes: int, seed: int, who: Who = "agent", greedy: bool = True) -> Returns:
     """Play `episodes` whole episodes of a fresh world and sum up their returns.
 
     Every copy plays the same number of episodes (the last round may be cut short by index, never by length), so that
     short episodes are not counted more often than long ones.
 
     Args:
-        who: the agent, greedy; the same with M's long memory erased before every step; or uniform random actions.
+        who: the agent; the same with M's long memory erased before every step; or uniform random actions.
+        greedy: its likeliest actions, or such as it draws.
     """
     rng = np.random.default_rng(seed)
     quota = np.array([episodes // world.num_envs + (i < episodes % world.num_envs) for i in range(world.num_envs)])
@@ -71,7 +72,7 @@ def evaluate(agent: Agent, world: World, episodes: int, seed: int, who: Who = "a
                 if who == "without_memory":
                     carry = carry._replace(state=carry.state.without_long_memory())
                 carry, _ = agent.observe(carry, row, measure=False)
-                action = agent.act(carry, greedy=True)
+                action = agent.act(carry, greedy)
                 carry = agent.acted(carry, action)
             row = world.step(action)
     return Returns.of(np.array(returns), np.array(lengths))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from agent.agent import Agent
-from agent.config import EnvConfig
+from agent.config import EnvConfig, EvaluateConfig
 from agent.evaluate import EVALUATION_SEED, Returns, Who, evaluate
 from agent.signals import Signals
 from envs.contract import EnvSpec, Row, UserError
@@ -18,6 +18,8 @@ from envs.make import World
 
 W = TypeVar("W", bound=World)
 
+
+USUAL = EvaluateConfig()
 
 PATIENCE_S = 20.0
 """After so long without a word an evaluation says how far it is."""
@@ -55,20 +57,21 @@ def play(
     episodes: int,
     seed: int,
     who: Who = "agent",
-    copies: int = 16,
+    how: EvaluateConfig = USUAL,
     signals: Signals | None = None,
 ) -> Returns:
-    """Play `episodes` in a world of their own, `copies` side by side; a run's `seed` gives its evaluation episodes.
+    """Play `episodes` in a world of their own; `how` says how many side by side and whether greedily, a run's `seed`
+    gives its evaluation episodes.
 
     Raises:
         UserError: the environment cannot be made, or is not one that the agent can see and act in.
         EnvError: it failed. Interrupted: a signal came.
     """
-    with closing(make_world(WatchedWorld, env, min(copies, episodes), seed + EVALUATION_SEED, signals)) as world:
+    with closing(make_world(WatchedWorld, env, min(how.copies, episodes), seed + EVALUATION_SEED, signals)) as world:
         world.signals, world.playing = signals, f"evaluating {WORDS[who]}, {episodes} episodes"
         if world.spec != agent.spec:
             raise UserError(f"{env.id} does not fit this agent: {_difference(world.spec, agent.spec)}")
-        return evaluate(agent, world, episodes, seed, who)
+        return evaluate(agent, world, episodes, seed, who, how.greedy)
 
 
 def make_world(kind: type[W], env: EnvConfig, copies: int, seed: int, signals: Signals | None = None) -> W:
@@ -78,14 +81,20 @@ def make_world(kind: type[W], env: EnvConfig, copies: int, seed: int, signals: S
 
 
 def judge(
-    agent: Agent, env: EnvConfig, episodes: int, seed: int, copies: int = 16, signals: Signals | None = None
+    agent: Agent,
+    env: EnvConfig,
+    episodes: int,
+    seed: int,
+    how: EvaluateConfig = USUAL,
+    signals: Signals | None = None,
 ) -> dict[str, Any]:
     """The returns of the agent as plain values, and the means of it without long memory and of random actions."""
     found, forgetful, random = (
-        play(agent, env, episodes, seed, who, copies, signals) for who in ("agent", "without_memory", "random")
+        play(agent, env, episodes, seed, who, how, signals) for who in ("agent", "without_memory", "random")
     )
     means = {"random_mean": random.return_mean, "without_memory_mean": forgetful.return_mean}
-    return {**found.to_json(), **means, "env": env.id, "seed": seed}
+    told = {"env": env.id, "seed": seed, "policy": "greedy" if how.greedy else "drawn"}
+    return {**found.to_json(), **means, **told}
 
 
 def _difference(found: EnvSpec, wanted: EnvSpec) -> str:

@@ -212,7 +212,7 @@ class Training:
         """Play some episodes in a world of their own: this changes nothing in training."""
         env, clock = self.config.evaluation_env, self.config.evaluate
         with self.timed("evaluate"):
-            found = play(self.agent, env, clock.episodes, self.config.seed, "agent", clock.copies, self.signals)
+            found = play(self.agent, env, clock.episodes, self.config.seed, "agent", clock, self.signals)
         self.log_returns("evaluate", found.to_json())
         self.count["evaluated"] = self.collector.env_steps // clock.every
 
@@ -220,7 +220,7 @@ class Training:
         """The last evaluation, written to summary.json."""
         config, clock = self.config, self.config.evaluate
         self.logger.note(f"evaluating over {clock.final_episodes} episodes")
-        found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock.copies, self.signals)
+        found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock, self.signals)
         self.log_returns("final", found)
         found |= {"env_steps": self.collector.env_steps, "dream_steps": self.agent.dream_steps}
         found |= {"updates": self.agent.updates, "wall_s": round(self.wall(), 1)}

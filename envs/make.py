@@ -23,6 +23,7 @@ from gymnasium.vector.async_vector_env import AsyncState
 
 from envs.contract import EnvError, Row, UserError, env_spec
 from envs.memory_maze.sizes import SIZES
+from envs.minerl.controls import CONTROLS
 from envs.remote import FAULTS, registration
 from envs.text import without_text
 
@@ -43,6 +44,9 @@ def register() -> None:
         if (env_id := f"longdream/FastMemoryMaze-{size}x{size}-v0") not in gym.registry:
             entry = "envs.fast_memory_maze.env:FastMemoryMaze"
             gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv", kwargs={"size": size})
+    for task in CONTROLS:
+        if (env_id := f"longdream/MineRL-{task}-v0") not in gym.registry:
+            gym.register(env_id, entry_point="envs.minerl.env:MineRLEnv", kwargs={"task": task})
     if (env_id := "longdream/Dream-v0") not in gym.registry:
         entry = "agent.dream_env:Dream"  # a word until somebody makes one: nothing of ours is imported here
         gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv")

@@ -82,7 +82,7 @@ def measure(
     for temperature in temperatures:
         player = learned(agent, replay, temperature, steps, updates, seed) if updates else agent
         dreamt = dream_returns(player, moments, episodes, temperature, steps, horizon, seed)
-        real = play(player, config.evaluation_env, episodes, seed, "agent", config.evaluate.copies)
+        real = play(player, config.evaluation_env, episodes, seed, "agent", config.evaluate)
         row = {"temperature": temperature}
         for name, score in (("dream", dreamt), ("real", real)):
             row |= {f"{name}_mean": score.return_mean, f"{name}_ci95": list(score.return_ci95)}

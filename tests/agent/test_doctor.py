@@ -1,10 +1,12 @@
 """`longdream doctor` and `longdream check-env`, as commands."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
-from agent import cli
+from agent import cli, doctor
 
 
 def test_the_doctor_finds_what_the_install_promises(capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,6 +18,20 @@ def test_the_doctor_finds_what_the_install_promises(capsys: pytest.CaptureFixtur
     assert found["memory maze"]["steps_per_s"] > 0 and found["disk"]["free_bytes"] > 0
     assert set(found["opengl"]["tried"]) == {"egl", "osmesa"} and None in found["opengl"]["tried"].values()
     assert told.err.count("\n") >= 6 and "FAILS" not in told.err
+
+
+def test_where_minerl_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LONGDREAM_MINERL_PYTHON", raising=False)
+    assert doctor._minerl()["found"].startswith("LONGDREAM_MINERL_PYTHON names no interpreter")
+    monkeypatch.setenv("LONGDREAM_MINERL_PYTHON", sys.executable)
+    assert doctor._minerl()["found"] == f"not in {sys.executable}: it is not installed there"
+    (tmp_path / "minerl").mkdir()
+    (tmp_path / "minerl" / "__init__.py").touch()
+    told = tmp_path / "minerl-0.4.4.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: minerl\nVersion: 0.4.4\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert doctor._minerl() == {"ok": None, "found": f"0.4.4 in {sys.executable}", "version": "0.4.4"}
 
 
 def test_what_fails_ends_in_exit_code_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

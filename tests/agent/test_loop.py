@@ -12,10 +12,12 @@ import torch
 from agent import loop, options
 from agent.agent import Agent, Carry
 from agent.config import Config
+from agent.judge import judge
 from agent.loop import train
 from agent.signals import Interrupted
 from envs.contract import Row
 from envs.counting import episode_length, expected_reward, is_terminal
+from envs.make import World
 
 
 def tiny(**settings: Any) -> Config:
@@ -97,6 +99,18 @@ def test_same_seed_same_metrics(finished: tuple[Path, dict[str, Any]], tmp_path:
     assert record(tmp_path / "again") == record(finished[0])
     train(tiny(seed=1), tmp_path / "other", console=False)
     assert record(tmp_path / "other") != record(finished[0])
+
+
+def test_evaluations_are_greedy_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+    act = Agent.act
+    monkeypatch.setattr(Agent, "act", lambda self, carry, greedy: asked.append(greedy) or act(self, carry, greedy))
+    for greedy in (True, False):
+        config = tiny(evaluate__greedy=greedy)
+        agent = Agent(config, World(config.env.id, 1, 0, config.env.kwargs).spec)
+        asked.clear()
+        found = judge(agent, config.env, 2, 0, config.evaluate)
+        assert set(asked) == {greedy} and found["policy"] == ("greedy" if greedy else "drawn")
 
 
 def test_evaluating_changes_nothing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Real old interpreters with the real old gym, where this machine has any and the packages can be had."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from other_pythons import interpreters
 
 from envs.contract import UserError
 from envs.remote import RemoteEnv
@@ -16,18 +16,6 @@ from envs.remote import RemoteEnv
 OLD = ("3.7", "3.8", "3.9", "3.10")
 # gym, seeds of env.seed() and 4-tuples; and the last one, with Gymnasium's interface
 GYMS = {"gym==0.19.0": "numpy<1.24", "gym==0.26.2": "numpy<2"}
-
-
-def interpreters(version: str) -> list[str]:
-    """Those of this version, with pip: on the path, or where pyenv keeps them."""
-    candidates = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
-    code = "import pip, sys; print(*sys.version_info[:2], sep='.')"
-    found = []
-    for candidate in filter(None, candidates):
-        told = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
-        if told.stdout.strip() == version:
-            found.append(str(candidate))
-    return found
 
 
 @pytest.fixture(scope="module", params=GYMS)
