@@ -53,7 +53,7 @@ class VideoConfig:
 
     data: str = ""
     """Folder of recordings; docs/video.md lists the layouts."""
-    layout: Literal["auto", "memory-maze", "teco", "mp4"] = "auto"
+    layout: Literal["auto", "minerl", "vpt", "memory-maze", "teco", "mp4"] = "auto"
     """How they are laid out; auto: as the folder's content says."""
     lengths: tuple[int, ...] = ()
     """Frames per clip, stage after stage: M's updates are shared out evenly. Empty: this is no training on video."""
@@ -65,6 +65,8 @@ class VideoConfig:
     """What M is told of a frame: the action that led to it, or the pose it was seen from, where recordings have it."""
     choices: int = 0
     """Number of different actions, where recordings number them; 0: as the layout or the files say."""
+    actions: Literal["flat", "factored", "vpt"] = "flat"
+    """The action set of recordings of Minecraft (docs/minerl.md)."""
     freeze: bool = False
     """V stays as it is after `learn.warmup` updates of its own, and M learns alone."""
     carry: bool = False

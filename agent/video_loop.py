@@ -119,7 +119,7 @@ class VideoTraining(UpdateLoop):
         super().__init__(config, folder, tree, signals, stack)
         video = config.video
         self.count = {"frames": 0} | self.count
-        self.library = open_library(Path(video.data), video.layout, video.condition, video.choices)
+        self.library = open_library(Path(video.data), video.layout, video.condition, video.choices, video.actions)
         self.learned, self.held_out = self.library.held_out(video.held_out)
         for length in video.lengths:
             check_lengths(self.learned, self.library.root, length)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from gymnasium import spaces
 
-from envs.contract import ActionSpec, UserError
+from agent.clips.reader import Condition
+from envs.contract import ActionSpec, UserError, env_spec
 
 
 def discrete(n: int) -> ActionSpec:
@@ -32,3 +34,17 @@ def one_hots(path: Path, actions: np.ndarray, row: int, n: int) -> np.ndarray:
             f"(video.choices sets how many)"
         )
     return np.eye(n, dtype=np.float32)[actions]
+
+
+def of_space(space: spaces.Space) -> ActionSpec:
+    """What an environment with this action space has."""
+    return env_spec(spaces.Discrete(1), space).action
+
+
+def actions_only(condition: Condition, choices: int = 0) -> None:
+    """Raise UserError where a layout that tells no poses is asked for them, or one that knows its actions is told how
+    many there are."""
+    if condition == "pose":
+        raise UserError("video.condition = pose: this layout tells no poses; use actions")
+    if choices:
+        raise UserError(f"video.choices = {choices}: this layout knows its actions; leave it at 0")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from agent.clips import mp4
-from agent.clips.actions import box, discrete, one_hots
+from agent.clips.actions import actions_only, box, discrete, one_hots
 from agent.clips.reader import Condition, Recording, one_line
 from envs.contract import UserError
 
@@ -25,9 +25,8 @@ class Folder:
     what: ClassVar[str] = "mp4 files, with NAME.npy for their actions beside all or none"
     rewarded: ClassVar[bool] = False
 
-    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int) -> None:
-        if condition == "pose":
-            raise UserError("video.condition = pose: this layout tells no poses; use actions")
+    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int, actions: str) -> None:
+        actions_only(condition)
         with_actions = [path for path in files if path.with_suffix(".npy").exists()]
         self.without, self.action = not with_actions, box(1)
         if self.without:

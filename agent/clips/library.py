@@ -9,11 +9,18 @@ from pathlib import Path
 
 from agent.clips.folder import Folder
 from agent.clips.memory_maze import MemoryMaze
+from agent.clips.minecraft import MineRL, Vpt
 from agent.clips.reader import Condition, Damaged, Reader, Recording
 from agent.clips.teco import Teco
 from envs.contract import UserError
 
-LAYOUTS: dict[str, type[Reader]] = {"memory-maze": MemoryMaze, "teco": Teco, "mp4": Folder}
+LAYOUTS: dict[str, type[Reader]] = {
+    "minerl": MineRL,
+    "vpt": Vpt,
+    "memory-maze": MemoryMaze,
+    "teco": Teco,
+    "mp4": Folder,
+}
 """By name, those that ask for more first: a folder is of the first that finds something in it."""
 THREADS = 8
 """That read at once. Unpacking and decoding leave Python to the others."""
@@ -47,7 +54,9 @@ class Library:
         return [r for r in self.recordings if r not in judged], sorted(judged, key=lambda r: r.name)
 
 
-def open_library(root: Path, layout: str = "auto", condition: Condition = "actions", choices: int = 0) -> Library:
+def open_library(
+    root: Path, layout: str = "auto", condition: Condition = "actions", choices: int = 0, actions: str = "flat"
+) -> Library:
     """Look at every recording's header.
 
     Raises:
@@ -56,7 +65,7 @@ def open_library(root: Path, layout: str = "auto", condition: Condition = "actio
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder; --data names a folder of recordings")
     name, files = _recognise(root, layout)
-    reader = LAYOUTS[name](root, files, condition, choices)
+    reader = LAYOUTS[name](root, files, condition, choices, actions)
     recordings, damaged = [], {}
 
     def head(path: Path) -> Recording | str:

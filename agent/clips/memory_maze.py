@@ -11,9 +11,9 @@ import numpy as np
 from agent import offline
 from agent.clips import npz
 from agent.clips.actions import box, discrete
-from agent.clips.mp4 import scaled
 from agent.clips.reader import Condition, Damaged, Recording
 from envs.contract import UserError
+from envs.images import resize_area
 
 ACTIONS = 6
 
@@ -29,7 +29,7 @@ class MemoryMaze:
     what: ClassVar[str] = "NPZ files with entries image, action, reward, agent_pos, ... (Memory Maze's offline data)"
     rewarded: ClassVar[bool] = True
 
-    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int) -> None:
+    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int, actions: str) -> None:
         if choices not in (0, ACTIONS):
             raise UserError(f"video.choices = {choices}: Memory Maze has {ACTIONS} actions; leave it at 0")
         self.pose = condition == "pose"
@@ -49,7 +49,7 @@ class MemoryMaze:
         return sizes["t"], (height, width)
 
     def frames(self, recording: Recording, start: int, stop: int, size: int) -> np.ndarray:
-        return scaled(npz.rows(recording.path, "image", start, stop), size)
+        return resize_area(npz.rows(recording.path, "image", start, stop), size, size)
 
     def actions(self, recording: Recording, start: int, stop: int) -> np.ndarray:
         told = self._poses if self.pose else self._taken

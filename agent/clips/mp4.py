@@ -13,6 +13,7 @@ import av.error
 import numpy as np
 
 from agent.clips.reader import Damaged, one_line
+from envs.images import resize_area
 
 FAULTS = (av.error.FFmpegError, OSError, ValueError, IndexError)
 
@@ -29,7 +30,7 @@ def measure(path: Path) -> tuple[int, tuple[int, int]]:
 
 
 def decode(path: Path, start: int, stop: int, size: int) -> np.ndarray:
-    """Frames `start` to `stop` by their order on the screen, each drawn smaller or larger by area: uint8 `(n, size,
+    """Frames `start` to `stop` by their order on the screen, each brought to a square by area: uint8 `(n, size,
     size, 3)`. Raises Damaged."""
     times = _times(path)
     if len(times) < stop:
@@ -39,23 +40,12 @@ def decode(path: Path, start: int, stop: int, size: int) -> np.ndarray:
         container.seek(times[start], stream=stream, backward=True)
         for frame in container.decode(stream):
             if frame.pts in wanted:
-                found[wanted[frame.pts]] = _picture(frame, size)
+                found[wanted[frame.pts]] = resize_area(frame.to_ndarray(format="rgb24"), size, size)
             if len(found) == len(wanted):
                 break
     if len(found) < stop - start:
         raise Damaged(f"is damaged: {stop - start - len(found)} of its frames {start} to {stop - 1} cannot be decoded")
     return np.stack([found[i] for i in range(stop - start)])
-
-
-def scaled(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 `(n, H, W, 3)` to `(n, size, size, 3)`, by area, as `decode` does it."""
-    if images.shape[1:3] == (size, size):
-        return images
-    return np.stack([_picture(av.VideoFrame.from_ndarray(image, "rgb24"), size) for image in images])
-
-
-def _picture(frame: av.VideoFrame, size: int) -> np.ndarray:
-    return frame.reformat(size, size, "rgb24", interpolation="AREA").to_ndarray()
 
 
 def _times(path: Path) -> tuple[int, ...]:

@@ -31,12 +31,13 @@ class Recording:
 
 
 class Reader(Protocol):
-    """One layout. Built as `Class(root, files, condition, choices)`.
+    """One layout. Built as `Class(root, files, condition, choices, actions)`.
 
     Args:
         root: folder of the data set. files: what `find` found there.
         condition: what rows hold as actions: those that were taken, or the pose that came of them.
         choices: number of different actions where they are numbers of a list; 0: what the layout or the files say.
+        actions: the action set that ticks of Minecraft are encoded in.
 
     Raises:
         UserError: the layout knows no such condition, or no actions of that form.
@@ -48,7 +49,7 @@ class Reader(Protocol):
     """Whether its recordings hold rewards."""
     action: ActionSpec
 
-    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int) -> None: ...
+    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int, actions: str) -> None: ...
 
     @classmethod
     def find(cls, root: Path) -> list[Path]:

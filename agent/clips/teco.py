@@ -8,10 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from agent.clips import npz
-from agent.clips.actions import discrete, one_hots
-from agent.clips.mp4 import scaled
+from agent.clips.actions import actions_only, discrete, one_hots
 from agent.clips.reader import Condition, Damaged, Recording
-from envs.contract import UserError
+from envs.images import resize_area
 
 
 class Teco:
@@ -24,9 +23,8 @@ class Teco:
     what: ClassVar[str] = "NPZ files with entries video and actions (TECO's)"
     rewarded: ClassVar[bool] = False
 
-    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int) -> None:
-        if condition == "pose":
-            raise UserError("video.condition = pose: this layout tells no poses; use actions")
+    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int, actions: str) -> None:
+        actions_only(condition)
         self.action = discrete(choices or 4)
 
     @classmethod
@@ -44,7 +42,7 @@ class Teco:
         return frames, (height, width)
 
     def frames(self, recording: Recording, start: int, stop: int, size: int) -> np.ndarray:
-        return scaled(npz.rows(recording.path, "video", start, stop), size)
+        return resize_area(npz.rows(recording.path, "video", start, stop), size, size)
 
     def actions(self, recording: Recording, start: int, stop: int) -> np.ndarray:
         led = npz.rows(recording.path, "actions", start + 1, min(stop + 1, recording.length))

@@ -29,14 +29,6 @@ def test_frames_are_found_by_their_number(tmp_path: Path, shades, write_mp4) -> 
         assert np.abs(found.astype(int) - frames[start:stop]).max() <= 2, (start, stop)
 
 
-def test_images_shrink_by_area() -> None:
-    images = np.random.default_rng(0).integers(256, size=(2, 32, 64, 3)).astype(np.uint8)
-    found = mp4.scaled(images, 16)
-    means = images.reshape(2, 16, 2, 16, 4, 3).mean((2, 4))
-    assert found.shape == (2, 16, 16, 3) and np.abs(found - means).max() <= 2
-    np.testing.assert_array_equal(mp4.scaled(images[:, :, :32], 32), images[:, :, :32])
-
-
 def test_a_video_that_is_cut_short_is_damaged(tmp_path: Path, write_mp4) -> None:
     path = tmp_path / "a.mp4"
     write_mp4(path, np.random.default_rng(0).integers(256, size=(30, 32, 32, 3)).astype(np.uint8))
