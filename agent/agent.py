@@ -1,13 +1,9 @@
 """The agent: V, M and C composed into something that acts, is surprised, and learns."""
 
-# pyright: reportPrivateImportUsage=false
-# torch._foreach_*: the fused operations that torch's own optimisers and clip_grad_norm_ are made of
-
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal, NamedTuple, cast
@@ -18,6 +14,7 @@ from torch import Tensor, nn
 
 from agent.config import Config
 from agent.graphs import Graphed
+from agent.learner import Learner, NotFinite, Part
 from controller.actor_critic import ActorCritic
 from controller.evolution import Evolution
 from controller.planner import Planner
@@ -26,18 +23,10 @@ from controller.types import Controller, Improving, Planning, Replaying
 from envs.contract import EnvSpec, Row, UserError
 from worldmodel.dream import Clip, Dream, Starts, imagine
 from worldmodel.dynamics import State
-from worldmodel.model import Surprise, WorldModel, start_weight
+from worldmodel.model import Surprise, start_weight
 from worldmodel.types import Batch, Loss
 
-PATIENCE = 10
-"""Updates in a row that may be skipped because a loss or gradient is not finite."""
-
 Upto = Literal["encoder", "model", "controller"]
-COUNTERS = ("updates", "skipped", "skipped_in_a_row", "dream_steps")
-
-
-class NotFinite(RuntimeError):
-    """Loss or gradient of some part was not finite too many times in a row."""
 
 
 class Carry(NamedTuple):
@@ -49,22 +38,18 @@ class Carry(NamedTuple):
     action: Tensor
 
 
-class Agent:
+class Agent(Learner):
     """Builds V, M and C for an environment, acts with them, and updates them from replayed clips.
 
     Raises:
         UserError: the configuration does not fit together or does not fit the environment.
     """
 
+    COUNTERS = (*Learner.COUNTERS, "dream_steps")
+
     def __init__(self, config: Config, spec: EnvSpec):
-        self.config, self.spec = config, spec
-        self.device = torch.device(resolve_device(config.device))
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("highest" if config.exact else "high")
+        super().__init__(config, spec)
         try:
-            self.model = WorldModel(
-                spec.obs, spec.action.size, config.encoder, config.worldmodel, config.forcing, config.heads
-            ).to(self.device)
             kind = controller_class(config.controller.kind)
             controller: Any = kind(config.controller, self.model.feature_size, spec.action.parts, spec.action.size)
         except ValueError as error:
@@ -74,12 +59,6 @@ class Agent:
             kind = config.controller.kind
             raise UserError(f"{kind} learns from dreams alone: set controller.replay_value to 0")
         learn = config.learn
-        objective = cast(nn.Module, self.model.objective)
-        model_parts = (self.model.dynamics, objective, self.model.consequence)
-        self.parts = {
-            "encoder": Part(self.model.encoder.parameters(), learn.encoder_rate, learn.clip),
-            "model": Part((p for m in model_parts for p in m.parameters()), learn.model_rate, learn.clip),
-        }
         if any(p.requires_grad for p in controller.parameters()):
             self.parts["controller"] = Part(controller.parameters(), learn.actor_critic_rate, learn.clip)
         on_cuda, parts = self.device.type == "cuda", (self.controller, self.model.objective)
@@ -87,12 +66,9 @@ class Agent:
         # a dream is thousands of small kernels, and launching them takes longer than running them
         self._dreams = Graphed(self._dream) if self.capturable else self._dream
         self._follow = Graphed(self.model.follow) if self.capturable else self.model.follow
-        self.updates = 0
-        self.skipped = 0
-        self.skipped_in_a_row = 0
         self.dream_steps = 0
         """Steps dreamt for C to learn from; those of plans are not among them."""
-        self.seconds: dict[str, float] = dict.fromkeys(("encoder", "model", "controller"), 0.0)
+        self.seconds["controller"] = 0.0
 
     # -- acting -------------------------------------------------------------------------------------------------------
 
@@ -157,7 +133,7 @@ class Agent:
         weight = self._start_weight(batch)
         if learn.curiosity:
             batch.reward = batch.reward + learn.curiosity * batch.surprise
-        ok = self._learn("encoder", metrics, lambda: self.model.encoder.loss(self._some_rows(batch)))
+        ok = self._learn_to_see(metrics, batch)
         if upto != "encoder":
             seen: list[tuple[Starts, Clip]] = []
 
@@ -179,16 +155,6 @@ class Agent:
     def _model_loss(self, batch: Batch, weight: Tensor | None) -> tuple[Loss, Starts, Clip]:
         config = self.config.controller
         return self.model.loss(batch, config.starts, weight, config.horizon, self._follow)
-
-    def _count(self, ok: bool) -> None:
-        self.updates += 1
-        self.skipped += not ok
-        self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= PATIENCE:
-            raise NotFinite(
-                f"loss or gradient was not finite in {PATIENCE} updates in a row: look at the rewards and observations "
-                f"of the environment, or lower the learning rates"
-            )
 
     def update_controller(self, rows: dict, pace: float = 1.0) -> dict[str, Tensor]:
         """One update of C alone, in dreams from replayed rows; V and M stay as they are. As `update` otherwise."""
@@ -228,94 +194,14 @@ class Agent:
         policy: Callable[[Tensor], Tensor] = lambda feat: self.controller.act(feat, greedy=False)  # noqa: E731
         return imagine(self.model, starts, policy, config.horizon, config.temperature)
 
-    def _learn(self, part: str, metrics: dict[str, Tensor], loss: Callable[[], Loss]) -> bool:
-        """Step one part's optimiser; whether its loss and gradient were finite (if not, its weights stay as they
-        are)."""
-        began = time.perf_counter()
-        value, found = loss()
-        ok, norm = self.parts[part].step(value)
-        metrics.update({f"{part}/{k}": v for k, v in found.items()}, **{f"{part}/grad_norm": norm})
-        self.seconds[part] += time.perf_counter() - began
-        return ok
-
-    def _some_rows(self, batch: Batch) -> dict[str, Tensor]:
-        """The batch's observations as one flat set of rows, `encoder_rows` of them drawn at random."""
-        flat = {k: v.flatten(0, 1) for k, v in batch.obs.items()}
-        total, wanted = batch.reward.numel(), self.config.learn.encoder_rows
-        if total <= wanted:
-            return flat
-        index = torch.randperm(total, device=self.device)[:wanted]
-        return {k: v[index] for k, v in flat.items()}
-
     # -- saving -------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that learning goes on from: weights, optimisers, counters."""
-        return {
-            "weights": {"model": self.model.state_dict(), "controller": self._controller_module().state_dict()},
-            "optimisers": {name: part.optimiser.state_dict() for name, part in self.parts.items()},
-            "counters": {name: getattr(self, name) for name in COUNTERS},
-        }
-
-    def load_state_dict(self, state: dict[str, Any], weights_only: bool = False) -> None:
-        """Take over what `state_dict` gave; `weights_only` to act and dream without learning on."""
-        self.model.load_state_dict(state["weights"]["model"])
-        self._controller_module().load_state_dict(state["weights"]["controller"])
-        if weights_only:
-            return
-        for name, part in self.parts.items():
-            part.optimiser.load_state_dict(state["optimisers"][name])
-        for name in COUNTERS:
-            setattr(self, name, state["counters"][name])
+    def modules(self) -> dict[str, nn.Module]:
+        return {**super().modules(), "controller": self._controller_module()}
 
     def _controller_module(self) -> nn.Module:
         assert isinstance(self.controller, nn.Module)
         return self.controller
-
-
-class Part:
-    """An optimiser that bounds each weight's gradient by the weight's own size (adaptive gradient clipping, Brock et
-    al. 2021, arXiv 2102.06171, as in DreamerV3) and refuses steps that are not finite."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], rate: float, clip: float):
-        self.parameters = [p for p in parameters if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.95), weight_decay=1e-3)
-        self.rate, self.clip = rate, clip
-
-    def set_pace(self, pace: float) -> None:
-        """Learn at `pace` times the learning rate."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate * pace
-
-    def step(self, loss: Tensor) -> tuple[bool, Tensor]:
-        """Whether loss and gradient were finite, and the gradient's norm. If not, weights and moments stay as they
-        are."""
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        pairs = [(p, p.grad) for p in self.parameters if p.grad is not None]
-        grads = [g for _, g in pairs]
-        sizes = torch._foreach_norm(grads)
-        norm = torch.stack(sizes).norm()
-        ok = bool(torch.isfinite(norm) & torch.isfinite(loss))
-        if ok:
-            bounds = torch._foreach_clamp_min(torch._foreach_norm([p.detach() for p, _ in pairs]), 1e-3)
-            torch._foreach_mul_(bounds, self.clip)
-            factors = torch._foreach_div(bounds, torch._foreach_clamp_min(sizes, 1e-8))
-            torch._foreach_mul_(grads, torch._foreach_clamp_max(factors, 1.0))
-            self.optimiser.step()
-        return ok, norm
-
-
-def resolve_device(name: str) -> str:
-    """`auto` to cuda where there is one, else cpu.
-
-    Raises:
-        UserError: cuda was asked for and there is none.
-    """
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise UserError("device cuda: torch finds no CUDA device here; use --device auto or --device cpu")
-    return ("cuda" if found else "cpu") if name == "auto" else name
 
 
 CONTROLLERS: dict[str, type[nn.Module]] = {
@@ -346,22 +232,3 @@ def controller_class(name: str) -> Callable[..., nn.Module]:
         return found
     except (ImportError, AttributeError) as error:
         raise ValueError(f"controller.kind = {name}: {error}") from None
-
-
-@contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch draws from `seed`, on the CPU and on this device; outside, its streams go on as if nothing had been
-    drawn. These generators alone are seeded: torch.manual_seed, which looks for all there may be, would be felt in
-    every step of an environment."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
-    before = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)

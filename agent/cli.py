@@ -21,6 +21,7 @@ USAGE = """longdream: agents that learn in their dreams
   longdream train PRESET|FILE.yaml [options]   train, evaluate, write runs/NAME
   longdream train --resume runs/NAME           go on where a run stopped
   longdream train --world runs/NAME [options]  another controller, in the dreams of a run that is there
+  longdream train video-NAME --data DIR        V and M alone, on recorded video
   longdream evaluate runs/NAME                 play real episodes with a trained agent
   longdream evaluate oracle|random --env ID    the same with a scripted policy
   longdream baseline --env ID                  a model-free algorithm in the real environment, to compare with
@@ -36,6 +37,7 @@ longdream COMMAND --help explains a command. Every command takes --json and then
 LONGDREAM_DEBUG=1 shows where in the program an error came from."""
 
 TRAIN = """usage: longdream train PRESET|FILE.yaml [--name NAME] [--json] [--OPTION VALUE ...]
+       longdream train video-NAME --data DIR [--name NAME] [--OPTION VALUE ...]
        longdream train --resume runs/NAME [--json] [--steps N]
        longdream train --world runs/NAME [--controller.kind KIND] [--learn.updates N] [--OPTION VALUE ...]
 
@@ -50,17 +52,19 @@ examples
   longdream train cartpole --env LunarLander-v3 --name lander
   longdream train quickstart --env remote:/opt/old/bin/python:their_package:Their-v0
   longdream train my_preset.yaml --controller.kind my_package.my_module:MyController
+  longdream train video-memory-maze --data recordings/maze --video.lengths 64,128
   longdream train --resume runs/quickstart-s3-1
   longdream train --world runs/quickstart-s3-1 --controller.kind evolution --learn.updates 300
 
   --name NAME    folder below runs/ (default: PRESET-sSEED-1, or -2, ...)
   --resume RUN   go on with this run, under its own settings; --steps, --evaluate.*, --device and --threads may change
   --world RUN    keep V and M of this run; a new C learns in their dreams alone, from moments of its replay
+  --data DIR     short for --video.data: recordings for V and M to learn from, without an environment and without C
   --env ID       short for --env.id
   --steps N      short for --learn.steps
 """
 
-CHANGEABLE = ("learn.steps", "learn.updates", "evaluate.", "device", "threads")
+CHANGEABLE = ("learn.steps", "learn.updates", "video.data", "evaluate.", "device", "threads")
 """Settings that a resumed run may change."""
 
 
@@ -104,8 +108,8 @@ def _warn(message: Warning | str, *_: object) -> None:
 
 def _tell(error: Exception) -> tuple[int, str] | None:
     """Exit code and message of an error whose cause lies outside this program; None for one of ours."""
-    from agent.agent import NotFinite
     from agent.checkpoint import DiskFull
+    from agent.learner import NotFinite
     from agent.signals import Interrupted
 
     notes = [*getattr(error, "__notes__", ())]
@@ -169,7 +173,7 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
 
 def train(arguments: list[str]) -> dict[str, Any] | None:
     """Train in a new run or a resumed one; its summary."""
-    from agent import dream_loop, loop, options, ranges, report, run
+    from agent import dream_loop, loop, options, ranges, report, run, video_loop
 
     words, flags = options.split(arguments, lambda flag: str if flag in ("name", "resume") else options.hint(flag))
     if flags is None:
@@ -197,20 +201,25 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
         folder = run.unused(name, f"{source.folder.name}-{config.controller.kind.partition(':')[0]}", config.seed)
     elif words:
         preset = options.load(words[0])
-        if settings.get("env.id", preset.env.id) != preset.env.id:  # the preset's arguments are those of its own
-            settings = {"env.kwargs": {}} | settings
-        config = options.update(preset, settings)
+        # the preset's arguments are those of its own environment
+        other = settings.get("env.id", preset.env.id) != preset.env.id
+        config = options.update(preset, ({"env.kwargs": {}} if other else {}) | settings)
         label = Path(words[0]).parent.name if Path(words[0]).name == "config.yaml" else Path(words[0]).stem
         folder = run.unused(name, label, config.seed)
     else:
         raise UserError(f"train what? Name a preset, one of {', '.join(options.presets())}, or a .yaml file")
     ranges.check(config)
+    video_loop.check(config, settings)
+    kind = video_loop if config.video.lengths else dream_loop if config.world else loop
     try:
-        summary = (dream_loop if config.world else loop).train(config, folder, resume=resumed is not None)
+        summary = kind.train(config, folder, resume=resumed is not None)
     except Exception as error:
         if folder.exists() and not isinstance(error, UserError):
             error.add_note(f"go on with: longdream train --resume {folder}")
         raise
+    if kind is video_loop:
+        video_loop.summary_table(summary | {"run": str(folder)})
+        return summary
     report.summary_table(summary | {"run": str(folder)})
     print(f"next: longdream dream {folder}")
     return summary

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from agent.agent import Agent, own_randomness
+from agent.agent import Agent
+from agent.learner import own_randomness
 from envs.contract import EnvSpec, UserError
 from envs.make import World
 from worldmodel.dream import Starts, imagine
@@ -36,6 +37,8 @@ class Comparison:
     expected: np.ndarray
     alive: np.ndarray
     going_on: np.ndarray
+    rewarded: bool = True
+    """Whether rewards and ends mean anything."""
 
     def __len__(self) -> int:
         return len(self.reward)
@@ -50,7 +53,7 @@ class Comparison:
         real, other = (getattr(self, name)[key].reshape(len(self), -1).astype(np.float64) for name in ("real", of))
         kind, square = self.spec.obs[key].kind, np.square(real - other).mean(1)
         if kind == "image":
-            return np.minimum(10 * np.log10(255**2 / np.maximum(square, 1e-9)), PSNR_CAP)
+            return psnr(square)
         return np.sqrt(square) if kind == "vector" else (square > 0).astype(np.float64)
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +72,11 @@ class Comparison:
             "reward": {"expected": _plain(self.expected[rows]), "real": _plain(self.reward[rows])},
             "going_on": {"expected": _plain(self.going_on[rows]), "real": _plain(self.alive[rows])},
         }
+
+
+def psnr(square: np.ndarray) -> np.ndarray:
+    """Mean squared errors of images, 0 to 255, in dB."""
+    return np.minimum(10 * np.log10(255**2 / np.maximum(square, 1e-9)), PSNR_CAP)
 
 
 def _plain(values: np.ndarray) -> list[float]:

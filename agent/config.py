@@ -48,6 +48,38 @@ class ReplayConfig:
 
 
 @dataclass(frozen=True)
+class VideoConfig:
+    """V and M trained on recorded video, without an environment and without C."""
+
+    data: str = ""
+    """Folder of recordings; docs/video.md lists the layouts."""
+    layout: Literal["auto", "minerl", "vpt", "memory-maze", "teco", "mp4"] = "auto"
+    """How they are laid out; auto: as the folder's content says."""
+    lengths: tuple[int, ...] = ()
+    """Frames per clip, stage after stage: M's updates are shared out evenly. Empty: this is no training on video."""
+    frames: int = 1_024
+    """Frames per update, of as many clips as that makes."""
+    size: int = 64
+    """Side of the square that images are brought to."""
+    condition: Literal["actions", "pose"] = "actions"
+    """What M is told of a frame: the action that led to it, or the pose it was seen from, where recordings have it."""
+    choices: int = 0
+    """Number of different actions, where recordings number them; 0: as the layout or the files say."""
+    actions: Literal["flat", "factored", "vpt"] = "flat"
+    """The action set of recordings of Minecraft (docs/minerl.md)."""
+    freeze: bool = False
+    """V stays as it is after `learn.warmup` updates of its own, and M learns alone."""
+    carry: bool = False
+    """Clips follow each other within a recording, and each begins with M's state after the one before."""
+    held_out: float = 0.1
+    """Share of the recordings that nothing is learned from, to judge by; 0: nobody is judged."""
+    context: int = 16
+    """Frames of a held-out clip that M is shown before it predicts."""
+    horizon: int = 16
+    """Frames that it then predicts."""
+
+
+@dataclass(frozen=True)
 class LearnConfig:
     """How much, how fast."""
 
@@ -69,7 +101,7 @@ class LearnConfig:
     model_rate: float = 6e-4
     actor_critic_rate: float = 3e-4
     updates: int = 1_000
-    """Updates of a C that learns in the dreams of another run (`world`)."""
+    """Updates of a C that learns in the dreams of another run (`world`), or of M on video, after V's warm-up."""
     decay: float = 1.0
     """Share of the learning rates that is left at the end; they fall on a straight line."""
     clip: float = 0.3
@@ -87,9 +119,11 @@ class EvaluateConfig:
     """Evaluation during training and at its end, and saving."""
 
     every: int = 2_000
-    """Real steps between evaluations; 0 for none before the end."""
+    """Real steps between evaluations (on video, updates); 0 for none before the end."""
     episodes: int = 50
+    """Episodes in each (on video, held-out clips)."""
     final_episodes: int = 200
+    """In the last one."""
     env: str = ""
     """Id of an environment to evaluate in that is not the one of training, with its default arguments."""
     workers: Literal["sync", "async"] = "sync"
@@ -100,7 +134,7 @@ class EvaluateConfig:
     """C's likeliest actions. false: actions drawn as while learning; where little is seen at once, a greedy C can turn
     on the spot for ever."""
     log_every: int = 500
-    """Real steps between lines of metrics."""
+    """Real steps between lines of metrics (on video, updates)."""
     save_seconds: float = 60.0
     """Wall-clock time between checkpoints."""
 
@@ -120,6 +154,7 @@ class Config:
     """A run whose V and M are taken as they are, for a new C that learns in their dreams alone, without a real step."""
     env: EnvConfig = field(default_factory=EnvConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     worldmodel: DynamicsConfig = field(default_factory=DynamicsConfig)
     forcing: ForcingConfig = field(default_factory=ForcingConfig)

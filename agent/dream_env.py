@@ -25,7 +25,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from agent.agent import Agent, own_randomness
+from agent.agent import Agent
 from agent.dream_spaces import action_space, observation_space, picture
 from agent.dream_starts import (
     Device,
@@ -37,6 +37,7 @@ from agent.dream_starts import (
     replayed_moments,
 )
 from agent.graphs import Graphed
+from agent.learner import own_randomness
 from envs.contract import OneCopy, UserError
 
 Observation = Literal["latent", "feature", "image"]

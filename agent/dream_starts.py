@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from agent import run
-from agent.agent import Agent, own_randomness
+from agent.agent import Agent
 from agent.checkpoint import CheckpointError
+from agent.learner import own_randomness
 from agent.replay import Replay
 from envs.contract import EnvSpec, UserError
 from worldmodel.dynamics import State

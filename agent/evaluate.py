@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agent.agent import Agent, own_randomness
+from agent.agent import Agent
+from agent.learner import own_randomness
 from envs.make import World
 
 EVALUATION_SEED = 1_000_003

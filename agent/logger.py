@@ -128,7 +128,8 @@ class Logger:
         parts = [f"step {step:,}" + (f"/{self.total:,}" if self.total else "")]
         done, seconds = step - self._began[0], now - self._began[1]
         if done > 0 and seconds > 0:
-            parts.append(f"{done / seconds:,.0f}/s")
+            rate = done / seconds
+            parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
             if self.total:
                 left = max(0, round((self.total - step) * seconds / done))
                 parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from agent import checkpoint, ranges, run, saving
-from agent.agent import Agent, Upto, resolve_device
+from agent.agent import Agent, Upto
 from agent.collect import Collector
 from agent.config import Config
 from agent.judge import judge, make_world, play
+from agent.learner import resolve_device
 from agent.logger import Logger
 from agent.on_device import DeviceCollector, DeviceReplay
 from agent.replay import Replay

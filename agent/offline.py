@@ -105,20 +105,40 @@ def _entry(path: Path, key: str, file: Mapping[str, np.ndarray]) -> np.ndarray:
         raise UserError(f"{path} is damaged: {key!r} cannot be read ({_one_line(error)}): get it again") from error
 
 
-def _check(path: Path, episode: dict[str, np.ndarray]) -> None:
-    """Raise UserError for shapes and types that are not those of LAYOUT, and values that cannot be."""
+def check_shapes(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, int]:
+    """Compare the shape and type of every entry with LAYOUT.
+
+    Returns:
+        rows, cells along a side, and targets: sizes by the letters of LAYOUT.
+
+    Raises:
+        ValueError: an entry is missing, or has another shape or type.
+    """
+    missing = [key for key in LAYOUT if key not in entries]
+    if missing:
+        raise ValueError(f"has no {', '.join(missing)}: it is no episode of Memory Maze's offline data")
     sizes: dict[str, int] = {}
     for key, (axes, kinds) in LAYOUT.items():
-        value, names = episode[key], axes.split()
-        fits = value.ndim == len(names) and all(
+        (shape, dtype), names = entries[key], axes.split()
+        fits = len(shape) == len(names) and all(
             size == (int(name) if name.isdigit() else sizes.setdefault(name, size))
-            for name, size in zip(names, value.shape, strict=True)
+            for name, size in zip(names, shape, strict=True)
         )
         if not fits:
             known = " ".join(str(sizes.get(name, name)) for name in names)
-            raise UserError(f"{path}: {key!r} has shape {value.shape}, not ({known.replace(' ', ', ')})")
-        if value.dtype.kind not in kinds or (key == "image" and value.dtype != np.uint8):
-            raise UserError(f"{path}: {key!r} has type {value.dtype}")
+            raise ValueError(f"{key!r} has shape {shape}, not ({known.replace(' ', ', ')})")
+        if dtype.kind not in kinds or (key == "image" and dtype != np.uint8):
+            raise ValueError(f"{key!r} has type {dtype}")
+    return sizes
+
+
+def _check(path: Path, episode: dict[str, np.ndarray]) -> None:
+    """Raise UserError for shapes and types that are not those of LAYOUT, and values that cannot be."""
+    try:
+        sizes = check_shapes({key: (value.shape, value.dtype) for key, value in episode.items()})
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    for key, value in episode.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             at = np.argwhere(~np.isfinite(value))[0][0]
             raise UserError(f"{path}: {key!r} is not finite in row {at}")

@@ -17,7 +17,7 @@ from agent.ranges import check
 from envs.contract import UserError
 
 PRESETS = Path(__file__).resolve().parent.parent / "runs" / "presets"
-SHORT = {"env": "env.id", "steps": "learn.steps"}
+SHORT = {"env": "env.id", "steps": "learn.steps", "data": "video.data"}
 """Flags that are shorter than the field they set."""
 
 

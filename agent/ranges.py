@@ -19,6 +19,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "replay.length": (2, math.inf),
     "replay.starts": SHARE,
     "replay.surprise": SHARE,
+    "video.lengths": (2, math.inf),
+    "video.frames": AT_LEAST_1,
+    "video.size": (8, math.inf),
+    "video.choices": AT_LEAST_0,
+    "video.held_out": (0, 0.9),
+    "video.context": AT_LEAST_1,
+    "video.horizon": AT_LEAST_1,
     "encoder.grid": (1, 16),
     "encoder.channels": AT_LEAST_1,
     "encoder.classes": (2, math.inf),
@@ -118,16 +125,23 @@ def check(config: Config) -> None:
                 least = "greater than 0" if low == math.ulp(0.0) else f"at least {low}"
                 bounds = least if high == math.inf else f"between {low} and {high}"
                 raise UserError(f"{name} = {number}: must be {bounds}")
-    model, replay, learn = config.worldmodel, config.replay, config.learn
+    model, replay, learn, video = config.worldmodel, config.replay, config.learn, config.video
     if not model.blocks:
         raise UserError("worldmodel.blocks is empty: give one block side per layer, for instance 1")
     if model.width % model.heads:
         raise UserError(f"worldmodel.heads = {model.heads} does not divide worldmodel.width = {model.width}")
-    if model.frames_together > 1:
+    if video.lengths:
+        uneven = [n for n in (*video.lengths, video.context, video.horizon) if n % model.frames_together]
+        if uneven:
+            raise UserError(
+                f"worldmodel.frames_together = {model.frames_together}: video.lengths, context and horizon must be "
+                f"multiples of it, and {uneven[0]} is not"
+            )
+    elif model.frames_together > 1:
         raise UserError(
             f"worldmodel.frames_together = {model.frames_together}: an agent acts after every frame; set it to 1"
         )
-    if config.forcing.stream == "one" and config.forcing.prefix < 1:
+    elif config.forcing.stream == "one" and config.forcing.prefix < 1:
         raise UserError(
             f"forcing.prefix = {config.forcing.prefix}: an agent's dreams begin at clean frames, of which some clips "
             f"have none then; set it to 1"
@@ -136,6 +150,11 @@ def check(config: Config) -> None:
         raise UserError(
             f"heads.dreamt = {config.heads.dreamt}: the heads learn from the second dreamt step on; set"
             f" controller.horizon to at least 2, or heads.dreamt to 0"
+        )
+    if video.lengths and max(video.lengths) > video.frames:
+        raise UserError(
+            f"video.frames = {video.frames} frames per update hold no clip of {max(video.lengths)}: raise it, or lower "
+            f"video.lengths"
         )
     if replay.starts + replay.surprise > 1:
         raise UserError(

@@ -189,17 +189,19 @@ def summary_table(summary: dict[str, Any]) -> None:
 
     It shows what it finds of the keys of summary.json and of `told`, and of run, video and picture (paths).
     """
-    rows = _rows(summary)
+    show_table(summary["env"], _rows(summary))
+
+
+def show_table(title: str, rows: list[tuple[str, str, str]]) -> None:
+    """Print (what, value, remark) line by line, the first one standing out where stdout is a terminal."""
     console = Console(highlight=False)
     if not console.is_terminal or os.environ.get("TERM") == "dumb":
-        print(summary["env"])
+        print(title)
         first, second = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows if "/" not in row[1])
         for label, value, remark in rows:
             print(f"  {label:{first}}  {value:{second}}  {remark}".rstrip())
         return
-    table = Table(
-        title=f"[bold]{summary['env']}[/]", title_justify="left", show_header=False, border_style="bright_black"
-    )
+    table = Table(title=f"[bold]{title}[/]", title_justify="left", show_header=False, border_style="bright_black")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold", style="bold")
     table.add_column(style="bright_black")

@@ -24,6 +24,7 @@ from agent import checkpoint, options
 from agent.agent import Agent
 from agent.checkpoint import CheckpointError
 from agent.config import Config
+from agent.learner import Learner
 from envs.contract import EnvSpec, UserError
 
 PACKAGES = ("longdream", "torch", "gymnasium", "numpy", "safetensors", "pydantic", "PyYAML", "tensorboard", "av")
@@ -184,6 +185,10 @@ def load_agent(
         CheckpointError: no checkpoint in it yet, or none that can be used.
     """
     run = open_run(folder)
+    if run.config.video.lengths:
+        raise UserError(
+            f"{folder} was trained on video: there is nobody in it who acts; see its videos/ and summary.json"
+        )
     tree, step = run.saved
     config = dataclasses.replace(run.config, device=device or run.config.device)
     agent = Agent(config, run.spec)
@@ -191,8 +196,8 @@ def load_agent(
     return agent, config, run.spec, step
 
 
-def fill(agent: Agent, tree: dict[str, Any], folder: Path, weights_only: bool = False) -> None:
-    """Give the agent what a checkpoint of `folder` holds.
+def fill(agent: Learner, tree: dict[str, Any], folder: Path, weights_only: bool = False) -> None:
+    """Give the agent, or V and M alone, what a checkpoint of `folder` holds.
 
     Raises:
         CheckpointError: it holds something else than an agent of this configuration.

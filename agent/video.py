@@ -82,8 +82,10 @@ def _panels(comparison: Comparison, title: str) -> Iterator[Picture]:
         _timeline(canvas, comparison, t, top)
         phase = "dreaming under the same actions" if imagined else "context: M is shown real frames"
         _write(canvas, phase, MARGIN, top + 18, 12, colour)
-        reward = f"reward expected {_two(comparison.expected[t])}, real {_two(comparison.reward[t])}"
-        _write(canvas, f"{reward}     PSNR {nearness[t]:.0f} dB", width - MARGIN, top + 18, 12, MUTED, right=True)
+        told = f"PSNR {nearness[t]:.0f} dB"
+        if comparison.rewarded:
+            told = f"reward expected {_two(comparison.expected[t])}, real {_two(comparison.reward[t])}     {told}"
+        _write(canvas, told, width - MARGIN, top + 18, 12, MUTED, right=True)
         yield canvas
 
 
@@ -102,12 +104,14 @@ def _contact(comparison: Comparison, title: str, key: str, columns: int) -> Pict
     tall, wide = views[0].shape[1:3]
     left, top, edge = MARGIN + 124, 76, 3
     cell_x, cell_y = wide + 10, tall + 10
-    canvas = _blank(top + 4 * cell_y + 54, left + len(chosen) * cell_x - 10 + MARGIN)
+    rewards = [("expected reward", comparison.expected, 2), ("real reward", comparison.reward, 24)]
+    rewards = rewards if comparison.rewarded else []
+    canvas = _blank(top + 4 * cell_y + (54 if rewards else 10), left + len(chosen) * cell_x - 10 + MARGIN)
     _write(canvas, title if len(comparison.keys(image=True)) == 1 else f"{title} ({key})", MARGIN, 12, 14, TEXT)
     for i, name in enumerate(names):
         _write(canvas, name, MARGIN, top + i * cell_y + tall // 2 - 10, 12, IMAGINED if name == "dream" else MUTED)
     below = top + 4 * cell_y
-    for name, y in (("expected reward", 2), ("real reward", 24)):
+    for name, _, y in rewards:
         _write(canvas, name, MARGIN, below + y, 12, IMAGINED if y == 2 else MUTED)
     for j, t in enumerate(chosen):
         x, colour = left + j * cell_x, IMAGINED if t >= comparison.context else CONTEXT
@@ -117,8 +121,8 @@ def _contact(comparison: Comparison, title: str, key: str, columns: int) -> Pict
             if names[i] == "dream":
                 canvas[y - edge : y + tall + edge, x - edge : x + wide + edge] = colour
             canvas[y : y + tall, x : x + wide] = view[j]
-        for reward, y in ((comparison.expected[t], 2), (comparison.reward[t], 24)):
-            _write(canvas, _two(reward), x, below + y, 12, TEXT)
+        for _, values, y in rewards:
+            _write(canvas, _two(values[t]), x, below + y, 12, TEXT)
     x = canvas.shape[1] - MARGIN
     for text, colour in (("dreamt by M alone", IMAGINED), ("shown to M", CONTEXT)):
         x -= _write(canvas, text, x, 12, 12, MUTED, right=True) + 8

@@ -23,8 +23,8 @@ MAY_IMPORT = {
     "worldmodel": {"worldmodel"},
 }
 DISTRIBUTION_OF = {"yaml": "pyyaml", "triton": "torch"}  # (the CUDA builds of torch bring Triton)
-# Distribution -> the import that needs it: the project itself never names these two.
-NEEDED_BY = {"tensorboard": "torch.utils.tensorboard", "av": "imageio"}
+# Distribution -> the import that needs it: the project itself never names it.
+NEEDED_BY = {"tensorboard": "torch.utils.tensorboard"}
 MAX_LINES = 500
 
 

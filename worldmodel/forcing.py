@@ -64,8 +64,8 @@ class Pass(NamedTuple):
     """What an objective hands on of a training pass over B clips of T frames.
 
     loss: scalar. metrics: to log. feat: `(B, T, F)`; clean: `(B, T)`, which of them saw clean frames only.
-    at: `(B, M)` frames and starts: the states after them, `(B * M, ...)`, of clean frames only. end: the state after
-    the clip, to go on with in the next (with stream one, it has seen the noised frames as noised).
+    at: `(B, M)` frames and starts: the states after them, `(B * M, ...)`, of clean frames only. end: where a state was
+    given, the one after the clip, without gradient, of clean frames only, to go on with in the next.
     """
 
     loss: Tensor
@@ -99,7 +99,7 @@ class Objective(Protocol):
     ) -> Pass:
         """One training pass: z `(B, T, N, D)`, prev_action `(B, T, A)`, first `(B, T)`; M = starts states per row
         come back, of frames drawn in proportion to weight `(B, T)` > 0 (None: evenly). state: before frame 0, carried
-        from the clip before (None: nothing was seen)."""
+        from the clip before (None: nothing was seen). The last two are passed only where they are not None."""
         ...
 
     def sample(
@@ -172,7 +172,7 @@ class Forcing(nn.Module):
         state: State | None = None,
     ) -> Pass:
         batch, frames = z.shape[:2]
-        state = dynamics.initial(batch, z.device) if state is None else state
+        carried, state = state is not None, dynamics.initial(batch, z.device) if state is None else state
         ones = torch.ones(batch, frames, device=z.device)
         level = torch.rand_like(ones) * (torch.rand_like(ones) >= self.config.blank)
         level, steps = self.pace(level)
@@ -205,7 +205,12 @@ class Forcing(nn.Module):
         error = self.error(out.pred, target, noisy, level)
         loss = (error * noised).sum() / noised.sum()
         assert out.at is not None
-        return Pass(loss, {"prediction": loss.detach()}, out.feat, clean, at, out.at, out.state)
+        end = None
+        if carried:  # in stream one it has seen noised frames, and what is carried has to be clean
+            with torch.no_grad():
+                seen = out.state if self.config.stream == "two" else dynamics(z, prev_action, ones, first, state).state
+                end = seen.map(Tensor.detach)
+        return Pass(loss, {"prediction": loss.detach()}, out.feat, clean, at, out.at, end)
 
     def prefixes(self, batch: int, frames: int, chunk: int, starts: int, device: torch.device) -> Tensor:
         """How many frames of each clip are clean, `(B, 1)`: whole chunks of them."""
@@ -386,14 +391,15 @@ class Teacher(nn.Module):
             if weight is None
             else draw_frames(weight, starts)
         )
-        state = dynamics.initial(batch, z.device) if state is None else state
+        carried, state = state is not None, dynamics.initial(batch, z.device) if state is None else state
         out = dynamics(z, prev_action, ones, first, state, None, at)
         # at the start of an episode there is nothing to predict from
         before = torch.cat([torch.zeros_like(out.feat[:, :1]), out.feat[:, :-1]], 1) * ~first[..., None]
         pred = self._logits(before, prev_action * ~first[..., None], z)
         loss = categorical_nats(pred, z, self.classes).mean()
         assert out.at is not None
-        return Pass(loss, {"prediction": loss.detach()}, out.feat, ones.bool(), at, out.at, out.state)
+        end = out.state.map(Tensor.detach) if carried else None
+        return Pass(loss, {"prediction": loss.detach()}, out.feat, ones.bool(), at, out.at, end)
 
     def sample(
         self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from worldmodel.dream import Clip, Starts
 from worldmodel.dynamics import Dynamics, DynamicsConfig, State
 from worldmodel.encoder import Encoder, EncoderConfig, Observed
-from worldmodel.forcing import Flow, ForcingConfig, Mask, Objective, Teacher
+from worldmodel.forcing import Flow, ForcingConfig, Mask, Objective, Pass, Teacher
 from worldmodel.heads import Consequence
 from worldmodel.types import Batch, Loss, named
 
@@ -114,18 +114,9 @@ class WorldModel(nn.Module):
         Returns:
             the loss; B * M moments, `starts` = M drawn from each clip; and the clips, both without gradient.
         """
-        with torch.no_grad():
-            z = self.encoder(batch.obs)
-        first = batch.clip_first()
-        leaning: dict[str, Any] = {} if weight is None else {"weight": weight}
-        out = self.objective.run(self.dynamics, z, batch.prev_action(), first, starts, **leaning)
-        # row t + 1 is the consequence of (feat_t, a_t), unless it begins a new episode
-        known, alive = out.clean[:, :-1] & ~batch.is_first[:, 1:], (~batch.terminated[:, 1:]).float()
-        found, metrics = self.consequence.loss(
-            out.feat[:, :-1], batch.action[:, :-1], batch.reward[:, 1:], alive, known.float(), self._of_heads
-        )
-        value, metrics = out.loss + found, {**out.metrics, **metrics}
-        rows = torch.arange(len(z), device=z.device)[:, None]
+        (value, metrics), out = self.study(batch, starts, weight)
+        known, alive = self._consequences(batch, out)
+        rows = torch.arange(len(out.feat), device=out.feat.device)[:, None]
         feat, ended = out.feat.detach(), batch.terminated[rows, out.at]
         moments = Starts(feat[rows, out.at].flatten(0, 1), out.starts, (~ended).float().flatten())
         clip = Clip(feat, batch.reward[:, 1:], alive, known & out.clean[:, 1:])
@@ -134,6 +125,36 @@ class WorldModel(nn.Module):
             value = value + self.heads.dreamt * found
             metrics |= {f"dreamt_{key}": each for key, each in dreamt.items()}
         return Loss(value, metrics), moments, clip
+
+    def study(
+        self, batch: Batch, starts: int, weight: Tensor | None = None, state: State | None = None
+    ) -> tuple[Loss, Pass]:
+        """M's loss over clips alone: the objective's and, where they weigh anything, the heads'. As `loss` otherwise.
+
+        Args:
+            state: M's before row 0 of each clip, which goes on with it unless it is_first; the pass has the one after
+                the clip. None: every clip begins without memory.
+        """
+        with torch.no_grad():
+            z = self.encoder(batch.obs)
+        first = batch.clip_first() if state is None else batch.is_first
+        told: dict[str, Any] = {
+            key: value for key, value in (("weight", weight), ("state", state)) if value is not None
+        }
+        out = self.objective.run(self.dynamics, z, batch.prev_action(), first, starts, **told)
+        if not any(self._of_heads):
+            return Loss(out.loss, out.metrics), out
+        known, alive = self._consequences(batch, out)
+        found, metrics = self.consequence.loss(
+            out.feat[:, :-1], batch.action[:, :-1], batch.reward[:, 1:], alive, known.float(), self._of_heads
+        )
+        return Loss(out.loss + found, {**out.metrics, **metrics}), out
+
+    @staticmethod
+    def _consequences(batch: Batch, out: Pass) -> tuple[Tensor, Tensor]:
+        """Whether row t + 1 is the consequence of (feat_t, a_t), which it is unless it begins a new episode, and
+        whether things went on there, each `(B, T - 1)`."""
+        return out.clean[:, :-1] & ~batch.is_first[:, 1:], (~batch.terminated[:, 1:]).float()
 
     @property
     def _of_heads(self) -> tuple[float, float]:

@@ -31,6 +31,7 @@ class Batch:
         obs: each `(B, T, ...)`: images uint8 HWC, vectors float32, discrete values int64.
         action: `(B, T, A)` float32, one-hots side by side or a box scaled to [-1, 1].
         reward, surprise: `(B, T)` float32. is_first, terminated, truncated: `(B, T)` bool.
+        before: `(B, A)` float32, the action before row 0, where that is known.
     """
 
     obs: dict[str, Tensor]
@@ -40,6 +41,7 @@ class Batch:
     terminated: Tensor
     truncated: Tensor
     surprise: Tensor
+    before: Tensor | None = None
 
     @classmethod
     def of(cls, rows: dict, device: torch.device | str = "cpu") -> Batch:
@@ -52,8 +54,9 @@ class Batch:
         return cls(obs={k: move(v) for k, v in rows["obs"].items()}, **fields)
 
     def prev_action(self) -> Tensor:
-        """`(B, T, A)`: action_{t-1} at t; zeros at t = 0, where a clip begins (M masks it there)."""
-        return torch.cat([torch.zeros_like(self.action[:, :1]), self.action[:, :-1]], 1)
+        """`(B, T, A)`: action_{t-1} at t; where a clip begins (M masks it there) `before`, or zeros."""
+        before = torch.zeros_like(self.action[:, 0]) if self.before is None else self.before
+        return torch.cat([before[:, None], self.action[:, :-1]], 1)
 
     def clip_first(self) -> Tensor:
         """`(B, T)` bool: is_first, and true at t = 0, since a clip starts without memory."""

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from agent import options
-from agent.agent import resolve_device
 from agent.config import Config
+from agent.learner import resolve_device
 
 Device = Literal["auto", "cpu", "cuda"]
 MB = 1 << 20

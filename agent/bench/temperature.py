@@ -11,12 +11,13 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from agent.agent import Agent, own_randomness
+from agent.agent import Agent
 from agent.bench.common import Device
 from agent.dream_env import DreamVecEnv
 from agent.dream_starts import Moments, initial_moments, open_agent, open_replay
 from agent.evaluate import Returns
 from agent.judge import play
+from agent.learner import own_randomness
 from agent.replay import Replay
 from envs.contract import UserError
 from worldmodel.dream import imagine

@@ -1,4 +1,4 @@
-"""Disks that run full, for real; runs to dream of."""
+"""Disks that run full, for real; runs to dream of; small recordings, real files through the real codec."""
 
 import os
 import resource
@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gymnasium as gym
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from gymnasium import spaces
 
-from agent import loop, options
+from agent import loop, offline, options
 
 
 class Cramped:
@@ -103,3 +104,60 @@ def dream_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return root / name
 
     return folder
+
+
+# -- recordings -------------------------------------------------------------------------------------------------------
+
+
+def _shades(n: int, side: int = 32, first: int = 0) -> np.ndarray:
+    """Frames `(n, side, side, 3)`, each of one shade that tells its number: 4 more than the one before."""
+    values = (20 + 4 * (first + np.arange(n))) % 230
+    return np.broadcast_to(values[:, None, None, None], (n, side, side, 3)).astype(np.uint8)
+
+
+def _write_mp4(path: Path, frames: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, frames, plugin="pyav", codec="libx264", fps=20)
+
+
+def _write_maze(path: Path, n: int = 12, seed: int = 0) -> np.ndarray:
+    """An episode of Memory Maze whose row t was led to by action t % 6 and reward t; its pictures."""
+    rng, rows = np.random.default_rng(seed), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = rng.integers(256, size=(n, 64, 64, 3)).astype(np.uint8)
+    for t in range(n):
+        probes = {
+            "maze_layout": np.ones((9, 9), np.uint8),
+            "agent_pos": np.array([t % 9, 4.5]),
+            "agent_dir": np.array([1.0, 0.0]),
+            "targets_pos": np.zeros((3, 2)),
+            "targets_vec": np.zeros((3, 2)),
+            "target_index": np.int64(0),
+            "target_color": np.zeros(3),
+        }
+        rows.append(offline.row(frames[t], t % 6 if t else None, float(t), probes))
+    offline.write(path, rows)
+    return frames
+
+
+@pytest.fixture
+def shades() -> Callable[..., np.ndarray]:
+    return _shades
+
+
+@pytest.fixture
+def write_mp4() -> Callable[[Path, np.ndarray], None]:
+    return _write_mp4
+
+
+@pytest.fixture
+def write_maze() -> Callable[..., np.ndarray]:
+    return _write_maze
+
+
+@pytest.fixture
+def mazes(tmp_path: Path) -> Path:
+    """Six episodes of 12 rows."""
+    for i in range(6):
+        _write_maze(tmp_path / "mazes" / f"episode-{i}.npz", seed=i)
+    return tmp_path / "mazes"

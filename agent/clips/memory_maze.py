@@ -1,0 +1,81 @@
+"""Episodes of Memory Maze as NPZ files, in the layout of its published offline data (docs/memory-maze.md)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from agent import offline
+from agent.clips import npz
+from agent.clips.actions import box, discrete
+from agent.clips.reader import Condition, Damaged, Recording
+from envs.contract import UserError
+from envs.images import resize_area
+
+ACTIONS = 6
+
+
+class MemoryMaze:
+    """Files hold in row t what led there: `action[t]` was chosen from row t - 1.
+
+    With `condition` "pose", row t holds as its action the pose of row t + 1 (x, y in mazes' widths, and the unit vector
+    along which the agent looks), so that M predicts each frame from the pose it was seen from, as the paper behind M
+    does on this data (arXiv 2505.20171).
+    """
+
+    what: ClassVar[str] = "NPZ files with entries image, action, reward, agent_pos, ... (Memory Maze's offline data)"
+    rewarded: ClassVar[bool] = True
+
+    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int, actions: str) -> None:
+        if choices not in (0, ACTIONS):
+            raise UserError(f"video.choices = {choices}: Memory Maze has {ACTIONS} actions; leave it at 0")
+        self.pose = condition == "pose"
+        self.action = box(4) if self.pose else discrete(ACTIONS)
+
+    @classmethod
+    def find(cls, root: Path) -> list[Path]:
+        return npz.files_with(root, ("image", "action", "agent_pos"))
+
+    def head(self, path: Path) -> tuple[int, tuple[int, int]]:
+        found = npz.entries(path)
+        try:
+            sizes = offline.check_shapes(found)
+        except ValueError as error:
+            raise Damaged(str(error)) from None
+        _, height, width, _ = found["image"][0]
+        return sizes["t"], (height, width)
+
+    def frames(self, recording: Recording, start: int, stop: int, size: int) -> np.ndarray:
+        return resize_area(npz.rows(recording.path, "image", start, stop), size, size)
+
+    def actions(self, recording: Recording, start: int, stop: int) -> np.ndarray:
+        told = self._poses if self.pose else self._taken
+        led = told(recording, start + 1, min(stop + 1, recording.length))
+        return np.concatenate([led, np.zeros((stop - start - len(led), self.action.size), np.float32)])
+
+    def rewards(self, recording: Recording, start: int, stop: int) -> np.ndarray:
+        return npz.rows(recording.path, "reward", start, stop).astype(np.float32)
+
+    def _taken(self, recording: Recording, start: int, stop: int) -> np.ndarray:
+        taken = npz.rows(recording.path, "action", start, stop).astype(np.float32)
+        wrong = np.flatnonzero((np.sort(taken, 1) != [0, 0, 0, 0, 0, 1]).any(1))
+        if len(wrong):
+            raise UserError(f"{recording.path}: 'action' is no one-hot in row {start + wrong[0]}")
+        return taken
+
+    def _poses(self, recording: Recording, start: int, stop: int) -> np.ndarray:
+        width = _width(recording.path)
+        place, look = (npz.rows(recording.path, key, start, stop) for key in ("agent_pos", "agent_dir"))
+        poses = np.concatenate([2 * place / width - 1, look], 1).astype(np.float32)
+        if not (np.abs(poses) <= 1.01).all():  # not finite, too
+            raise UserError(f"{recording.path}: a pose in rows {start} to {stop - 1} lies outside the maze")
+        return poses
+
+
+@lru_cache(maxsize=4096)
+def _width(path: Path) -> int:
+    """Of the maze, in cells."""
+    return npz.entries(path)["maze_layout"][0][1]
