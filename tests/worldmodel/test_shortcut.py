@@ -62,8 +62,10 @@ def test_dreams_need_clean_frames_to_begin_from() -> None:
 def test_a_state_is_carried_from_clip_to_clip(stream: str) -> None:
     flow, dynamics = build(stream=stream)
     z, action, first = clip()
-    begun = flow.run(dynamics, z, action, first, 0)
-    assert begun.end is not None
+    assert flow.run(dynamics, z, action, first, 0).end is None  # nobody asked for one
+    begun = flow.run(dynamics, z, action, first, 0, state=dynamics.initial(BATCH))
+    assert begun.end is not None and not begun.end.last.requires_grad
+    torch.testing.assert_close(begun.end.last, z[:, -1])  # clean, in stream one too
     go_on, ones = torch.zeros_like(first), torch.ones(BATCH, FRAMES)
     found = flow.run(dynamics, z, action, go_on, 0, state=begun.end)
     with torch.no_grad():
