@@ -1,0 +1,71 @@
+"""What a frame costs M in training and in generation, after contexts of any length."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import torch
+
+from agent.config import Config
+from worldmodel.generate import generate, take_in
+from worldmodel.model import WorldModel
+
+ROUNDS = 5
+FRAMES = 16
+"""Frames that are generated in each round."""
+
+
+def cost_of(model: WorldModel, config: Config, context: int, device: torch.device) -> dict[str, Any]:
+    """Medians over ROUNDS of milliseconds a frame: `train_ms_per_frame` of the objective's loss, forward and backward,
+    on as many clips of `context` frames as `video.frames` holds, at least one; `generate_ms_per_frame` of one stream
+    after `context` frames. `state_bytes` of that stream; `peak_bytes` of the device over both (null without CUDA)."""
+    model = model.to(device)
+    dynamics, objective = model.dynamics, model.objective
+    chunk = dynamics.config.frames_together
+    context = -(-context // chunk) * chunk
+    count = max(1, config.video.frames // context)
+    z = torch.randn(count, context, dynamics.tokens, dynamics.channels, device=device).clamp(-1, 1)
+    action = torch.randn(count, context, dynamics.actions, device=device)
+    first = torch.zeros(count, context, dtype=torch.bool, device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def learn() -> None:
+        loss = objective.run(dynamics, z, action, first, 0).loss
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss.backward()
+
+    trained = _median_s(learn, device) / (count * context)
+    feat, state = take_in(dynamics, z[:1], action[:1], first[:1])
+    ahead = torch.randn(1, FRAMES * chunk, dynamics.actions, device=device)
+
+    def go_on() -> None:
+        for _ in generate(objective, dynamics, feat, state, ahead, model.steps):
+            pass
+
+    generated = _median_s(go_on, device) / ahead.shape[1]
+    parts = itertools.chain(state.ssm, state.k, state.v, (state.last,))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {
+        "train_ms_per_frame": 1e3 * trained,
+        "generate_ms_per_frame": 1e3 * generated,
+        "state_bytes": sum(part.numel() * part.element_size() for part in parts),
+        "peak_bytes": peak,
+    }
+
+
+def _median_s(work: Any, device: torch.device) -> float:
+    taken = []
+    for round_ in range(ROUNDS + 1):  # the first one is not counted
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if round_:
+            taken.append(time.perf_counter() - began)
+    return sorted(taken)[len(taken) // 2]
