@@ -54,6 +54,8 @@ class ActorCritic(nn.Module):
 
         policy = self.policy(dream.feat[:, :-1])
         advantage = (returns - value[:, :-1]) / self.scale.update(returns)
+        if config.centred:
+            advantage = advantage - (weight * advantage).sum() / total
         entropy = policy.entropy()
         actor = -(weight * (advantage * policy.log_prob(dream.action) + config.entropy * entropy)).sum() / total
 

@@ -158,6 +158,10 @@ class ControllerConfig:
     """Advantages are divided by the spread of returns, or by this if it is larger."""
     slow_rate: float = 0.02
     """Rate at which the slow critic follows."""
+    centred: bool = False
+    """Take the mean off advantages. Values lag behind returns by hundreds of updates; until they have caught up, all
+    actions look good or bad together, and a policy loses its entropy, or all else, whatever is better (Chung et al.
+    2021, arXiv 2008.13773)."""
     replay_value: float = 0.0
     """Weight of learning values from real clips too, which holds them to what really came where dreams err. 0: C sees
     no reward but through M."""

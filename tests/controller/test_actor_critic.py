@@ -244,6 +244,26 @@ def test_a_better_action_gets_likelier_and_the_scale_of_rewards_is_nothing() -> 
     torch.testing.assert_close(grads[0], grads[1])
 
 
+def test_what_all_actions_earn_alike_counts_for_nothing_where_advantages_are_centred() -> None:
+    """Returns of 1 more for every action, before values know of it: the actor's gradient is the same."""
+
+    def gradient(centred: bool, more: float) -> Tensor:
+        torch.manual_seed(0)
+        agent = build(3, (4,), 4, centred=centred)
+        torch.manual_seed(1)
+        torch.nn.init.normal_(agent.actor[-1].weight, std=0.5)
+
+        def step(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return action[:, 0] + more, torch.zeros(len(state)), state
+
+        value = agent.loss(dream(agent, 3, 1, step)).value
+        (found,) = torch.autograd.grad(value, [agent.actor[-1].weight])
+        return found
+
+    torch.testing.assert_close(gradient(True, 1.0), gradient(True, 0.0))
+    assert (gradient(False, 1.0) - gradient(False, 0.0)).abs().max() > 1e-2
+
+
 def test_actor_and_critic_learn_from_their_own_parts() -> None:
     """The slow critic has no gradient; which actions were taken concerns the actor alone."""
     agent, dreams = trained_a_little(), random_dream()
