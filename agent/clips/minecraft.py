@@ -46,7 +46,8 @@ class Ticks:
 
 class MineRL(Ticks):
     """`TASK/STREAM/recording.mp4` beside `rendered.npz`, of MineRL 0.4: N ticks and, one for what came of each and one
-    before, N + 1 frames. Row t + 1 has the reward of tick t; the last row has no action."""
+    before, N + 1 frames. Row t + 1 has the reward of tick t; the last row has no action. Frames that a video has more
+    are those before the first tick, as MineRL's own reader takes them."""
 
     what: ClassVar[str] = "TASK/STREAM/recording.mp4, each beside a rendered.npz (MineRL 0.4)"
     rewarded: ClassVar[bool] = True
@@ -71,9 +72,13 @@ class MineRL(Ticks):
         if "action$camera" not in entries or "reward" not in entries:
             raise Damaged("lies beside a rendered.npz without action$camera or reward")
         (ticks, *_), _ = entries["action$camera"]
-        if frames != ticks + 1:
+        if frames <= ticks:
             raise Damaged(f"has {frames} frames and {ticks} actions: there must be one frame more")
-        return frames, size
+        return ticks + 1, size
+
+    def frames(self, recording: Recording, start: int, stop: int, size: int) -> np.ndarray:
+        before = mp4.measure(recording.path)[0] - recording.length
+        return mp4.decode(recording.path, before + start, before + stop, size)
 
     def rewards(self, recording: Recording, start: int, stop: int) -> np.ndarray:
         found = npz.rows(recording.path.with_name("rendered.npz"), "reward", max(start - 1, 0), stop - 1)

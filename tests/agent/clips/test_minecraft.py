@@ -33,16 +33,21 @@ NAMES = ["forward", "attack", "noop", "look_left", "forward_jump"]
 def test_minerl(tmp_path: Path, write_mp4, shades) -> None:
     folder = tmp_path / "MineRLTreechop-v0"
     stream(folder / "one", write_mp4, shades(6), TICKS)
-    stream(folder / "two", write_mp4, shades(7), TICKS)  # a frame too many
+    stream(folder / "two", write_mp4, shades(5), TICKS)  # a frame is missing
+    stream(folder / "zero", write_mp4, np.concatenate([shades(9)[8:].repeat(2, 0), shades(6)]), TICKS)  # a lobby
     library = open_library(tmp_path)
     assert library.layout == "minerl" and library.reader.rewarded
-    assert [r.name for r in library.recordings] == ["MineRLTreechop-v0/one/recording.mp4"]
-    assert "7 frames and 5 actions" in library.damaged["MineRLTreechop-v0/two/recording.mp4"]
+    assert [r.name for r in library.recordings] == [
+        f"MineRLTreechop-v0/{name}/recording.mp4" for name in ("one", "zero")
+    ]
+    assert "5 frames and 5 actions" in library.damaged["MineRLTreechop-v0/two/recording.mp4"]
     names = action_set("flat", CONTROLS["Treechop"], "Treechop").names[0]
     rows = read_clip(library, library.recordings[0], 0, 6, 16)
     assert [names[i] for i in rows["action"][:5].argmax(1)] == NAMES and not rows["action"][5].any()
     assert rows["reward"].tolist() == [0, 0, 1, 2, 3, 4]  # what tick t brought arrives with row t + 1
     assert np.abs(rows["image"].astype(int) - shades(6, 16)).max() <= 2
+    lobby = read_clip(library, library.recordings[1], 0, 6, 16)
+    assert np.abs(lobby["image"].astype(int) - shades(6, 16)).max() <= 2 and (lobby["action"] == rows["action"]).all()
     rows = read_clip(library, library.recordings[0], 2, 3, 16)
     assert names[rows["before"].argmax()] == "attack" and rows["reward"].tolist() == [1, 2, 3]
     assert open_library(folder / "one").recordings[0].length == 6  # a single stream, too
