@@ -39,6 +39,10 @@ DEAR = (
     "test_controllers.py",
     "test_faults.py",
     "test_dream_loop.py",
+    "test_minerl.py",
+    "test_video_loop.py",
+    "test_bench_world_model.py",
+    "test_mixers.py",
 )
 """Files of a minute and more: begun first, so that no worker sits at one of them when the others are done."""
 
