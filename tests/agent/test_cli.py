@@ -279,9 +279,9 @@ def test_a_run_without_a_checkpoint(here: Path, capsys: pytest.CaptureFixture[st
 def test_a_run_of_another_version(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run.create(Path("runs/old"), options.load("tiny"))
     config = Path("runs/old/config.yaml")
-    config.write_text(config.read_text().replace("horizon:", "how_far:"))
+    config.write_text(config.read_text().replace("slow_rate:", "how_slow:"))
     assert cli.main(["evaluate", "runs/old"]) == 2
-    assert "runs/old/config.yaml: unknown setting controller.how_far" in capsys.readouterr().err
+    assert "runs/old/config.yaml: unknown setting controller.how_slow" in capsys.readouterr().err
 
 
 def test_a_reader_who_has_read_enough_is_no_error() -> None:
