@@ -7,6 +7,7 @@ import pytest
 
 from agent import judge, options
 from agent.agent import Agent
+from agent.config import EvaluateConfig
 from envs.make import World
 
 
@@ -14,10 +15,10 @@ def test_a_long_evaluation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, c
     config = options.load("tiny")
     with closing(World(config.env.id, 2, 0, config.env.kwargs)) as world:
         agent = Agent(config, world.spec)
-    judge.play(agent, config.env, 4, 0, "random", copies=2)
+    judge.play(agent, config.env, 4, 0, "random", EvaluateConfig(copies=2))
     assert capsys.readouterr().err == ""  # not a word where it is short
     monkeypatch.setattr(judge, "PATIENCE_S", 0.0)
-    judge.play(agent, config.env, 4, 0, "random", copies=2)
+    judge.play(agent, config.env, 4, 0, "random", EvaluateConfig(copies=2))
     told = [
         re.fullmatch(r"evaluating random actions, 4 episodes: ([\d,]+) steps, (\d+) episodes ended", line)
         for line in capsys.readouterr().err.splitlines()
