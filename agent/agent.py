@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -24,7 +23,7 @@ from envs.contract import EnvSpec, Row, UserError
 from worldmodel.dream import Clip, Dream, Starts, imagine
 from worldmodel.dynamics import State
 from worldmodel.model import Surprise, start_weight
-from worldmodel.types import Batch, Loss
+from worldmodel.types import Batch, Loss, named
 
 Upto = Literal["encoder", "model", "controller"]
 
@@ -218,17 +217,9 @@ def controller_class(name: str) -> Callable[..., nn.Module]:
     Raises:
         ValueError: neither.
     """
-    if name in CONTROLLERS:
-        return CONTROLLERS[name]
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"controller.kind = {name}: use {', '.join(CONTROLLERS)} or package.module:Class")
-    try:
-        found = getattr(import_module(module), attribute)
-        if any(base.__module__ == "stable_baselines3.common.base_class" for base in getattr(found, "__mro__", ())):
-            from controller.sb3 import StableBaselines  # imported here: it takes a second
+    found = named("controller.kind", name, CONTROLLERS)
+    if any(base.__module__ == "stable_baselines3.common.base_class" for base in getattr(found, "__mro__", ())):
+        from controller.sb3 import StableBaselines  # imported here: it takes a second
 
-            return partial(StableBaselines, algorithm=found)
-        return found
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"controller.kind = {name}: {error}") from None
+        return partial(StableBaselines, algorithm=found)
+    return found

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agent.comparison import psnr
+
 ALEX = "alexnet-owt-7be5be79.pth"
 """The file in which torchvision keeps the weights that LPIPS looks through."""
 
@@ -42,9 +44,8 @@ class Similarity:
 
     @staticmethod
     def psnr(made: Tensor, real: Tensor) -> np.ndarray:
-        """`(B, n)`, in dB. An error of a quarter of a step of 255 counts as that: no infinities."""
-        error = (made.float() - real.float()).square().mean((-3, -2, -1)).clamp(min=1 / 16)
-        return (10 * (255**2 / error).log10()).cpu().numpy()
+        """`(B, n)`, in dB."""
+        return psnr((made.float() - real.float()).square().mean((-3, -2, -1)).cpu().numpy())
 
     @staticmethod
     def ssim(made: Tensor, real: Tensor) -> np.ndarray:

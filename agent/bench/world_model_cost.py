@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import time
 from typing import Any
 
 import torch
 
+from agent.bench.common import median_ms
 from agent.config import Config
 from worldmodel.generate import generate, take_in
 from worldmodel.model import WorldModel
@@ -38,7 +38,7 @@ def cost_of(model: WorldModel, config: Config, context: int, device: torch.devic
             parameter.grad = None
         loss.backward()
 
-    trained = _median_s(learn, device) / (count * context)
+    trained = median_ms(learn, device, ROUNDS) / (count * context)
     feat, state = take_in(dynamics, z[:1], action[:1], first[:1])
     ahead = torch.randn(1, FRAMES * chunk, dynamics.actions, device=device)
 
@@ -46,26 +46,12 @@ def cost_of(model: WorldModel, config: Config, context: int, device: torch.devic
         for _ in generate(objective, dynamics, feat, state, ahead, model.steps):
             pass
 
-    generated = _median_s(go_on, device) / ahead.shape[1]
+    generated = median_ms(go_on, device, ROUNDS) / ahead.shape[1]
     parts = itertools.chain(state.ssm, state.k, state.v, (state.last,))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
-        "train_ms_per_frame": 1e3 * trained,
-        "generate_ms_per_frame": 1e3 * generated,
+        "train_ms_per_frame": trained,
+        "generate_ms_per_frame": generated,
         "state_bytes": sum(part.numel() * part.element_size() for part in parts),
         "peak_bytes": peak,
     }
-
-
-def _median_s(work: Any, device: torch.device) -> float:
-    taken = []
-    for round_ in range(ROUNDS + 1):  # the first one is not counted
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if round_:
-            taken.append(time.perf_counter() - began)
-    return sorted(taken)[len(taken) // 2]

@@ -87,7 +87,7 @@ class MineRLEnv(gym.Env):
     ) -> None:
         if task not in CONTROLS:
             raise UserError(f"there is no MineRL task {task!r}: use {', '.join(CONTROLS)}")
-        if min(size, repeat) < 1 or min(sticky_attack, sticky_jump) < 0 or not 0 < (pitch or 60) <= 90:
+        if min(size, repeat) < 1 or min(sticky_attack, sticky_jump) < 0 or not (pitch is None or 0 < pitch <= 90):
             raise UserError(
                 f"size={size}, repeat={repeat}, sticky_attack={sticky_attack}, sticky_jump={sticky_jump}, "
                 f"pitch={pitch}: size and repeat from 1, sticky ticks from 0, pitch above 0 and at most 90"
@@ -106,7 +106,8 @@ class MineRLEnv(gym.Env):
         try:
             self.controls = Controls.of(self.remote.action_space)
             self.actions = action_set(actions, self.controls, task)
-            self.pitch = pitch or (np.inf if "inventory" in self.controls.buttons else 60.0)
+            menus = "inventory" in self.controls.buttons
+            self.pitch = pitch if pitch is not None else np.inf if menus else 60.0
             self._layout(ITEMS.get(task) if items is None else items)
         except UserError:
             self.remote.close()

@@ -209,7 +209,7 @@ MISTAKES = [
     ("train tiny --env.kwargs.corridor 0", "it needs a corridor of at least 1"),
     (
         "train tiny --controller.kind mine",
-        "controller.kind = mine: use actor_critic, planner, tree, evolution or package.module:Class",
+        "controller.kind = mine: use one of actor_critic, planner, tree, evolution or package.module:Class",
     ),
     ("train tiny --controller.kind nowhere:Mine", "controller.kind = nowhere:Mine: No module named 'nowhere'"),
     ("train tiny --forcing.objective flwo", "forcing.objective = flwo: use one of flow, mask, teacher"),

@@ -128,6 +128,7 @@ def test_bad_arguments_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"task": "Treechop"}, "name it by python="),
         ({"task": "Treechop", "repeat": 0}, "repeat=0"),
         ({"task": "Treechop", "pitch": 100}, "pitch=100"),
+        ({"task": "Treechop", "pitch": 0}, "pitch=0"),
         ({"task": "Treechop", "python": "/no/such/python"}, "there is no interpreter"),
     ):
         with pytest.raises(UserError, match=message):
