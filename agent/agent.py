@@ -141,9 +141,9 @@ class Agent(Learner):
                 seen.append((starts, clip))
                 return loss
 
-            ok &= self._learn("model", metrics, model_loss)
+            ok = ok & self._learn("model", metrics, model_loss)
             if upto == "controller":
-                ok &= self._learn_to_act(metrics, *seen[0])
+                ok = ok & self._learn_to_act(metrics, *seen[0])
         self._count(ok)
         return metrics
 
@@ -165,9 +165,10 @@ class Agent(Learner):
         self._count(self._learn_to_act(metrics, starts, clip))
         return metrics
 
-    def _learn_to_act(self, metrics: dict[str, Tensor], starts: Starts, clip: Clip) -> bool:
+    def _learn_to_act(self, metrics: dict[str, Tensor], starts: Starts, clip: Clip) -> Tensor | bool:
         """An update of C in dreams from `starts`, in its own way or by gradient; whether all was finite."""
-        ok, dreamt = True, 0
+        ok: Tensor | bool = True
+        dreamt = 0
         if isinstance(self.controller, Improving):
             began, before = time.perf_counter(), self.model.dreamt
             found = self.controller.improve(self.model, starts)

@@ -69,6 +69,13 @@ class VideoConfig:
     """The action set of recordings of Minecraft (docs/minerl.md)."""
     freeze: bool = False
     """V stays as it is after `learn.warmup` updates of its own, and M learns alone."""
+    encoder: str = ""
+    """A run on video whose V is taken as it is, and stays so: runs can be compared by what M learns alone."""
+    keep: Literal["disk", "memory"] = "disk"
+    """disk: clips are read when they are drawn. memory: each recording is read once, at its first clip, and kept."""
+    retrace: float = 0.0
+    """Share of clips whose second half is the exact way back of the first, where M is told poses (`condition`): every
+    frame of it was seen before. 0 where heads learn from rewards, of which the way back has none."""
     carry: bool = False
     """Clips follow each other within a recording, and each begins with M's state after the one before."""
     held_out: float = 0.1
@@ -148,6 +155,9 @@ class Config:
     exact: bool = False
     """On CUDA: matrix products in float32 throughout, instead of TF32, and attention in float32, instead of bfloat16,
     which are faster."""
+    compiled: bool = False
+    """On CUDA: M's layers are compiled for clips (torch.compile), which takes about a minute when training begins and
+    for each further length of clips."""
     threads: int = 0
     """CPU threads of torch; 0 leaves its choice."""
     world: str = ""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from agent.config import Config
 from envs.contract import EnvSpec, UserError
+from worldmodel.dynamics import Dynamics
 from worldmodel.model import WorldModel
 from worldmodel.types import Batch, Loss
 
@@ -52,18 +53,28 @@ class Learner:
             "encoder": Part(self.model.encoder.parameters(), learn.encoder_rate, learn.clip),
             "model": Part((p for m in model_parts for p in m.parameters()), learn.model_rate, learn.clip),
         }
+        if config.compiled and self.device.type == "cuda":
+            compile_layers(self.model.dynamics)
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.taken: Tensor | bool = True
+        """Whether the last update was: where a loss or gradient was not finite, it is skipped."""
+        self._unread: list[_OnItsWay] = []
         self.seconds: dict[str, float] = dict.fromkeys(("encoder", "model"), 0.0)
 
-    def _learn_to_see(self, metrics: dict[str, Tensor], batch: Batch) -> bool:
+    def half_precision(self) -> torch.autocast:
+        """Within, matrix products on CUDA are of bfloat16, unless they have to be `exact`."""
+        on = self.device.type == "cuda" and not self.config.exact
+        return torch.autocast("cuda", torch.bfloat16, enabled=on)
+
+    def _learn_to_see(self, metrics: dict[str, Tensor], batch: Batch) -> Tensor:
         """An update of V; whether all was finite."""
         return self._learn("encoder", metrics, lambda: self.model.encoder.loss(self._some_rows(batch)))
 
-    def _learn(self, part: str, metrics: dict[str, Tensor], loss: Callable[[], Loss]) -> bool:
+    def _learn(self, part: str, metrics: dict[str, Tensor], loss: Callable[[], Loss]) -> Tensor:
         """Step one part's optimiser; whether its loss and gradient were finite (if not, its weights stay as they
-        are)."""
+        are), a scalar on the device."""
         began = time.perf_counter()
         value, found = loss()
         ok, norm = self.parts[part].step(value)
@@ -80,8 +91,28 @@ class Learner:
         index = torch.randperm(total, device=self.device)[:wanted]
         return {k: v[index] for k, v in flat.items()}
 
-    def _count(self, ok: bool) -> None:
+    def _count(self, ok: Tensor | bool) -> None:
+        """Count an update. On CUDA whether it was taken is read when the next one is under way: the host never waits
+        for what it has just launched."""
         self.updates += 1
+        self.taken = ok
+        if isinstance(ok, Tensor) and ok.is_cuda:
+            self._unread.append(_OnItsWay(ok))
+            if len(self._unread) > 1:
+                self._read(self._unread.pop(0).read())
+        else:
+            self._read(bool(ok))
+
+    def settle(self) -> None:
+        """Wait for what is not known yet of updates that were made.
+
+        Raises:
+            NotFinite: as `update`.
+        """
+        while self._unread:
+            self._read(self._unread.pop(0).read())
+
+    def _read(self, ok: bool) -> None:
         self.skipped += not ok
         self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= PATIENCE:
@@ -98,6 +129,7 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that learning goes on from: weights, optimisers, counters."""
+        self.settle()
         return {
             "weights": {name: module.state_dict() for name, module in self.modules().items()},
             "optimisers": {name: part.optimiser.state_dict() for name, part in self.parts.items()},
@@ -122,7 +154,11 @@ class Part:
 
     def __init__(self, parameters: Iterable[nn.Parameter], rate: float, clip: float):
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.95), weight_decay=1e-3)
+        # fused: one kernel, which is told by a tensor whether to step, so that the host need not know
+        self.fused = all(p.is_cuda for p in self.parameters)
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, rate, betas=(0.9, 0.95), weight_decay=1e-3, fused=self.fused
+        )
         self.rate, self.clip = rate, clip
 
     def set_pace(self, pace: float) -> None:
@@ -130,23 +166,46 @@ class Part:
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * pace
 
-    def step(self, loss: Tensor) -> tuple[bool, Tensor]:
-        """Whether loss and gradient were finite, and the gradient's norm. If not, weights and moments stay as they
-        are."""
+    def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether loss and gradient were finite, and the gradient's norm, scalars on the device. If not, weights and
+        moments stay as they are."""
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         pairs = [(p, p.grad) for p in self.parameters if p.grad is not None]
         grads = [g for _, g in pairs]
         sizes = torch._foreach_norm(grads)
         norm = torch.stack(sizes).norm()
-        ok = bool(torch.isfinite(norm) & torch.isfinite(loss))
-        if ok:
-            bounds = torch._foreach_clamp_min(torch._foreach_norm([p.detach() for p, _ in pairs]), 1e-3)
-            torch._foreach_mul_(bounds, self.clip)
-            factors = torch._foreach_div(bounds, torch._foreach_clamp_min(sizes, 1e-8))
-            torch._foreach_mul_(grads, torch._foreach_clamp_max(factors, 1.0))
+        ok = torch.isfinite(norm) & torch.isfinite(loss.detach())
+        bounds = torch._foreach_clamp_min(torch._foreach_norm([p.detach() for p, _ in pairs]), 1e-3)
+        torch._foreach_mul_(bounds, self.clip)
+        factors = torch._foreach_div(bounds, torch._foreach_clamp_min(sizes, 1e-8))
+        torch._foreach_mul_(grads, torch._foreach_clamp_max(factors, 1.0))
+        if self.fused:
+            self.optimiser.found_inf = (~ok).float()  # what a GradScaler tells it
+            self.optimiser.step()
+        elif ok:
             self.optimiser.step()
         return ok, norm
+
+
+class _OnItsWay:
+    """A boolean scalar on its way from a CUDA device: reading it waits for what was launched before, and no more."""
+
+    def __init__(self, value: Tensor):
+        self._copy, self._there = value.to("cpu", non_blocking=True), torch.cuda.Event()
+        self._there.record()
+
+    def read(self) -> bool:
+        self._there.synchronize()
+        return bool(self._copy)
+
+
+def compile_layers(dynamics: Dynamics) -> None:
+    """Have the layers of M compiled for clips (`Dynamics.forward`); single frames are not. Layers that differ in their
+    weights alone share what is compiled."""
+    torch._dynamo.config.recompile_limit = 64  # block sides, times lengths of clips, times with and without gradient
+    for layer in dynamics.stack:
+        layer.compile(dynamic=False)
 
 
 def resolve_device(name: str) -> str:

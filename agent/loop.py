@@ -175,12 +175,10 @@ class Training:
             self.window.add({key.replace("episode/", "train/"): value for key, value in episode.items()})
 
     def learn(self, upto: Upto = "controller") -> None:
-        replay, skipped = self.config.replay, self.agent.skipped
+        replay = self.config.replay
         with self.timed("replay"):
             rows = self.replay.sample(self.rng["sample"], replay.batch, replay.length, replay.starts, replay.surprise)
-        metrics = self.agent.update(rows, upto, self.pace())
-        if self.agent.skipped == skipped:  # one that was skipped has no finite metrics
-            self.window.add(metrics)
+        self.window.add(self.agent.update(rows, upto, self.pace()), self.agent.taken)
 
     def pace(self) -> float:
         """Share of the learning rates at this step: from 1 when learning begins to `learn.decay` at the last step."""
@@ -200,6 +198,7 @@ class Training:
     def log(self) -> None:
         """A line of metrics: means over the updates and episodes since the last one."""
         agent, step = self.agent, self.collector.env_steps
+        agent.settle()
         counts = {"updates": agent.updates, "skipped": agent.skipped, "lost_worlds": self.count["lost"]}
         counts["faults"] = self.faults()
         counts |= {"episodes": self.collector.episodes, "rows": len(self.replay)}

@@ -24,6 +24,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "video.size": (8, math.inf),
     "video.choices": AT_LEAST_0,
     "video.held_out": (0, 0.9),
+    "video.retrace": SHARE,
     "video.context": AT_LEAST_1,
     "video.horizon": AT_LEAST_1,
     "encoder.grid": (1, 16),
@@ -126,6 +127,7 @@ def check(config: Config) -> None:
                 bounds = least if high == math.inf else f"between {low} and {high}"
                 raise UserError(f"{name} = {number}: must be {bounds}")
     model, replay, learn, video = config.worldmodel, config.replay, config.learn, config.video
+    heads = config.heads
     if not model.blocks:
         raise UserError("worldmodel.blocks is empty: give one block side per layer, for instance 1")
     if model.width % model.heads:
@@ -150,6 +152,15 @@ def check(config: Config) -> None:
         raise UserError(
             f"heads.dreamt = {config.heads.dreamt}: the heads learn from the second dreamt step on; set"
             f" controller.horizon to at least 2, or heads.dreamt to 0"
+        )
+    if video.retrace and (video.condition != "pose" or video.carry or any((heads.reward_weight, heads.cont_weight))):
+        raise UserError(
+            f"video.retrace = {video.retrace}: the way back is told by poses, followed by nothing and not rewarded: set "
+            f"video.condition to pose, video.carry to false and heads.reward_weight and cont_weight to 0"
+        )
+    if video.encoder and (learn.warmup or not video.freeze):
+        raise UserError(
+            f"video.encoder = {video.encoder}: that V stays as it is; set video.freeze to true and learn.warmup to 0"
         )
     if video.lengths and max(video.lengths) > video.frames:
         raise UserError(

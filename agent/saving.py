@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from agent import run
 
@@ -15,16 +16,22 @@ if TYPE_CHECKING:
 class Window:
     """Sums of metrics since the last line; tensors stay on their device until their mean is asked for."""
 
-    def __init__(self, sums: dict[str, Any] | None = None, numbers: dict[str, int] | None = None):
+    def __init__(self, sums: dict[str, Any] | None = None, numbers: dict[str, Any] | None = None):
         self.sums, self.numbers = sums or {}, numbers or {}
 
-    def add(self, metrics: dict[str, Any]) -> None:
+    def add(self, metrics: dict[str, Any], counts: Tensor | bool = True) -> None:
+        """Add to the sums, unless these do not count: an update that was skipped has no finite metrics. On CUDA that is
+        decided there, without waiting for it."""
+        later = isinstance(counts, Tensor) and counts.is_cuda
+        if not later and not counts:
+            return
         for key, value in metrics.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
-            self.numbers[key] = self.numbers.get(key, 0) + 1
+            told = torch.where(counts, value, 0.0) if later else value
+            self.sums[key] = self.sums.get(key, 0.0) + told
+            self.numbers[key] = self.numbers.get(key, 0) + (counts.long() if later else 1)
 
     def means(self) -> dict[str, float]:
-        return {key: float(total) / self.numbers[key] for key, total in self.sums.items()}
+        return {key: float(total) / int(self.numbers[key]) for key, total in self.sums.items() if self.numbers[key]}
 
 
 def tree(training: Training) -> dict[str, Any]:

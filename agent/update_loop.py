@@ -120,10 +120,7 @@ class UpdateLoop:
                 self.signals.check()
                 if time.monotonic() - self.saved > self.config.evaluate.save_seconds:
                     self.save()
-                skipped = learner.skipped
-                metrics = self.update()
-                if learner.skipped == skipped:  # one that was skipped has no finite metrics
-                    self.window.add(metrics)
+                self.window.add(self.update(), learner.taken)
                 self.log()
         except (Interrupted, EnvError):
             self.save()
@@ -153,6 +150,7 @@ class UpdateLoop:
     def write(self, metrics: dict[str, Any]) -> None:
         """A line of metrics: these, and means over the updates since the last one."""
         learner = self.learner
+        learner.settle()
         told = {"count/updates": learner.updates, "count/skipped": learner.skipped, "time/wall": self.wall()}
         self.logger.write(learner.updates, self.window.means() | told | metrics)
         self.window = Window()

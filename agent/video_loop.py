@@ -8,11 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from agent import run
+from agent.clips.kept import Kept
 from agent.clips.library import open_library
 from agent.clips.loader import Loader, Place, check_lengths
+from agent.clips.transfer import Transfer
 from agent.config import Config
 from agent.held_out import Judgement, check_held_out, judge
 from agent.learner import Learner
@@ -81,22 +84,24 @@ class ClipLearner(Learner):
 
     state: State | None = None
 
-    def update(self, rows: dict[str, Any], see: bool, predict: bool, pace: float) -> dict[str, Tensor]:
+    def update(self, batch: Batch, see: bool, predict: bool, pace: float) -> dict[str, Tensor]:
         """One update of V (`see`) and of M (`predict`), each by its own loss; its metrics as scalar tensors.
 
         Raises:
             NotFinite: after some updates in a row whose loss or gradient was not finite.
         """
-        batch, metrics, ok = Batch.of(rows, self.device), {}, True
+        metrics: dict[str, Tensor] = {}
+        ok: Tensor | bool = True
         for part in self.parts.values():
             part.set_pace(pace)
         if see:
-            ok &= self._learn_to_see(metrics, batch)
+            ok = self._learn_to_see(metrics, batch)
             metrics["encoder/psnr"] = -10 * metrics["encoder/reconstruction/image"].log10()
         if predict:
-            ok &= self._learn("model", metrics, lambda: self._model_loss(batch))
-        if not ok:
-            self.state = None
+            ok = ok & self._learn("model", metrics, lambda: self._model_loss(batch))
+        if self.state is not None:  # what is carried from an update that was skipped may not be finite: begin anew
+            kept = torch.as_tensor(ok, device=self.device)
+            self.state = self.state.map(lambda t: torch.where(kept, t, torch.zeros_like(t)))
         self._count(ok)
         return metrics
 
@@ -104,7 +109,8 @@ class ClipLearner(Learner):
         state, clips = self.state, len(batch.reward)
         if self.config.video.carry and (state is None or len(state.age) != clips):
             state = self.model.dynamics.initial(clips)
-        loss, out = self.model.study(batch, 0, state=state)
+        with self.half_precision():
+            loss, out = self.model.study(batch, 0, state=state)
         self.state = out.end
         return loss
 
@@ -120,6 +126,8 @@ class VideoTraining(UpdateLoop):
         video = config.video
         self.count = {"frames": 0} | self.count
         self.library = open_library(Path(video.data), video.layout, video.condition, video.choices, video.actions)
+        if video.keep == "memory":
+            self.library.reader = Kept(self.library.reader)
         self.learned, self.held_out = self.library.held_out(video.held_out)
         for length in video.lengths:
             check_lengths(self.learned, self.library.root, length)
@@ -130,6 +138,8 @@ class VideoTraining(UpdateLoop):
         if not reader.rewarded:  # then nothing is known of ends either
             config = replace(config, heads=replace(config.heads, reward_weight=0.0, cont_weight=0.0))
         self.learner = ClipLearner(config, spec)
+        if video.encoder and not tree:
+            self._see_as(video.encoder)
         self.files = [[recording.name, recording.length] for recording in self.library.recordings]
         self.told: set[str] = set()
         """Damaged files that were named."""
@@ -144,11 +154,33 @@ class VideoTraining(UpdateLoop):
             self.told = set(saved["damaged"])
             place = Place(**saved["place"] | {"line": tuple(map(tuple, saved["place"]["line"]))})
         updates = tree["counters"]["updates"] if tree else 0
+        self.transfer = Transfer(self.learner.device)
         self.loader = Loader(
-            self.library, self.learned, self.plan, video.size, config.seed, video.carry, updates, place
+            self.library,
+            self.learned,
+            self.plan,
+            video.size,
+            config.seed,
+            video.carry,
+            updates,
+            place,
+            video.retrace,
+            self.transfer.bring,
         )
         stack.callback(self.loader.close)
         self.waited = 0.0
+
+    def _see_as(self, folder: str) -> None:
+        """Take over V of another run on video.
+
+        Raises:
+            UserError: no such run, or its V is another one.
+        """
+        model, known, spec, _ = load_model(folder, "cpu")
+        mine = self.learner
+        if known.encoder != self.config.encoder or spec.obs != mine.spec.obs:
+            raise UserError(f"video.encoder = {folder}: its settings encoder.* and video.size must be those of this run")
+        mine.model.encoder.load_state_dict(model.encoder.state_dict())
 
     @staticmethod
     def total(config: Config) -> int:
@@ -171,13 +203,13 @@ class VideoTraining(UpdateLoop):
     def update(self) -> dict[str, Any]:
         self._tell_damaged()
         began = time.perf_counter()
-        loaded = self.loader.next()
+        batch = self.transfer.take(self.loader.next().rows)
         self.waited += time.perf_counter() - began
         self._tell_damaged()
         learner, config = self.learner, self.config
         warm = learner.updates >= config.learn.warmup
-        self.count["frames"] += loaded.rows["reward"].size
-        return learner.update(loaded.rows, not (warm and config.video.freeze), warm, self.pace())
+        self.count["frames"] += batch.reward.numel()
+        return learner.update(batch, not (warm and config.video.freeze), warm, self.pace())
 
     def log(self) -> None:
         """A line of metrics, and a judgement, where it is time for them."""

@@ -331,4 +331,5 @@ class Attention(nn.Module):
     def heads_of(self, h: Tensor) -> Heads:
         """`(B, T, N, W)` to queries, keys, values `(B, T, N, H, P)`."""
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return Heads(self.q_norm(q), self.k_norm(k), v)
+        k = self.k_norm(k)
+        return Heads(self.q_norm(q), k, v.to(k.dtype))  # under autocast norms are exact, and what is kept is too

@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 sizes and without clean prefixes. (Without blocks it is `ssm+local`.)"""
 ZEROED = "hybrid/zeroed"
 """The trained hybrid once more, its scans' states set to zero where the context ends."""
-TOGETHER = 4
+TOGETHER = 16
 """Clips that are generated side by side."""
 
 
@@ -58,8 +58,9 @@ def measure(
     """Train M with each mixer on the same recordings; see what each remembers and what it costs.
 
     Retrieval: `context` frames, then the exact way back, under the poses of these frames. Reasoning: `context` frames,
-    then `ahead` new ones. A run for each mixer and seed lies in `out` and is gone on with where it stands: training can
-    be stopped (Ctrl-C, SIGTERM) and taken up again by the same command.
+    then `ahead` new ones. All see by one V, which a first run in `out` learns, if the preset freezes V. A run for each
+    mixer and seed lies there too and is gone on with where it stands: training can be stopped (Ctrl-C, SIGTERM) and
+    taken up again by the same command.
 
     examples
       longdream collect --env longdream/FastMemoryMaze-9x9-v0 --policy navigator --episodes 200 --out maze
@@ -104,12 +105,13 @@ def measure(
         raise UserError(f"preset {preset}: video.condition must be pose: the way back is told by poses")
     where = device_of(common.device)
     ranges.check(common)
+    common = _seeing(common, out / "encoder")
     shown = _clips(common, 1 + context + ahead, clips)
     similarity, rows = Similarity(where), []
     looks: dict[tuple[Task, int], dict[str, np.ndarray]] = {}
     for name in mixers:
         for seed in seeds:
-            config = _variant(common, name, seed)
+            config = _variant(common, name, seed, where)
             folder = out / f"{name.replace('/', '-')}-s{seed}"
             known = _trained(config, folder)
             model, _, spec, _ = video_loop.load_model(folder, common.device)
@@ -122,10 +124,9 @@ def measure(
                     print(f"{way}, {task}, seed {seed}: {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}", file=sys.stderr)
     cost, speed = [], {}
     for name in mixers:
-        config = _variant(common, name, seeds[0])
-        model = video_loop.ClipLearner(config, spec).model
-        speed[name] = 1e3 / cost_of(model, config, config.video.lengths[-1], where)["train_ms_per_frame"]
-        cost += [{"mixer": name, "context": length, **cost_of(model, config, length, where)} for length in contexts]
+        learner = video_loop.ClipLearner(_variant(common, name, seeds[0], where), spec)
+        speed[name] = 1e3 / cost_of(learner, common.video.lengths[-1])["train_ms_per_frame"]
+        cost += [{"mixer": name, "context": length, **cost_of(learner, length)} for length in contexts]
     for row in rows:
         row["train_frames_per_s"] = round(speed["hybrid" if row["mixer"] == ZEROED else row["mixer"]])
     pictures = [draw_curves(rows, task, context, out / f"{task}.png") for task in tasks]
@@ -139,8 +140,22 @@ def measure(
     return found
 
 
-def _variant(common: Config, name: str, seed: int) -> Config:
-    config = options.update(common, VARIANTS[name] | {"worldmodel.matched": True, "seed": seed})
+def _seeing(common: Config, folder: Path) -> Config:
+    """The same, with the V that the run in `folder` has learned or now learns, where V is to be frozen after a warm-up
+    of its own. M of that run is as small as can be, since nobody asks for it."""
+    video, learn = common.video, common.learn
+    if not video.freeze or not learn.warmup:
+        return common
+    alone = {"learn.updates": 1, "worldmodel.mixer": "window", "worldmodel.layers": 1, "compiled": False}
+    _trained(options.update(common, alone), folder)
+    return options.update(common, {"video.encoder": str(folder), "learn.warmup": 0})
+
+
+def _variant(common: Config, name: str, seed: int, device: torch.device) -> Config:
+    more = VARIANTS[name] | {"worldmodel.matched": True, "seed": seed}
+    if name == "causal" and device.type == "cuda":  # rectangles that grow with the past are several times slower there
+        more |= {"worldmodel.attention": "flex"}
+    config = options.update(common, more)
     ranges.check(config)
     return config
 

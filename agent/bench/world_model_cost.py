@@ -8,24 +8,24 @@ from typing import Any
 import torch
 
 from agent.bench.common import median_ms
-from agent.config import Config
+from agent.video_loop import ClipLearner
 from worldmodel.generate import generate, take_in
-from worldmodel.model import WorldModel
 
 ROUNDS = 5
 FRAMES = 16
 """Frames that are generated in each round."""
 
 
-def cost_of(model: WorldModel, config: Config, context: int, device: torch.device) -> dict[str, Any]:
-    """Medians over ROUNDS of milliseconds a frame: `train_ms_per_frame` of the objective's loss, forward and backward,
-    on as many clips of `context` frames as `video.frames` holds, at least one; `generate_ms_per_frame` of one stream
-    after `context` frames. `state_bytes` of that stream; `peak_bytes` of the device over both (null without CUDA)."""
-    model = model.to(device)
+def cost_of(learner: ClipLearner, context: int) -> dict[str, Any]:
+    """Medians over ROUNDS of milliseconds a frame: `train_ms_per_frame` of an update of M as in training, its
+    optimiser's step included and V's part not, on as many clips of `context` frames as `video.frames` holds, at least
+    one; `generate_ms_per_frame` of one stream after `context` frames. `state_bytes` of that stream; `peak_bytes` of the
+    device over both (null without CUDA)."""
+    model, device = learner.model, learner.device
     dynamics, objective = model.dynamics, model.objective
     chunk = dynamics.config.frames_together
     context = -(-context // chunk) * chunk
-    count = max(1, config.video.frames // context)
+    count = max(1, learner.config.video.frames // context)
     z = torch.randn(count, context, dynamics.tokens, dynamics.channels, device=device).clamp(-1, 1)
     action = torch.randn(count, context, dynamics.actions, device=device)
     first = torch.zeros(count, context, dtype=torch.bool, device=device)
@@ -33,10 +33,9 @@ def cost_of(model: WorldModel, config: Config, context: int, device: torch.devic
         torch.cuda.reset_peak_memory_stats(device)
 
     def learn() -> None:
-        loss = objective.run(dynamics, z, action, first, 0).loss
-        for parameter in model.parameters():
-            parameter.grad = None
-        loss.backward()
+        with learner.half_precision():
+            loss = objective.run(dynamics, z, action, first, 0).loss
+        learner.parts["model"].step(loss)
 
     trained = median_ms(learn, device, ROUNDS) / (count * context)
     feat, state = take_in(dynamics, z[:1], action[:1], first[:1])

@@ -10,7 +10,7 @@ from pathlib import Path
 from agent.clips.folder import Folder
 from agent.clips.memory_maze import MemoryMaze
 from agent.clips.minecraft import MineRL, Vpt
-from agent.clips.reader import Condition, Damaged, Reader, Recording
+from agent.clips.reader import Condition, Damaged, Reader, Recording, Rows
 from agent.clips.teco import Teco
 from envs.contract import UserError
 
@@ -35,7 +35,7 @@ class Library:
 
     root: Path
     layout: str
-    reader: Reader
+    reader: Rows
     recordings: list[Recording]
     damaged: dict[str, str] = field(default_factory=dict)
 

@@ -36,9 +36,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch: rows as `Batch.of` takes them, where reading stands after it, and files that it found damaged."""
+    """A batch: rows as `Batch.of` takes them, or what was made of them, where reading stands after it, and files that it
+    found damaged."""
 
-    rows: dict[str, Any]
+    rows: Any
     place: Place
     damaged: dict[str, str] = field(default_factory=dict)
 
@@ -50,6 +51,8 @@ class Loader:
         recordings: those to draw from. plan: rows of a clip, and clips, of the batch of each update.
         size: side of the images. carry: whether clip b of a batch goes on where clip b of the batch before ended.
         update, place: from which update on, and where reading stood then.
+        retrace: share of clips whose second half is the way back (`retraced`).
+        bring: what the reading thread does with a batch's rows before they are handed out.
 
     Raises:
         UserError: no recording is as long as a clip.
@@ -65,9 +68,12 @@ class Loader:
         carry: bool,
         update: int = 0,
         place: Place | None = None,
+        retrace: float = 0.0,
+        bring: Callable[[dict[str, Any]], Any] = lambda rows: rows,
     ):
         self.library, self.recordings, self.plan = library, recordings, plan
         self.size, self.seed, self.carry, self.update = size, seed, carry, update
+        self.retrace, self.bring = retrace, bring
         self.lengths = [recording.length for recording in recordings]
         self.place = place or Place()
         self._damaged = set(library.damaged)  # of the reading thread, which is ahead
@@ -143,11 +149,13 @@ class Loader:
                 found = self._try(recording, start, clip)
             follows = self.carry and i < len(place.line) and place.line[i] == (recording, start)
             found["is_first"][0] = not follows
-            clips.append(found)
+            number = place.position * batch + i
+            back = int((number + 1) * self.retrace) > int(number * self.retrace)
+            clips.append(retraced(found) if back else found)
             line.append((recording, start + clip))
         rows: dict[str, Any] = {key: np.stack([each[key] for each in clips]) for key in clips[0]}
         rows["obs"] = {"image": rows.pop("image")}
-        return Loaded(rows, replace(place, position=place.position + 1, line=tuple(line)), damaged)
+        return Loaded(self.bring(rows), replace(place, position=place.position + 1, line=tuple(line)), damaged)
 
     def _order(self, epoch: int, clip: int, batch: int) -> np.ndarray:
         if self._orders[0] != (epoch, clip, batch):
@@ -197,3 +205,15 @@ def read_clip(library: Library, recording: Recording, start: int, clip: int, siz
         "surprise": np.zeros(clip, np.float32),
         **dict(zip(("is_first", "terminated", "truncated"), flags, strict=True)),
     }
+
+
+def retraced(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A clip that is told by poses, out along its first half and back again: row t shows the frame of row `way[t]`, and
+    the row before holds that frame's pose. Nothing is rewarded and nothing ends."""
+    length = len(rows["image"])
+    out = length // 2 + 1
+    way = np.concatenate([np.arange(out), np.arange(out - 2, out - 2 - (length - out), -1)])
+    poses = np.concatenate([rows["before"][None], rows["action"]])  # of row t at t
+    last = np.zeros_like(poses[:1])
+    calm = {key: np.zeros_like(rows[key]) for key in ("reward", "surprise", "terminated", "truncated")}
+    return rows | calm | {"image": rows["image"][way], "action": np.concatenate([poses[way[1:]], last])}

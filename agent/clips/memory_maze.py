@@ -16,14 +16,14 @@ from envs.contract import UserError
 from envs.images import resize_area
 
 ACTIONS = 6
+OCTAVES, TURNS = 5, 4
 
 
 class MemoryMaze:
     """Files hold in row t what led there: `action[t]` was chosen from row t - 1.
 
-    With `condition` "pose", row t holds as its action the pose of row t + 1 (x, y in mazes' widths, and the unit vector
-    along which the agent looks), so that M predicts each frame from the pose it was seen from, as the paper behind M
-    does on this data (arXiv 2505.20171).
+    With `condition` "pose", row t holds as its action the pose of row t + 1, as `pose_code` tells it, so that M predicts
+    each frame from the pose it was seen from, as the paper behind M does on this data (arXiv 2505.20171).
     """
 
     what: ClassVar[str] = "NPZ files with entries image, action, reward, agent_pos, ... (Memory Maze's offline data)"
@@ -33,7 +33,7 @@ class MemoryMaze:
         if choices not in (0, ACTIONS):
             raise UserError(f"video.choices = {choices}: Memory Maze has {ACTIONS} actions; leave it at 0")
         self.pose = condition == "pose"
-        self.action = box(4) if self.pose else discrete(ACTIONS)
+        self.action = box(POSE) if self.pose else discrete(ACTIONS)
 
     @classmethod
     def find(cls, root: Path) -> list[Path]:
@@ -69,10 +69,24 @@ class MemoryMaze:
     def _poses(self, recording: Recording, start: int, stop: int) -> np.ndarray:
         width = _width(recording.path)
         place, look = (npz.rows(recording.path, key, start, stop) for key in ("agent_pos", "agent_dir"))
-        poses = np.concatenate([2 * place / width - 1, look], 1).astype(np.float32)
-        if not (np.abs(poses) <= 1.01).all():  # not finite, too
+        place = 2 * place / width - 1
+        if not (np.abs(np.concatenate([place, look], 1)) <= 1.01).all():  # not finite, too
             raise UserError(f"{recording.path}: a pose in rows {start} to {stop - 1} lies outside the maze")
-        return poses
+        return pose_code(place, look)
+
+
+def pose_code(place: np.ndarray, look: np.ndarray) -> np.ndarray:
+    """Poses in -1 to 1, float32 `(n, POSE)`: place `(n, 2)` as it is (-1 to 1 across the maze) and as sines and cosines
+    of OCTAVES periods from the maze's width down to a sixteenth of it, look `(n, 2)`, a unit vector, as those of its
+    angle and of TURNS multiples of it in all. From the numbers alone a network is slow to learn what differs between
+    places that are near each other (Tancik et al. 2020, arXiv 2006.10739)."""
+    phase = place[:, :, None] * (np.pi * 2.0 ** np.arange(OCTAVES))
+    angle = np.arctan2(look[:, 1], look[:, 0])[:, None] * np.arange(1, TURNS + 1)
+    waves = [np.sin(phase).reshape(len(place), -1), np.cos(phase).reshape(len(place), -1), np.sin(angle), np.cos(angle)]
+    return np.concatenate([place, *waves], 1).astype(np.float32)
+
+
+POSE = 2 + 4 * OCTAVES + 2 * TURNS
 
 
 @lru_cache(maxsize=4096)

@@ -30,38 +30,14 @@ class Recording:
     size: tuple[int, int]
 
 
-class Reader(Protocol):
-    """One layout. Built as `Class(root, files, condition, choices, actions)`.
+class Rows(Protocol):
+    """What clips are cut from: the rows of recordings, by whatever way."""
 
-    Args:
-        root: folder of the data set. files: what `find` found there.
-        condition: what rows hold as actions: those that were taken, or the pose that came of them.
-        choices: number of different actions where they are numbers of a list; 0: what the layout or the files say.
-        actions: the action set that ticks of Minecraft are encoded in.
-
-    Raises:
-        UserError: the layout knows no such condition, or no actions of that form.
-    """
-
-    what: ClassVar[str]
-    """What makes a folder one of this layout, in a few words."""
-    rewarded: ClassVar[bool]
-    """Whether its recordings hold rewards."""
     action: ActionSpec
 
-    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int, actions: str) -> None: ...
-
-    @classmethod
-    def find(cls, root: Path) -> list[Path]:
-        """The recordings below `root`, sorted; none where the folder is not of this layout."""
-        ...
-
-    def head(self, path: Path) -> tuple[int, tuple[int, int]]:
-        """Rows of a recording, and height and width of its frames, without decoding these.
-
-        Raises:
-            Damaged: it cannot be read.
-        """
+    @property
+    def rewarded(self) -> bool:
+        """Whether the recordings hold rewards."""
         ...
 
     def frames(self, recording: Recording, start: int, stop: int, size: int) -> np.ndarray:
@@ -79,6 +55,37 @@ class Reader(Protocol):
 
     def rewards(self, recording: Recording, start: int, stop: int) -> np.ndarray:
         """What arrives with these rows: float32 `(n,)`; zeros where the layout has none. Raises Damaged."""
+        ...
+
+
+class Reader(Rows, Protocol):
+    """One layout. Built as `Class(root, files, condition, choices, actions)`.
+
+    Args:
+        root: folder of the data set. files: what `find` found there.
+        condition: what rows hold as actions: those that were taken, or the pose that came of them.
+        choices: number of different actions where they are numbers of a list; 0: what the layout or the files say.
+        actions: the action set that ticks of Minecraft are encoded in.
+
+    Raises:
+        UserError: the layout knows no such condition, or no actions of that form.
+    """
+
+    what: ClassVar[str]
+    """What makes a folder one of this layout, in a few words."""
+    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int, actions: str) -> None: ...
+
+    @classmethod
+    def find(cls, root: Path) -> list[Path]:
+        """The recordings below `root`, sorted; none where the folder is not of this layout."""
+        ...
+
+    def head(self, path: Path) -> tuple[int, tuple[int, int]]:
+        """Rows of a recording, and height and width of its frames, without decoding these.
+
+        Raises:
+            Damaged: it cannot be read.
+        """
         ...
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent.clips.kept import Kept
 from agent.clips.library import open_library
-from agent.clips.loader import Loaded, Loader, Place, check_lengths
+from agent.clips.loader import Loaded, Loader, Place, check_lengths, read_clip, retraced
 from agent.clips.order import epoch_order
 from envs.contract import UserError
 from worldmodel.types import Batch
@@ -171,3 +172,46 @@ def test_a_place_is_small(mazes: Path) -> None:
     with loader(mazes) as clips:
         place = clips.next().place
     assert place == Place(0, 1, 4, place.line) and len(place.line) == 3
+
+
+# -- ways of loading --------------------------------------------------------------------------------------------------
+
+
+def test_the_way_back_shows_what_was_seen(mazes: Path) -> None:
+    def poses() -> Any:
+        library = open_library(mazes, condition="pose")
+        return Loader(library, library.recordings, lambda update: (7, 4), 64, 0, False, retrace=0.5)
+
+    clips = poses()
+    try:
+        batches = [clips.next() for _ in range(2)]
+    finally:
+        clips.close()
+    for loaded in batches:
+        rows = loaded.rows
+        told = np.concatenate([rows["before"][:, None], rows["action"]], 1)  # of row t at t
+        for b, (image, pose) in enumerate(zip(rows["obs"]["image"], told, strict=True)):
+            back = b % 2 == 1  # every second clip
+            assert np.array_equal(image[4:], image[2::-1]) == back
+            assert np.array_equal(pose[4:7], pose[2::-1]) == back
+            assert rows["is_first"][b].tolist() == [True] + [False] * 6
+            assert not (back and (rows["reward"][b].any() or rows["truncated"][b].any()))
+
+
+def test_a_clip_of_two_rows_goes_nowhere() -> None:
+    rows = {key: np.arange(2.0) for key in ("image", "reward", "surprise", "terminated", "truncated")}
+    found = retraced(rows | {"action": np.ones((2, 3)), "before": np.zeros(3)})
+    assert found["image"].tolist() == [0, 1] and found["action"].tolist() == [[1, 1, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_what_is_kept_in_memory_is_what_is_on_disk(mazes: Path, carry: bool) -> None:
+    library = open_library(mazes)
+    library.reader = Kept(library.reader)
+    kept = Loader(library, library.recordings, stays, 64, 0, carry)
+    with loader(mazes, carry=carry) as clips:
+        assert all(same(kept.next(), clips.next()) for _ in range(12))
+        for recording in library.recordings:  # nothing is asked of the files any more
+            recording.path.unlink()
+        kept.close()
+    assert read_clip(library, library.recordings[0], 2, 5, 64)["image"].shape == (5, 64, 64, 3)

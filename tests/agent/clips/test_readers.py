@@ -8,6 +8,7 @@ import pytest
 from agent.clips import mp4, npz
 from agent.clips.library import Library, open_library
 from agent.clips.loader import read_clip
+from agent.clips.memory_maze import POSE, pose_code
 from agent.clips.reader import Damaged
 from envs.contract import UserError
 
@@ -88,13 +89,25 @@ def test_memory_maze(tmp_path: Path, write_maze) -> None:
 def test_pose_in_place_of_actions(tmp_path: Path, write_maze) -> None:
     write_maze(tmp_path / "a.npz")
     library = open_library(tmp_path, condition="pose")
-    assert library.reader.action.parts == () and library.reader.action.size == 4
+    assert library.reader.action.parts == () and library.reader.action.size == POSE
     rows = only(library, 3, 4)
     # row t holds the pose of row t + 1: M is told it when it predicts that row
     np.testing.assert_allclose(rows["action"][:, 0], 2 * np.arange(4, 8) / 9 - 1, rtol=1e-6)
-    np.testing.assert_allclose(rows["action"][:, 1:], [[0, 1, 0]] * 4, atol=1e-6)
-    np.testing.assert_allclose(rows["before"], [2 * 3 / 9 - 1, 0, 1, 0], rtol=1e-6)
+    place, look = np.stack([2 * np.arange(3, 8) / 9 - 1, np.zeros(5)], 1), np.array([[1.0, 0.0]] * 5)
+    np.testing.assert_allclose(np.concatenate([rows["before"][None], rows["action"]]), pose_code(place, look), atol=1e-5)
     assert not only(library, 8, 4)["action"][3].any()
+
+
+def test_poses_are_told_in_waves() -> None:
+    place, angle = np.array([[0.5, -1.0], [0.03, 0.2]]), np.array([0.0, 2.0])
+    code = pose_code(place, np.stack([np.cos(angle), np.sin(angle)], 1))
+    assert code.shape == (2, POSE) and code.dtype == np.float32 and (np.abs(code) <= 1).all()
+    np.testing.assert_allclose(code[:, :2], place, atol=1e-6)
+    np.testing.assert_allclose(code[0, 2:4], [1, 0], atol=1e-6)  # sin of half a turn's half, of a whole one
+    np.testing.assert_allclose(code[1, -8:-4], np.sin(2.0 * np.arange(1, 5)), atol=1e-6)
+    np.testing.assert_allclose(code[1, -4:], np.cos(2.0 * np.arange(1, 5)), atol=1e-6)
+    near = pose_code(place + [[0, 0], [1 / 9, 0]], np.stack([np.cos(angle), np.sin(angle)], 1))
+    assert np.abs(near[1] - code[1]).max() > 0.5  # half a cell away is far in the finest waves
 
 
 def test_memory_maze_files_that_are_none(tmp_path: Path, write_maze) -> None:
