@@ -12,7 +12,8 @@ and is then scanned alone: what M computes for a noised frame at time t, for eve
 trained against a clean past at every frame in one pass. In groups of frames, a group starts from the state before it
 and is scanned as a whole.
 
-`scan` is the fast form (cost linear in time), `scan_step` advances one frame, `scan_reference` is the slow truth.
+`scan` is the fast form (cost linear in time): on CUDA, without queries, kernels of its own (scan_triton.py), elsewhere
+`scan_chunked`. `scan_step` advances one frame, `scan_reference` is the slow truth.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    from worldmodel import scan_triton as kernels
+except ModuleNotFoundError:  # builds of torch without CUDA come without Triton
+    kernels = None
 
 
 class Stream(NamedTuple):
@@ -81,16 +87,51 @@ def scan(
     at: Tensor | None = None,
     group: int = 1,
 ) -> ScanOut:
-    """Scan T frames in chunks: matrix products inside a chunk, one recurrence over chunks.
+    """Scan T frames, in the form that is fastest where the inputs are.
 
     Args:
         clean: the stream that writes the state. query: a second one that only reads it (see the module's text).
         first: `(B, T)` bool, frames before which the state is zero.
         state: `(B, H, S, P)` float32, before frame 0.
-        chunk: frames per chunk.
+        chunk: frames per chunk; the kernels for CUDA have a size of their own.
         at: `(B, M)` frame indices after which to return the state as well, without gradient, to start dreams from.
         group: query frames that are scanned together; T is a multiple of it.
     """
+    if query is None and kernels is not None and kernels.fit(clean.x, clean.b, clean.c):
+        return _scan_kernels(clean, first, state, at)
+    return scan_chunked(clean, first, state, chunk, query, at, group)
+
+
+def _scan_kernels(clean: Stream, first: Tensor, state: Tensor, at: Tensor | None) -> ScanOut:
+    """The scan by the kernels; under autocast in its precision, as matrix products are."""
+    assert kernels is not None
+    x, b, c, a = clean
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        x, b, c = (v.to(torch.get_autocast_dtype(x.device.type)) for v in (x, b, c))
+    y, last, start, cum, episode = kernels.scan_kernels(x, b, c, a, first, state.float(), at is not None)
+    states_at = None
+    if at is not None:
+        chunks = start.shape[1]
+        size, length = cum.shape[-1] // chunks, x.shape[1] * x.shape[2]  # chunks are of tokens, not of frames
+        x, b = (v.detach().flatten(1, 2) for v in clean[:2])
+        if length % size:
+            x, b = (_pad_time(v, -length % size) for v in (x, b))
+        x, b, cum, episode = (v.unflatten(d, (chunks, size)) for v, d in ((x, 1), (b, 1), (cum, 2), (episode, 1)))
+        none = torch.zeros_like(episode[..., 0])  # episodes begun where a chunk begins
+        states_at = _states_at(at, (x.transpose(2, 3), b, cum.transpose(1, 2)), episode, none, start, clean.x.shape[2])
+    return ScanOut(y.to(clean.x.dtype), last, None, states_at)
+
+
+def scan_chunked(
+    clean: Stream,
+    first: Tensor,
+    state: Tensor,
+    chunk: int = 64,
+    query: Stream | None = None,
+    at: Tensor | None = None,
+    group: int = 1,
+) -> ScanOut:
+    """`scan` in torch, on any device: matrix products inside a chunk, one recurrence over chunks."""
     frames, tokens = clean.x.shape[1:3]
     chunk = max(1, min(chunk, frames) // group) * group
     segment = first.long().cumsum(1)
@@ -123,7 +164,7 @@ def scan(
     if query is not None:
         query_y = _read(query, (x, b, cum), start, alive, same, tokens * group, chunks, group > 1)
         query_y = _unchunk(query_y, tokens)[:, :frames]
-    states_at = None if at is None else _states_at(at, (x, b, cum), token_seg, before, start, chunk, tokens)
+    states_at = None if at is None else _states_at(at, (x, b, cum), token_seg, before, start, tokens)
     last = states[:, -1].clone()  # a view would keep the states of all chunks in memory
     return ScanOut(_unchunk(y, tokens)[:, :frames], last, query_y, states_at)
 
@@ -178,17 +219,18 @@ def _read(query: Stream, clean, start, alive, same, tokens: int, chunks: int, gr
 
 
 @torch.no_grad()
-def _states_at(at: Tensor, clean, token_seg, before, start, chunk: int, tokens: int) -> Tensor:
+def _states_at(at: Tensor, clean, token_seg, before, start, tokens: int) -> Tensor:
     """States after the frames `at` `(B, M)`: the chunk's incoming state plus what its tokens up to there wrote."""
     x, b, cum = clean
-    rows = torch.arange(len(at), device=at.device)[:, None]
-    k, end = at // chunk, (at % chunk) * tokens + tokens - 1
+    rows, size = torch.arange(len(at), device=at.device)[:, None], cum.shape[-1]
+    token = at * tokens + tokens - 1  # the frame's last
+    k, end = token // size, token % size
     cum_k, seg_k = cum[rows, k], token_seg[rows, k]  # (B, M, H, L), (B, M, L)
     cum_end = cum_k.gather(-1, end[..., None, None].expand(-1, -1, cum_k.shape[2], 1))
     seg_end = seg_k.gather(-1, end[..., None])
     tokens_in = (torch.arange(seg_k.shape[-1], device=at.device) <= end[..., None]) & (seg_k == seg_end)
     decay = torch.where(tokens_in[:, :, None], cum_end - cum_k, -torch.inf).exp()
-    written = b[rows, k].transpose(-1, -2)[:, :, None] @ (decay[..., None] * x[rows, k])
+    written = b[rows, k].to(decay.dtype).transpose(-1, -2)[:, :, None] @ (decay[..., None] * x[rows, k])
     carry = torch.where((seg_end[..., 0] == before[rows, k])[..., None], cum_end[..., 0].exp(), 0.0)
     return carry[..., None, None] * start[rows, k] + written
 

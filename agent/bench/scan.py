@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from agent.bench.common import MB, Device, device_of, median_ms
 from envs.contract import UserError
-from worldmodel.scan import Stream, scan, scan_reference
+from worldmodel.scan import Stream, kernels, scan, scan_chunked, scan_reference
 
 ON_CUDA = {"batch": 16, "frames": 4096, "heads": 8, "head": 64, "state_size": 64}
 ELSEWHERE = {"batch": 2, "frames": 256, "heads": 2, "head": 16, "state_size": 16}
@@ -29,14 +29,15 @@ def measure(
     chunk: int = 64,
     checked: int = 300,
     repeats: int = 20,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     compiled: bool | None = None,
     device: Device | None = None,
 ) -> dict[str, Any]:
     """The chunked scan: its errors, its time, and the time that moving its bytes takes.
 
     Errors are those of values and final states, and of gradients, against the recurrence in float64, token by token,
-    over fewer frames and at most two sequences; inputs are float32, decays those that M begins with. Times are medians
-    of whole calls.
+    over fewer frames and at most two sequences; decays are those that M begins with. Times are medians of whole calls.
+    What training takes on CUDA is kernels of our own; the form in torch stands beside it.
 
     Args:
         batch: sequences (default: 16 on CUDA, else 2)
@@ -48,12 +49,14 @@ def measure(
         chunk: frames per chunk
         checked: frames over which errors are measured
         repeats: timed calls
+        dtype: of x, b and c; in bfloat16 the form in torch runs under autocast. Decays and states are float32
         compiled: by torch.compile (default: on CUDA)
         device: where to compute (default: CUDA where there is one)
 
     Returns:
         error_value, error_grad: the largest, as a share of the largest exact value of that tensor. forward_ms,
-        forward_backward_ms. bytes_floor_ms, bytes_floor_forward_backward_ms: of reading every input once and writing
+        forward_backward_ms. The same with torch_ before it, of the form in torch: null where that is the form that
+        training takes. bytes_floor_ms, bytes_floor_forward_backward_ms: of reading every input once and writing
         every output once, forward and then for both, at the measured copy_gb_per_s. fla_forward_ms: of
         flash-linear-attention's chunked form, null where it is not installed; its error_value is fla_error_value.
     """
@@ -65,19 +68,30 @@ def measure(
         if value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
     torch.manual_seed(0)
-    run: Callable[..., Any] = scan
-    if where.type == "cuda" if compiled is None else compiled:
-        run = torch.compile(scan)
+    compiled = where.type == "cuda" if compiled is None else compiled
+    kind = {"dtype": getattr(torch, dtype)}
     few = sizes | {"batch": min(2, sizes["batch"]), "frames": min(checked, sizes["frames"])}
-    error_value, error_grad = errors(run, *inputs(where, tokens, **few), chunk)
-    stream, first, state = inputs(where, tokens, **sizes)
+    stream, first, state = inputs(where, tokens, **sizes, **kind)
+    ours = kernels is not None and kernels.fit(stream.x, stream.b, stream.c)
 
-    def forward_backward() -> None:
-        y = run(stream, first, state, chunk).y
-        torch.autograd.grad(y, [*stream, state], y.detach())
+    def form(chosen: Callable[..., Any]) -> dict[str, float]:
+        """Errors and times of one form of the scan."""
+        run = torch.compile(chosen) if compiled else chosen
 
+        def forward_backward() -> None:
+            y = run(stream, first, state, chunk).y
+            torch.autograd.grad(y, [*stream, state], y.detach())
+
+        with torch.autocast(where.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            value, grad = errors(run, *inputs(where, tokens, **few, **kind), chunk)
+            with torch.no_grad():
+                forward_ms = median_ms(lambda: run(stream, first, state, chunk), where, repeats)
+            both_ms = median_ms(forward_backward, where, repeats)
+        return {"error_value": value, "error_grad": grad, "forward_ms": forward_ms, "forward_backward_ms": both_ms}
+
+    taken = form(scan)
+    beside = form(scan_chunked) if ours else dict.fromkeys(taken)
     with torch.no_grad():
-        forward_ms = median_ms(lambda: run(stream, first, state, chunk), where, repeats)
         bandwidth = copy_bandwidth(where, repeats)
     read = sum(v.nbytes for v in (*stream, state))
     written = stream.x.nbytes + state.nbytes
@@ -85,19 +99,20 @@ def measure(
         **sizes,
         "tokens": tokens,
         "chunk": chunk,
+        "dtype": dtype,
         "device": str(where),
-        "error_value": error_value,
-        "error_grad": error_grad,
-        "forward_ms": forward_ms,
-        "forward_backward_ms": median_ms(forward_backward, where, repeats),
+        "kernels": ours,
+        **taken,
+        **{f"torch_{name}": value for name, value in beside.items()},
         "bytes_floor_ms": 1e3 * (read + written) / bandwidth,
         # the backward pass reads inputs and the gradient of y, and writes a gradient for every input
         "bytes_floor_forward_backward_ms": 1e3 * (read + written + read + stream.x.nbytes + read) / bandwidth,
         "copy_gb_per_s": bandwidth / 1e9,
-        **fla(where, tokens, sizes, few, repeats),
+        **fla(where, tokens, sizes | kind, few | kind, repeats),
     }
     shape = " x ".join(str(sizes[name]) for name in ("batch", "frames", "heads", "head"))
-    print(f"scan of {shape}, {tokens} tokens a frame, state {sizes['state_size']}, on {where}")
+    how = "by kernels" if ours else "in torch"
+    print(f"scan of {shape}, {tokens} tokens a frame, state {sizes['state_size']}, {dtype}, {how}, on {where}")
     for name, value in found.items():
         if isinstance(value, float):
             print(f"  {name:32} {value:.3g}")
@@ -107,7 +122,14 @@ def measure(
 
 
 def inputs(
-    device: torch.device, tokens: int, batch: int, frames: int, heads: int, head: int, state_size: int
+    device: torch.device,
+    tokens: int,
+    batch: int,
+    frames: int,
+    heads: int,
+    head: int,
+    state_size: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Stream, Tensor, Tensor]:
     """A stream that wants gradients, with time constants from 4 to 1000 frames; frames that begin an episode, none; a
     state."""
@@ -116,7 +138,8 @@ def inputs(
     rate = 1 / torch.logspace(math.log10(4), math.log10(1000), heads, device=device) / tokens
     a = -rate * (0.5 + torch.rand(*lead, heads, device=device))
     state = torch.randn(batch, heads, state_size, head, device=device).requires_grad_()
-    stream = Stream(*(v.requires_grad_() for v in (x, b * state_size**-0.5, c, a)))
+    x, b, c = (v.to(dtype) for v in (x, b * state_size**-0.5, c))
+    stream = Stream(*(v.requires_grad_() for v in (x, b, c, a)))
     return stream, torch.zeros(batch, frames, dtype=torch.bool, device=device), state
 
 

@@ -21,7 +21,14 @@ def test_the_scan_is_measured() -> None:
     # x and y; both keys; decays; the state before and after: float32
     moved = 4 * (2 * 20 * 3 * (2 * 2 * 4 + 2 * 5 + 2) + 2 * 2 * 2 * 5 * 4)
     assert found["bytes_floor_ms"] == pytest.approx(moved / found["copy_gb_per_s"] / 1e6)
-    assert found["fla_forward_ms"] is None
+    assert found["fla_forward_ms"] is None and found["torch_forward_ms"] is None  # the form in torch is the one here
+
+
+def test_the_scan_is_measured_in_bfloat16() -> None:
+    found = json.loads(json.dumps(scan.measure(**SMALL, tokens=2, state_size=5, chunk=7, dtype="bfloat16")))
+    assert 1e-4 < found["error_value"] < 0.05 and 1e-4 < found["error_grad"] < 0.05
+    moved = 2 * (2 * 20 * 2 * (2 * 2 * 4 + 2 * 5)) + 4 * (2 * 20 * 2 * 2 + 2 * 2 * 2 * 5 * 4)
+    assert found["bytes_floor_ms"] == pytest.approx(moved / found["copy_gb_per_s"] / 1e6)
 
 
 def test_a_scan_that_is_wrong_is_noticed() -> None:
@@ -72,7 +79,12 @@ def test_sizes_that_make_no_sense(call) -> None:
 def test_kernels_are_measured_on_cuda() -> None:
     sizes = {"batch": 2, "frames": 100, "heads": 2, "head": 16, "repeats": 2, "device": "cuda"}
     found = scan.measure(**sizes, state_size=16)
-    assert found["error_value"] < 0.01 and found["error_grad"] < 0.01  # TF32
+    assert found["kernels"]
+    for form in ("", "torch_"):
+        assert found[f"{form}error_value"] < 0.01 and found[f"{form}error_grad"] < 0.01  # TF32
+        assert 0 < found[f"{form}forward_ms"] < found[f"{form}forward_backward_ms"]
+    found = scan.measure(**sizes, state_size=16, dtype="bfloat16")
+    assert max(found["error_value"], found["error_grad"]) < 0.05
     found = attention.measure(**sizes, tokens=4)
     assert found["skipped"] is None and len(found["rows"]) == 6
     assert all(max(row["error_value"], row["error_grad"]) < 0.05 for row in found["rows"])  # bfloat16
