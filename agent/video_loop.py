@@ -28,7 +28,7 @@ from worldmodel.dynamics import State
 from worldmodel.model import WorldModel
 from worldmodel.types import Batch, Loss
 
-CONCERNS = ("seed", "device", "exact", "threads", "video.", "encoder.", "worldmodel.", "forcing.", "heads.hidden")
+CONCERNS = ("seed", "device", "exact", "compiled", "threads", "video.", "encoder.", "worldmodel.", "forcing.", "heads.hidden")
 CONCERNS += ("heads.bins", "heads.reward_weight", "heads.cont_weight", "learn.updates", "learn.warmup", "learn.clip")
 CONCERNS += ("learn.encoder_rows", "learn.encoder_rate", "learn.model_rate", "learn.decay", "evaluate.every")
 CONCERNS += ("evaluate.episodes", "evaluate.final_episodes", "evaluate.log_every", "evaluate.save_seconds")

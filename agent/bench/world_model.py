@@ -146,7 +146,9 @@ def _seeing(common: Config, folder: Path) -> Config:
     video, learn = common.video, common.learn
     if not video.freeze or not learn.warmup:
         return common
+    length = min(video.lengths)
     alone = {"learn.updates": 1, "worldmodel.mixer": "window", "worldmodel.layers": 1, "compiled": False}
+    alone |= {"video.lengths": (length,), "video.frames": max(length, learn.encoder_rows), "video.retrace": 0.0}
     _trained(options.update(common, alone), folder)
     return options.update(common, {"video.encoder": str(folder), "learn.warmup": 0})
 
