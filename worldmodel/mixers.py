@@ -119,12 +119,12 @@ class Layer(nn.Module):
         """u, uq `(B, T, N, W)`; cond, cond_q `(B, T, 1, 9, W)`. See Dynamics.forward."""
         mods = self._mods(cond)
         mods_q = None if cond_q is None else self._mods(cond_q)
-        end, starts = Past(None, None), Past(None, None)
+        mix_end, mix_at, cache_end, cache_at = None, None, None, None
         if self.mix is not None:
             assert past.mix is not None
             hq = None if uq is None or mods_q is None else self._in(uq, mods_q, 0)
-            y, yq, after, states = self.mix(self._in(u, mods, 0), first, past.mix, hq, at)
-            end, starts = Past(after, None), Past(None if at is None else states, None)
+            y, yq, mix_end, states = self.mix(self._in(u, mods, 0), first, past.mix, hq, at)
+            mix_at = None if at is None else states
             u = self._add(u, y, mods, 0)
             uq = uq if mods_q is None or uq is None or yq is None else self._add(uq, yq, mods_q, 0)
         if self.attention is not None:
@@ -133,17 +133,17 @@ class Layer(nn.Module):
             heads_q = None if uq is None or mods_q is None else self.attention.heads_of(self._in(uq, mods_q, 1))
             y, yq = self.attention(heads, first, past.cache, heads_q)
             last = torch.full_like(first[:, :1], first.shape[1] - 1, dtype=torch.long)
-            end = end._replace(cache=self.attention.cache_at(heads, first, past.cache, last))
+            cache_end = self.attention.cache_at(heads, first, past.cache, last)
             if at is not None:
                 kept = Heads(*(v.detach() for v in heads))
-                starts = starts._replace(cache=self.attention.cache_at(kept, first, past.cache, at))
+                cache_at = self.attention.cache_at(kept, first, past.cache, at)
             u = self._add(u, self.attention.out(y.flatten(-2)), mods, 1)
             if uq is not None and mods_q is not None and yq is not None:
                 uq = self._add(uq, self.attention.out(yq.flatten(-2)), mods_q, 1)
         u = self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2)
         if uq is not None and mods_q is not None:
             uq = self._add(uq, self.mlp(self._in(uq, mods_q, 2)), mods_q, 2)
-        return LayerOut(u, uq, end, starts)
+        return LayerOut(u, uq, Past(mix_end, cache_end), Past(mix_at, cache_at))
 
     def step(self, u: Tensor, cond: Tensor, past: Past) -> tuple[Tensor, Past]:
         """One frame (T = 1) that is remembered."""
