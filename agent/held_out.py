@@ -66,7 +66,8 @@ def judge(
     fits = [recording for recording in recordings if recording.length >= length]
     places = [(fits[i % len(fits)], float(share)) for i, share in enumerate(rng.random(clips))]
     squares, seen, count = {way: np.zeros(config.horizon) for way in WAYS}, [], 0
-    with own_randomness(seed, learner.device):
+    # compiled layers are for the clips of training: these have other lengths, each of which would be compiled for
+    with own_randomness(seed, learner.device), torch.compiler.set_stance("force_eager"):
         for i in range(0, clips, TOGETHER):
             signals.check()
             rows = []

@@ -181,7 +181,7 @@ class Part:
         factors = torch._foreach_div(bounds, torch._foreach_clamp_min(sizes, 1e-8))
         torch._foreach_mul_(grads, torch._foreach_clamp_max(factors, 1.0))
         if self.fused:
-            self.optimiser.found_inf = (~ok).float()  # what a GradScaler tells it
+            setattr(self.optimiser, "found_inf", (~ok).float())  # noqa: B010  (what a GradScaler tells it)
             self.optimiser.step()
         elif ok:
             self.optimiser.step()

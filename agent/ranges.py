@@ -155,8 +155,8 @@ def check(config: Config) -> None:
         )
     if video.retrace and (video.condition != "pose" or video.carry or any((heads.reward_weight, heads.cont_weight))):
         raise UserError(
-            f"video.retrace = {video.retrace}: the way back is told by poses, followed by nothing and not rewarded: set "
-            f"video.condition to pose, video.carry to false and heads.reward_weight and cont_weight to 0"
+            f"video.retrace = {video.retrace}: the way back is told by poses, followed by nothing and not rewarded: "
+            f"set video.condition to pose, video.carry to false and heads.reward_weight and cont_weight to 0"
         )
     if video.encoder and (learn.warmup or not video.freeze):
         raise UserError(

@@ -22,13 +22,13 @@ class Window:
     def add(self, metrics: dict[str, Any], counts: Tensor | bool = True) -> None:
         """Add to the sums, unless these do not count: an update that was skipped has no finite metrics. On CUDA that is
         decided there, without waiting for it."""
-        later = isinstance(counts, Tensor) and counts.is_cuda
-        if not later and not counts:
+        later = counts if isinstance(counts, Tensor) and counts.is_cuda else None
+        if later is None and not counts:
             return
         for key, value in metrics.items():
-            told = torch.where(counts, value, 0.0) if later else value
+            told = value if later is None else torch.where(later, value, 0.0)
             self.sums[key] = self.sums.get(key, 0.0) + told
-            self.numbers[key] = self.numbers.get(key, 0) + (counts.long() if later else 1)
+            self.numbers[key] = self.numbers.get(key, 0) + (1 if later is None else later.long())
 
     def means(self) -> dict[str, float]:
         return {key: float(total) / int(self.numbers[key]) for key, total in self.sums.items() if self.numbers[key]}

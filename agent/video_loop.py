@@ -28,8 +28,16 @@ from worldmodel.dynamics import State
 from worldmodel.model import WorldModel
 from worldmodel.types import Batch, Loss
 
-CONCERNS = ("seed", "device", "exact", "compiled", "threads", "video.", "encoder.", "worldmodel.", "forcing.", "heads.hidden")
-CONCERNS += ("heads.bins", "heads.reward_weight", "heads.cont_weight", "learn.updates", "learn.warmup", "learn.clip")
+CONCERNS = ("seed", "device", "exact", "compiled", "threads", "video.", "encoder.", "worldmodel.", "forcing.")
+CONCERNS += (
+    "heads.hidden",
+    "heads.bins",
+    "heads.reward_weight",
+    "heads.cont_weight",
+    "learn.updates",
+    "learn.warmup",
+    "learn.clip",
+)
 CONCERNS += ("learn.encoder_rows", "learn.encoder_rate", "learn.model_rate", "learn.decay", "evaluate.every")
 CONCERNS += ("evaluate.episodes", "evaluate.final_episodes", "evaluate.log_every", "evaluate.save_seconds")
 """Settings that such a run heeds."""
@@ -74,7 +82,7 @@ def load_model(folder: Path | str, device: str | None = None) -> tuple[WorldMode
         raise UserError(f"{folder} was not trained on video")
     tree, updates = opened.saved
     config = opened.config if device is None else replace(opened.config, device=device)
-    learner = Learner(config, opened.spec)
+    learner = Learner(replace(config, compiled=False), opened.spec)
     run.fill(learner, tree, opened.folder, weights_only=True)
     return learner.model, config, opened.spec, updates
 
@@ -135,7 +143,7 @@ class VideoTraining(UpdateLoop):
             check_held_out(self.held_out, video)
         reader = self.library.reader
         spec = EnvSpec({"image": ObsSpec("image", (video.size, video.size, 3))}, reader.action)
-        if not reader.rewarded:  # then nothing is known of ends either
+        if not self.library.rewarded:  # then nothing is known of ends either
             config = replace(config, heads=replace(config.heads, reward_weight=0.0, cont_weight=0.0))
         self.learner = ClipLearner(config, spec)
         if video.encoder and not tree:
@@ -179,7 +187,7 @@ class VideoTraining(UpdateLoop):
         model, known, spec, _ = load_model(folder, "cpu")
         mine = self.learner
         if known.encoder != self.config.encoder or spec.obs != mine.spec.obs:
-            raise UserError(f"video.encoder = {folder}: its settings encoder.* and video.size must be those of this run")
+            raise UserError(f"video.encoder = {folder}: its encoder.* and video.size must be those of this run")
         mine.model.encoder.load_state_dict(model.encoder.state_dict())
 
     @staticmethod

@@ -56,6 +56,11 @@ class DynamicsConfig:
     matched: bool = False
     """Give every layer as many parameters as a layer of `hybrid` has at this width, by the width of its MLP: mixers can
     then be compared at one size."""
+    keyed: bool = False
+    """Memory by key from the first update on: what M is told of a frame (its action or pose) is added to its tokens
+    too; reading begins with the keys of writing (c = b in scans, q = k in attention); keys of scans are rectified,
+    which keeps more of them apart. Where frames are found again by the pose that they were seen from, M learns in
+    hundreds of updates what otherwise takes it thousands (docs/video.md)."""
     change: bool = False
     """Predict the change from the frame before instead of the frame: what hardly changes from frame to frame, like
     positions among an observation's numbers, then need not be copied through every layer."""
@@ -330,6 +335,8 @@ class Dynamics(nn.Module):
             # noise enters in proportion to the signal in it: at level 0, where it says nothing, not at all
             clear = level * torch.rsqrt(level.square() + (1 - level).square())
             u = u * clear[..., None, None]
+        if self.config.keyed:
+            u = u + action[..., None, :]
         return u + self.place, cond
 
     def _feature(self, u: Tensor, z: Tensor) -> Tensor:

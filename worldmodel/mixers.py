@@ -220,6 +220,7 @@ class ScanMixer(nn.Module):
         width = config.width
         self.heads, self.size, self.chunk = config.heads, config.state_size, max(1, config.chunk // block**2)
         self.block, self.side, self.group = block, grid // block, config.frames_together
+        self.keyed = config.keyed
         self.split = [width, width, self.size, self.size, self.heads, self.heads]
         self.inp = nn.Linear(width, sum(self.split))
         self.skip = nn.Parameter(torch.ones(self.heads, 1))
@@ -233,6 +234,10 @@ class ScanMixer(nn.Module):
         with torch.no_grad():
             self.inp.weight[-2 * self.heads :].mul_(0.1)
             self.inp.bias[-2 * self.heads :].zero_()
+            if config.keyed:
+                for part in (self.inp.weight, self.inp.bias):
+                    _, _, b, c, _, _ = part.split(self.split)
+                    c.copy_(b)
 
     def initial(self, batch: int, device: torch.device | str) -> Tensor:
         """An empty state `(B, G, H, S, P)`."""
@@ -272,6 +277,8 @@ class ScanMixer(nn.Module):
         exact = torch.promote_types(h.dtype, torch.float32)  # the state sums over thousands of frames
         a = -F.softplus(rate.to(exact) + self.rate) / self.block**2
         x = (x.unflatten(-1, (self.heads, -1)) * torch.sigmoid(write)[..., None]).to(exact)
+        if self.keyed:
+            b, c = F.relu(b), F.relu(c)
         b, c = (F.rms_norm(v.to(exact), (self.size,)) * self.size**-0.5 for v in (b, c))
         return Stream(*(self._to_tubes(v) for v in (x, b, c, a))), gate
 
@@ -307,6 +314,9 @@ class Attention(nn.Module):
             )
         self.reach = (config.longest if self.far else config.window) - self.chunk
         self.qkv = nn.Linear(width, 3 * width, bias=False)
+        if config.keyed:
+            with torch.no_grad():
+                self.qkv.weight[:width].copy_(self.qkv.weight[width : 2 * width])
         self.q_norm, self.k_norm = (nn.LayerNorm(width // self.heads, bias=False) for _ in range(2))
         self.out = nn.Linear(width, width)
 

@@ -49,6 +49,8 @@ def measure(
     context: int = 256,
     ahead: int = 64,
     clips: int = 16,
+    steps: int | None = None,
+    context_level: float | None = None,
     preset: str = "video-world-model",
     settings: dict[str, Any] | None = None,
     contexts: tuple[int, ...] = (64, 256, 1024, 4096),
@@ -75,6 +77,8 @@ def measure(
         context: frames that M is shown
         ahead: new frames of reasoning
         clips: held-out clips to judge by
+        steps: denoising steps per generated frame (default: the preset's forcing.steps)
+        context_level: level that M is told of frames it has generated (default: the preset's forcing.context_level)
         preset: what all runs have in common
         settings: more of that, '{"learn.updates": 500}'
         contexts: lengths at which cost is measured
@@ -93,6 +97,8 @@ def measure(
             raise UserError(
                 f"--mixers: {name!r}" + options.suggest(name, VARIANTS, f": there are {', '.join(VARIANTS)}")
             )
+    if (steps is not None and steps < 1) or not 0 <= (context_level or 0) <= 1:
+        raise UserError(f"--steps {steps}, --context_level {context_level}: at least 1, and between 0 and 1")
     if not mixers or not seeds or not tasks or min(context - 2, ahead, clips, *contexts, 1) < 1:
         raise UserError(
             f"--context {context}, --ahead {ahead}, --clips {clips}, --contexts {contexts}: at least 3, 1, 1 and 1; "
@@ -115,7 +121,7 @@ def measure(
             folder = out / f"{name.replace('/', '-')}-s{seed}"
             known = _trained(config, folder)
             model, _, spec, _ = video_loop.load_model(folder, common.device)
-            judged = _Judged(model, config, shown, context, ahead)
+            judged = _Judged(model, config, shown, context, ahead, steps or model.steps, context_level)
             for way in [name, ZEROED] if name == "hybrid" else [name]:
                 for task in tasks:
                     row, frames = judged.judge(way, task, similarity)
@@ -180,6 +186,8 @@ class _Judged(NamedTuple):
     rows: list[dict[str, np.ndarray]]
     context: int
     ahead: int
+    steps: int
+    level: float | None
 
     @torch.no_grad()
     def judge(self, way: str, task: Task, similarity: Similarity) -> tuple[dict[str, Any], np.ndarray]:
@@ -223,7 +231,9 @@ class _Judged(NamedTuple):
         feat, state = take_in(model.dynamics, z[:, :context], pose[:, :context], first)
         if way == ZEROED:
             state = state.without_long_memory()
-        pieces = generate(model.objective, model.dynamics, feat, state, pose[:, after], model.steps)
+        pieces = generate(
+            model.objective, model.dynamics, feat, state, pose[:, after], self.steps, context_level=self.level
+        )
         made = torch.cat([model.encoder.decode(piece.z)["image"] for piece in pieces], 1)
         return images[:, 1:][:, after], model.encoder.decode(z[:, after])["image"], made
 

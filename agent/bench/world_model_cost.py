@@ -38,7 +38,8 @@ def cost_of(learner: ClipLearner, context: int) -> dict[str, Any]:
         learner.parts["model"].step(loss)
 
     trained = median_ms(learn, device, ROUNDS) / (count * context)
-    feat, state = take_in(dynamics, z[:1], action[:1], first[:1])
+    with torch.compiler.set_stance("force_eager"):  # what is compiled is for training
+        feat, state = take_in(dynamics, z[:1], action[:1], first[:1])
     ahead = torch.randn(1, FRAMES * chunk, dynamics.actions, device=device)
 
     def go_on() -> None:

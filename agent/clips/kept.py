@@ -17,10 +17,6 @@ class Kept:
         self.rows, self.action = rows, rows.action
         self.whole: dict[tuple[str, str, int], np.ndarray] = {}
 
-    @property
-    def rewarded(self) -> bool:
-        return self.rows.rewarded
-
     def frames(self, recording: Recording, start: int, stop: int, size: int) -> np.ndarray:
         read = lambda: self.rows.frames(recording, 0, recording.length, size)  # noqa: E731
         return self._of("frames", recording, size, read)[start:stop]

@@ -30,6 +30,7 @@ THREADS = 8
 class Library:
     """The recordings of a folder, by name.
 
+    rewarded: whether they hold rewards.
     damaged: files that cannot be read, and what is wrong with each; it grows as such are found.
     """
 
@@ -37,6 +38,7 @@ class Library:
     layout: str
     reader: Rows
     recordings: list[Recording]
+    rewarded: bool
     damaged: dict[str, str] = field(default_factory=dict)
 
     def held_out(self, share: float) -> tuple[list[Recording], list[Recording]]:
@@ -90,7 +92,7 @@ def open_library(
                 f"{root}: frames of mixed size, {h} x {w} in {recordings[0].name} and {height} x {width} in "
                 f"{recording.name}: put them into folders of their own"
             )
-    return Library(root, name, reader, recordings, damaged)
+    return Library(root, name, reader, recordings, reader.rewarded, damaged)
 
 
 def _recognise(root: Path, layout: str) -> tuple[str, list[Path]]:

@@ -36,8 +36,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch: rows as `Batch.of` takes them, or what was made of them, where reading stands after it, and files that it
-    found damaged."""
+    """A batch: rows as `Batch.of` takes them, or what was made of these; where reading stands after it; and files that
+    it found damaged."""
 
     rows: Any
     place: Place

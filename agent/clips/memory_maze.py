@@ -22,8 +22,8 @@ OCTAVES, TURNS = 5, 4
 class MemoryMaze:
     """Files hold in row t what led there: `action[t]` was chosen from row t - 1.
 
-    With `condition` "pose", row t holds as its action the pose of row t + 1, as `pose_code` tells it, so that M predicts
-    each frame from the pose it was seen from, as the paper behind M does on this data (arXiv 2505.20171).
+    With `condition` "pose", row t holds as its action the pose of row t + 1, in the form of `pose_code`, so that M
+    predicts each frame from the pose it was seen from, as the paper behind M does on this data (arXiv 2505.20171).
     """
 
     what: ClassVar[str] = "NPZ files with entries image, action, reward, agent_pos, ... (Memory Maze's offline data)"

@@ -35,11 +35,6 @@ class Rows(Protocol):
 
     action: ActionSpec
 
-    @property
-    def rewarded(self) -> bool:
-        """Whether the recordings hold rewards."""
-        ...
-
     def frames(self, recording: Recording, start: int, stop: int, size: int) -> np.ndarray:
         """Rows `start` to `stop` as uint8 `(n, size, size, 3)`. Raises Damaged."""
         ...
@@ -73,6 +68,9 @@ class Reader(Rows, Protocol):
 
     what: ClassVar[str]
     """What makes a folder one of this layout, in a few words."""
+    rewarded: ClassVar[bool]
+    """Whether its recordings hold rewards."""
+
     def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int, actions: str) -> None: ...
 
     @classmethod

@@ -94,7 +94,8 @@ def test_pose_in_place_of_actions(tmp_path: Path, write_maze) -> None:
     # row t holds the pose of row t + 1: M is told it when it predicts that row
     np.testing.assert_allclose(rows["action"][:, 0], 2 * np.arange(4, 8) / 9 - 1, rtol=1e-6)
     place, look = np.stack([2 * np.arange(3, 8) / 9 - 1, np.zeros(5)], 1), np.array([[1.0, 0.0]] * 5)
-    np.testing.assert_allclose(np.concatenate([rows["before"][None], rows["action"]]), pose_code(place, look), atol=1e-5)
+    told = np.concatenate([rows["before"][None], rows["action"]])
+    np.testing.assert_allclose(told, pose_code(place, look), atol=1e-5)
     assert not only(library, 8, 4)["action"][3].any()
 
 
@@ -106,7 +107,7 @@ def test_poses_are_told_in_waves() -> None:
     np.testing.assert_allclose(code[0, 2:4], [1, 0], atol=1e-6)  # sin of half a turn's half, of a whole one
     np.testing.assert_allclose(code[1, -8:-4], np.sin(2.0 * np.arange(1, 5)), atol=1e-6)
     np.testing.assert_allclose(code[1, -4:], np.cos(2.0 * np.arange(1, 5)), atol=1e-6)
-    near = pose_code(place + [[0, 0], [1 / 9, 0]], np.stack([np.cos(angle), np.sin(angle)], 1))
+    near = pose_code(place + np.array([[0, 0], [1 / 9, 0]]), np.stack([np.cos(angle), np.sin(angle)], 1))
     assert np.abs(near[1] - code[1]).max() > 0.5  # half a cell away is far in the finest waves
 
 
