@@ -61,7 +61,6 @@ class Replayed:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: Any = None
 
-    @torch.no_grad()
     def __call__(self) -> Any:
         if self.graph is None:
             self.graph, self.outputs = record(self.function)
@@ -69,6 +68,7 @@ class Replayed:
         return self.outputs
 
 
+@torch.no_grad()
 def record(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A graph of what the function does, and what it returned: tensors that each replay writes anew. It is called a
     few times for it."""
