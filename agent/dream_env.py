@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from agent.agent import Agent
+from agent.dream_host import Actions, fetched, index
 from agent.dream_spaces import action_space, observation_space, picture
 from agent.dream_starts import (
     Device,
@@ -36,7 +37,7 @@ from agent.dream_starts import (
     open_replay,
     replayed_moments,
 )
-from agent.graphs import Graphed
+from agent.graphs import Replayed
 from agent.learner import own_randomness
 from envs.contract import OneCopy, UserError
 
@@ -117,7 +118,9 @@ class DreamVecEnv(gym.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.graphed = self.agent.device.type == "cuda" and getattr(self.agent.model.objective, "capturable", False)
-        self.advance = Graphed(self._advance) if self.graphed else self._advance
+        self.actions = Actions(self.agent.spec.action, self.action_space, num_envs, self.agent.device)
+        self.advance = Replayed(self._advance) if self.graphed else self._advance
+        self._ready = not self.graphed
         self._now: Moments | None = None
         self._age, self._over = np.zeros(num_envs, np.int64), np.zeros(num_envs, np.bool_)
 
@@ -135,37 +138,39 @@ class DreamVecEnv(gym.vector.VectorEnv):
         begun = self._moments().take(self._index(self._drawn()))
         if self._now is None:  # tensors of its own: recording writes into them
             self._now = pytree.tree_map(torch.clone, begun)
-        if isinstance(self.advance, Graphed) and not self.advance.recorded:
-            nothing = torch.zeros(self.num_envs, self.agent.spec.action.size, device=self.agent.device)
+        if not self._ready:
             with own_randomness(0, self.agent.device):  # recorded now: recording draws random numbers
-                self.advance(nothing)
+                self.advance()
+            self._ready = True
         self._go_on_from(begun)
         self._age[:], self._over[:] = 0, False
-        return self._observe(self._current()), {}
+        return self._observe(begun.z, begun.feat), {}
 
     @torch.no_grad()
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         self._current()
-        action = self._encode(actions)
+        self.actions.put(actions)
         # as many draws at each step, whatever happens in any copy
         with own_randomness(int(self.np_random.integers(2**63)), self.agent.device):
-            told = self.advance(action)
-        # a device is at work from here on: what the host can do now costs no time
+            told = self.advance()
+        # a device is at work from here on: what the host does until it fetches the outcome costs no time
         now, start, fresh = self._current(), self._drawn(), np.flatnonzero(self._over)
         self._age += 1
         if fresh.size:
             self._begin(fresh, start)
-        shown, (expected, ended) = self._fetched((self._shown(now), told))
+        due = self._age >= self.horizon  # (fresh ones are not, at age 0)
+        shown, (expected, ended) = self._fetched((self._shown(now.z, now.feat), told))
         reward, terminated = expected.astype(np.float64), ended > 0.5
-        reward[fresh], terminated[fresh] = 0.0, False
-        truncated = (self._age >= self.horizon) & ~terminated
-        truncated[fresh] = False
+        if fresh.size:
+            reward[fresh], terminated[fresh] = 0.0, False
+        truncated = due & ~terminated
         obs, infos, over = self._named(shown), {}, terminated | truncated
         if self.same_step:
             if (rows := np.flatnonzero(over)).size:
                 infos = {"final_obs": _each(obs, rows, self.num_envs), "_final_obs": over}
                 self._begin(rows, start)
-                _overwrite(obs, rows, self._observe(now.take(self._index(rows))))
+                at = self._index(rows)
+                _overwrite(obs, rows, self._observe(now.z.index_select(0, at), now.feat.index_select(0, at)))
         else:
             self._over = over
         return obs, reward, terminated, truncated, infos
@@ -180,10 +185,10 @@ class DreamVecEnv(gym.vector.VectorEnv):
     # -- the dream ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _advance(self, action: Tensor) -> Tensor:
-        """M's part of a step, under encoded actions `(n, A)`: `(2, n)`, the expected reward, and 1 where the dream has
+    def _advance(self) -> Tensor:
+        """M's part of a step, under the actions that were put: `(2, n)`, the expected reward, and 1 where the dream has
         ended."""
-        model, now = self.agent.model, self._current()
+        model, now, action = self.agent.model, self._current(), self.actions.encoded()
         reward, cont = model.consequence.expect(now.feat, action)
         self._go_on_from(Moments(*model.dream_step(now.feat, now.state, action, self.temperature, self.steps)))
         return torch.stack([reward, (torch.rand_like(cont) >= cont).to(reward.dtype)])
@@ -207,7 +212,7 @@ class DreamVecEnv(gym.vector.VectorEnv):
         return self.np_random.integers(len(self._moments().z), size=self.num_envs)
 
     def _index(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(rows).to(self.agent.device)
+        return index(rows, self.agent.device)
 
     def _moments(self) -> Moments:
         if self.moments is None:
@@ -242,43 +247,29 @@ class DreamVecEnv(gym.vector.VectorEnv):
                 )
         self.moments = first_moments(self.agent, spec.pack_obs(named))
 
-    def _encode(self, actions: Any) -> Tensor:
-        """Native actions `(n, *native shape)` as `(n, A)`; boxes clipped to their bounds.
+    def _observe(self, z: Tensor, feat: Tensor) -> Any:
+        """What is seen of moments with these latents and features: arrays of their own."""
+        return self._named(self._fetched(self._shown(z, feat)))
 
-        Raises:
-            UserError: not of this action space.
-        """
-        values, spec, space = np.asarray(actions), self.agent.spec.action, self.action_space
-        fits = values.shape == space.shape and values.dtype.kind in ("iu" if spec.parts else "iuf")
-        if not fits or not (values in space if spec.parts else np.isfinite(values).all()):
-            raise UserError(f"actions {values!r:.80} are not finite members of {space}".replace("\n", " "))
-        return torch.from_numpy(spec.encode(values).clip(-1, 1)).to(self.agent.device)
-
-    def _observe(self, moments: Moments) -> Any:
-        """What is seen of moments: arrays of their own."""
-        return self._named(self._fetched(self._shown(moments)))
-
-    def _shown(self, moments: Moments) -> Any:
-        """What is seen of moments, on the device."""
+    def _shown(self, z: Tensor, feat: Tensor) -> Any:
+        """What is seen of them, on the device."""
         if self.observation == "image":
-            return self.agent.model.encoder.decode(moments.z)
+            return self.agent.model.encoder.decode(z)
         # (a latent may lie outside of its bounds by a rounding error)
-        return (moments.feat if self.observation == "feature" else moments.z.flatten(1).clamp(-1, 1)).float()
+        return (feat if self.observation == "feature" else z.flatten(1).clamp(-1, 1)).float()
 
     def _fetched(self, found: Any) -> Any:
-        """A tree of tensors as arrays of their own. The host waits for the device here, and in a step only here."""
-        away = self.agent.device.type == "cuda"
-        moved = pytree.tree_map(lambda t: t.to("cpu", non_blocking=away, copy=True), found)
-        if away:
-            torch.cuda.current_stream(self.agent.device).synchronize()
-        return pytree.tree_map(Tensor.numpy, moved)
+        """A tree of tensors as arrays of their own. In a step the host waits for the device here alone, once; with
+        SAME_STEP twice where a dream ended."""
+        return fetched(found, self.agent.device)
 
     def _named(self, shown: Any) -> Any:
         """What was shown, in the environment's form: values that have a least one count from it, and a single
         observation has no name."""
         if self.observation != "image":
             return shown
-        found = {key: self.agent.spec.obs[key].start + value for key, value in shown.items()}
+        known = self.agent.spec.obs
+        found = {key: value + known[key].start if known[key].start else value for key, value in shown.items()}
         return found["obs"] if found.keys() == {"obs"} else found
 
     @torch.no_grad()

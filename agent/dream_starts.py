@@ -39,12 +39,12 @@ class Moments(NamedTuple):
 
     def take(self, index: Tensor) -> Moments:
         """The moments at `index` `(n,)`, in tensors of their own."""
-        return pytree.tree_map(lambda t: t[index], self)
+        return pytree.tree_map(lambda t: t.index_select(0, index), self)
 
     def put(self, rows: Tensor, others: Moments) -> None:
         """Overwrite the moments at `rows` `(n,)` with n others, in place."""
         for held, new in zip(pytree.tree_leaves(self), pytree.tree_leaves(others), strict=True):
-            held[rows] = new
+            held.index_copy_(0, rows, new)
 
 
 class ReadOnlyReplay(Replay):

@@ -48,13 +48,37 @@ class Graphed:
     def _record(self, tensors: list[Tensor], tree: Any) -> Recorded:
         inputs = [t.clone() for t in tensors]
         args = pytree.tree_unflatten(inputs, tree)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                self.function(*args)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self.function(*args)
+        graph, outputs = record(lambda: self.function(*args))
         return Recorded(graph, inputs, outputs)
+
+
+class Replayed:
+    """As Graphed, for a function without arguments: what it reads and writes are tensors that stay where they are. A
+    call is the launch of its graph and nothing else."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self.function = function
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.outputs: Any = None
+
+    def __call__(self) -> Any:
+        if self.graph is None:
+            self.graph, self.outputs = record(self.function)
+        self.graph.replay()
+        return self.outputs
+
+
+@torch.no_grad()
+def record(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of what the function does, and what it returned: tensors that each replay writes anew. It is called a
+    few times for it."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP):
+            function()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+    return graph, outputs

@@ -32,8 +32,13 @@ def measure(
     """Dreamt steps per second of longdream/Dream-v0, and the share of each part.
 
     An untrained agent of a preset dreams under random actions, from first frames of its environment; its dreams are
-    made to end at the preset's horizon only. Three things are timed in turns: steps of the environment; M alone, at
-    as many copies; V's decoding alone, where observations are decoded. What is left is the environment's own.
+    made to end at the preset's horizon only. These are timed in turns: steps of the environment; M alone, at as many
+    copies; V's decoding alone, where observations are decoded. What is left is the environment's own.
+
+    M alone is timed twice. Back to back: the host asks for the next step while a device is still at the last, as
+    nobody can whose action depends on what came. And waited for at each step, as whoever acts in M waits, with or
+    without an environment. The shares, and overhead_share, count by the first, which is the harder; waited_share is
+    the environment's own time by the second. Without a device there is nothing to wait for, and they are alike.
 
     examples
       longdream bench dream
@@ -48,8 +53,9 @@ def measure(
         device: where to compute (default: cpu, and cuda where there is one)
 
     Returns:
-        rows: copies, device, observation, steps_per_s (of all copies together), ms_per_step (of the environment), share
-        of model, decoder and environment in it, overhead_share: the environment's own time, by M's.
+        rows: copies, device, observation, steps_per_s (of all copies together), ms_per_step (of the environment),
+        model_ms and waited_ms (of M alone, back to back and waited for), share of model, decoder and environment in a
+        step, overhead_share: the environment's own time, by M's back to back; waited_share: by M's waited for.
     """
     if min(copies, default=0) < 1 or seconds <= 0 or rounds < 1:
         raise UserError(f"--copies {copies}, --seconds {seconds:g}, --rounds {rounds}: must be more than 0")
@@ -62,13 +68,17 @@ def measure(
             told = "{device}, {copies:,} copies: {steps_per_s:,.0f} dreamt steps/s, {ms_per_step:.2f} ms per step"
             print(told.format(**rows[-1]), file=sys.stderr)
     print(f"preset {preset}, observation {observation}, {torch.get_num_threads()} CPU threads")
-    print("| device | copies | dreamt steps/s | ms per step | M | V's decoding | environment | environment / M |")
-    print("|---" * 8 + "|")
+    print(
+        "| device | copies | dreamt steps/s | ms per step | M alone, ms | waited for, ms | M | V's decoding | "
+        "environment | environment / M | / M waited for |"
+    )
+    print("|---" * 11 + "|")
     for row in rows:
         share = " | ".join(f"{part:.1%}" for part in row["share"].values())
         print(
-            f"| {row['device']} | {row['copies']:,} | {row['steps_per_s']:,.0f} | {row['ms_per_step']:.3f} | {share} | "
-            f"{row['overhead_share']:.1%} |"
+            f"| {row['device']} | {row['copies']:,} | {row['steps_per_s']:,.0f} | {row['ms_per_step']:.3f} | "
+            f"{row['model_ms']:.3f} | {row['waited_ms']:.3f} | {share} | {row['overhead_share']:.1%} | "
+            f"{row['waited_share']:.1%} |"
         )
     return {"preset": preset, "observation": observation, "threads": torch.get_num_threads(), "rows": rows}
 
@@ -91,10 +101,15 @@ def _row(agent: Agent, moments: Moments, n: int, observation: Observation, secon
     env.action_space.seed(0)
     actions = [env.action_space.sample() for _ in range(16)]
     now = moments.take(torch.arange(n, device=agent.device) % STARTS)
-    encoded = torch.from_numpy(agent.spec.action.encode(actions[0])).to(agent.device)
+
+    def waited(i: int) -> None:
+        env.advance()
+        _wait(agent.device)
+
     parts: dict[str, Callable[[int], Any]] = {
         "total": lambda i: env.step(actions[i % 16]),
-        "model": lambda i: env.advance(encoded),
+        "model": lambda i: env.advance(),
+        "waited": waited,
     }
     if observation == "image":
         parts["decoder"] = lambda i: agent.model.encoder.decode(now.z)
@@ -104,7 +119,8 @@ def _row(agent: Agent, moments: Moments, n: int, observation: Observation, secon
     calls = max(3, int(seconds / rounds / len(parts) / max(once, 1e-6)))
     taken = [{part: timed(call, calls, agent.device) for part, call in parts.items()} for _ in range(rounds)]
     ms = {"decoder": 0.0} | {part: 1e3 * min(turn[part] for turn in taken) for part in parts}
-    ms["environment"] = max(0.0, ms["total"] - ms["model"] - ms["decoder"])
+    own = {by: max(0.0, ms["total"] - ms[by] - ms["decoder"]) for by in ("model", "waited")}
+    ms["environment"] = own["model"]
     inside = ("model", "decoder", "environment")
     return {
         "copies": n,
@@ -112,8 +128,11 @@ def _row(agent: Agent, moments: Moments, n: int, observation: Observation, secon
         "observation": observation,
         "steps_per_s": round(1e3 * n / ms["total"], 1),
         "ms_per_step": round(ms["total"], 4),
+        "model_ms": round(ms["model"], 4),
+        "waited_ms": round(ms["waited"], 4),
         "share": {part: ms[part] / sum(ms[part] for part in inside) for part in inside},
-        "overhead_share": ms["environment"] / ms["model"],
+        "overhead_share": own["model"] / ms["model"],
+        "waited_share": own["waited"] / ms["waited"],
     }
 
 

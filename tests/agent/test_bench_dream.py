@@ -31,6 +31,9 @@ def test_the_parts_of_a_dreamt_step_add_up(observation: str) -> None:
         assert sum(row["share"].values()) == pytest.approx(1) and row["share"]["model"] > 0
         assert (row["share"]["decoder"] > 0) == (observation == "image")
         assert row["overhead_share"] == pytest.approx(row["share"]["environment"] / row["share"]["model"])
+        if observation == "feature":
+            own = max(0, row["ms_per_step"] - row["waited_ms"])
+            assert row["waited_share"] == pytest.approx(own / row["waited_ms"], abs=0.01)
 
 
 def test_dreams_that_are_measured_end_at_their_horizon() -> None:
