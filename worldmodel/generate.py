@@ -7,7 +7,7 @@ matrix after the other (`forcing.schedule`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from worldmodel.dynamics import Dynamics, State
 from worldmodel.forcing import Forcing, Objective, schedule
 
 ORDERS = ("full", "pyramid", "autoregressive")
+Step = Callable[[Tensor, State, Tensor], tuple[Tensor, Tensor, State]]
+"""Feature `(B, F)`, M's state and an action `(B, A)` to the next frame's latents `(B, N, D)`, feature and state."""
 
 
 class Piece(NamedTuple):
@@ -69,6 +71,7 @@ def generate(
     order: str | float = "full",
     piece: int | None = None,
     context_level: float | None = None,
+    record: Callable[[Step], Step] | None = None,
 ) -> Iterator[Piece]:
     """Generate T frames from where `take_in` ended, piece after piece, as they are asked for.
 
@@ -80,6 +83,8 @@ def generate(
         piece: frames denoised together; None: a chunk of M's attention, which is a frame where that is 1.
         context_level: level at which finished frames are committed, without noise on them (None: the objective's
             `forcing.context_level`).
+        record: what makes a frame's step faster, such as a CUDA graph of it, whose outputs the next call may overwrite;
+            for single frames, and mixers whose state keeps its size. A piece's state holds until the next piece then.
 
     Raises:
         ValueError: pieces that are not whole chunks, or an objective that only draws single frames.
@@ -97,15 +102,24 @@ def generate(
         )
     settings: Any = getattr(objective, "config", None)
     trust = getattr(settings, "context_level", 1.0) if context_level is None else context_level
+
+    def draw(feat: Tensor, state: State, action: Tensor) -> tuple[Tensor, Tensor, State]:
+        z = objective.sample(dynamics, feat, state, action, steps, temperature)
+        level = torch.full_like(action[:, 0], trust)
+        return z, *dynamics.commit(state, z, action, torch.zeros_like(level, dtype=torch.bool), level)
+
+    step = draw if record is None else record(draw)
     for actions in action.split(piece, 1):
-        level = torch.full_like(actions[..., 0], trust)
-        begins = torch.zeros_like(level, dtype=torch.bool)
         if piece == 1:
-            z = objective.sample(dynamics, feat, state, actions[:, 0], steps, temperature)
-            feat, state = dynamics.commit(state, z, actions[:, 0], begins[:, 0], level[:, 0])
-            yield Piece(z[:, None], feat[:, None], state)
+            z, feat, state = step(feat, state, actions[:, 0])
+            if record is None:
+                yield Piece(z[:, None], feat[:, None], state)
+            else:
+                yield Piece(z[:, None].clone(), feat[:, None].clone(), state)
         else:
             assert isinstance(objective, Forcing)
+            level = torch.full_like(actions[..., 0], trust)
+            begins = torch.zeros_like(level, dtype=torch.bool)
             matrix = schedule(actions.shape[1], steps, slope(order, steps))
             z = objective.sample_clip(dynamics, state, actions, matrix, temperature)
             feats, _, state, _ = dynamics(z, actions, level, begins, state)

@@ -328,7 +328,7 @@ class Attention(nn.Module):
 
     def forward(self, clean: Heads, first: Tensor, cache: Cache, query: Heads | None) -> tuple[Tensor, Tensor | None]:
         """See `attend`."""
-        if self.flex and first.is_cuda:
+        if self.flex and first.is_cuda and torch.is_grad_enabled():  # compiled for each length: worth it in training
             return attend_flex(clean, first, cache, self.reach, query, self.chunk)
         if self.far:
             return attend_far(clean, first, cache, self.reach, query, chunk=self.chunk)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agent import options, ranges, run, video_loop
 from agent.bench.common import Device, device_of
-from agent.bench.world_model_cost import cost_of
+from agent.bench.world_model_cost import cost_of, recorder
 from agent.bench.world_model_pictures import draw_curves, draw_strip
 from agent.clips.library import open_library
 from agent.clips.loader import read_clip
@@ -127,6 +127,9 @@ def measure(
                     row, frames = judged.judge(way, task, similarity)
                     rows.append({"mixer": way, "task": task, "seed": seed, **known, **row})
                     looks.setdefault((task, seed), {})[way] = frames
+                    run.write(
+                        out / "world-model.json", run.to_json({"rows": rows, "context": context}, indent=1) + "\n"
+                    )
                     print(f"{way}, {task}, seed {seed}: {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}", file=sys.stderr)
     cost, speed = [], {}
     for name in mixers:
@@ -232,7 +235,14 @@ class _Judged(NamedTuple):
         if way == ZEROED:
             state = state.without_long_memory()
         pieces = generate(
-            model.objective, model.dynamics, feat, state, pose[:, after], self.steps, context_level=self.level
+            model.objective,
+            model.dynamics,
+            feat,
+            state,
+            pose[:, after],
+            self.steps,
+            context_level=self.level,
+            record=recorder(model, device),
         )
         made = torch.cat([model.encoder.decode(piece.z)["image"] for piece in pieces], 1)
         return images[:, 1:][:, after], model.encoder.decode(z[:, after])["image"], made

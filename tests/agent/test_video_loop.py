@@ -1,6 +1,7 @@
 """V and M from recordings, without an environment: from the command line to what is written, and exactly resumed."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from agent import checkpoint, cli, options, run, video_loop
+from agent import checkpoint, cli, options, ranges, run, video_loop
 from agent.config import Config
 from agent.signals import Interrupted
 from envs.contract import UserError
@@ -91,6 +92,28 @@ def test_v_is_frozen_on_request(mazes: Path, tmp_path: Path, monkeypatch: pytest
         assert all(map(torch.equal, weights(begun, "dynamics"), weights(warm, "dynamics")))
         assert not all(map(torch.equal, weights(warm, "dynamics"), weights(end, "dynamics")))
     assert "encoder/psnr" not in record(tmp_path / "freeze-True")[-2]
+
+
+def test_v_of_another_run(mazes: Path, tmp_path: Path) -> None:
+    def weights(folder: Path) -> list[torch.Tensor]:
+        return list(video_loop.load_model(folder)[0].encoder.state_dict().values())
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    video_loop.train(tiny(mazes), first, console=False)
+    taken = {"video.encoder": str(first), "video.freeze": True, "learn.warmup": 0, "seed": 1, "video.keep": "memory"}
+    found = video_loop.train(options.update(tiny(mazes), taken), second, console=False)
+    assert all(map(torch.equal, weights(first), weights(second))) and found["updates"] == 8
+    for wrong, told in (
+        ({"encoder.depth": 8}, "its encoder.* and video.size must be those of this run"),
+        ({"video.size": 32}, "its encoder.* and video.size must be those of this run"),
+        ({"video.encoder": "nowhere"}, "nowhere: there is no such run"),
+        ({"learn.warmup": 2}, "set video.freeze to true and learn.warmup to 0"),
+        ({"video.retrace": 0.5}, "set video.condition to pose"),
+    ):
+        with pytest.raises(UserError, match=re.escape(told)):
+            config = options.update(tiny(mazes), taken | wrong)
+            ranges.check(config)
+            video_loop.train(config, tmp_path / "third", console=False)
 
 
 def test_it_learns_what_actions_do(tmp_path: Path) -> None:

@@ -139,6 +139,11 @@ def streams(model: Dynamics, frames: int) -> None:
         close(future.run(model, asked).feat, future.run(model, states[t]).feat)
 
 
+@pytest.mark.parametrize("mixer", ["hybrid", "causal"])
+def test_memory_by_key_streams_too(mixer: str) -> None:
+    streams(shaken(DynamicsConfig(mixer, width=8, heads=2, state_size=5, window=3, blocks=(1, 2), keyed=True), 2), 9)
+
+
 @pytest.mark.parametrize("blocks", [(1, 16), (2, 4, 8)])
 def test_sixteen_by_sixteen_tokens_a_frame(blocks: tuple[int, ...]) -> None:
     """In blocks up to the whole frame, of more tokens than a chunk of the scan is to have."""
