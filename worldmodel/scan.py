@@ -108,6 +108,7 @@ def _scan_kernels(clean: Stream, first: Tensor, state: Tensor, at: Tensor | None
     x, b, c, a = clean
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         x, b, c = (v.to(torch.get_autocast_dtype(x.device.type)) for v in (x, b, c))
+    x, b, c, a = (v.contiguous() for v in (x, b, c, a))  # here the compiler can make them so for nothing
     y, last, start, cum, episode = kernels.scan_kernels(x, b, c, a, first, state.float(), at is not None)
     states_at = None
     if at is not None:

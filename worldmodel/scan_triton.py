@@ -26,6 +26,7 @@ Decays, sums over time and the carried state are float32.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,6 +38,8 @@ HEAD = 64
 TILE = 32
 """Channels of a head whose state one program carries, at most: fewer make more programs, each of which reads the
 keys."""
+PROGRAMS, LEAST = 512, 8
+"""Programs that carry states, if so many can be had with LEAST chunks for each: too few leave most of a GPU idle."""
 SETTINGS = {name: {"num_warps": 4, "num_stages": 1} for name in ("carry", "output", "columns", "rows")}
 """How each kernel is compiled. Simple on purpose: with more warps or stages, Triton 3.4 to 3.7 has miscompiled kernels
 like these on Hopper (github.com/fla-org/flash-linear-attention, issues 640 and 984)."""
@@ -109,21 +112,27 @@ def _prepare_kernel(
 
 @triton.jit
 def _carry_kernel(
-    value, key, cum, episode, begin, states, end, length, chunks, heads, P: tl.constexpr, S: tl.constexpr,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    value, key, cum, episode, begin, states, end, length, chunks, heads, groups, each, P: tl.constexpr,
+    S: tl.constexpr, REVERSE: tl.constexpr, KEEP: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of a head, from chunk to chunk: the state from `begin` to `end`, and what it was before each.
+    """Some channels of a head, from chunk to chunk of a group of `each` chunks (the last may have fewer): the state
+    from `begin` to `end` `(B, H, groups, S, P)` and, if it is to KEEP them, what it was before each chunk.
 
     In reverse: the gradient of the state, from behind the last chunk to before the first, and what it is after each;
     `value` is then the gradient of y, `key` c.
     """
-    h, row = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
+    g, h = tl.program_id(0) % groups, tl.program_id(0) // groups % heads
+    row = (tl.program_id(0) // groups // heads).to(tl.int64)
     i, s, p = tl.arange(0, CHUNK), tl.arange(0, SIZE), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    state = _load(begin + (row * heads + h) * S * P, s, p, P, S, P)
-    for step in range(chunks):
-        k = chunks - 1 - step if REVERSE else step
+    of_group = ((row * heads + h) * groups + g) * S * P
+    state = _load(begin + of_group, s, p, P, S, P)
+    least, most = g * each, tl.minimum(g * each + each, chunks)
+    for step in range(most - least):
+        k = most - 1 - step if REVERSE else least + step
         left, token = length - k * CHUNK, row * length + k * CHUNK
-        _store(states + ((row * chunks + k) * heads + h) * S * P, s, p, P, S, P, state)
+        if KEEP:
+            _store(states + ((row * chunks + k) * heads + h) * S * P, s, p, P, S, P, state)
         sums, begun = cum + ((row * heads + h) * chunks + k) * CHUNK, episode + (row * chunks + k) * CHUNK
         decay, total = tl.load(sums + i), tl.load(sums + CHUNK - 1)
         part, cuts = tl.load(begun + i), tl.load(begun + CHUNK - 1)
@@ -136,7 +145,24 @@ def _carry_kernel(
         keys = tl.load(to_keys, mask=(i < left)[None, :] & (s < S)[:, None], other=0.0)
         state = tl.where(cuts == 0, tl.exp(total) * state, 0.0)
         state += tl.dot(keys, (weight[:, None] * values).to(keys.dtype), input_precision=PRECISION)
-    _store(end + (row * heads + h) * S * P, s, p, P, S, P, state)
+    _store(end + of_group, s, p, P, S, P, state)
+
+
+@triton.jit
+def _join_kernel(
+    decay, parts, begin, starts, groups, P: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr, SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Some channels of a head, from group to group: the state before each, `starts` `(B, H, groups, S, P)`, of what
+    each adds, `parts`, and what it leaves of the state before it, `decay` `(B, H, groups)`."""
+    row = tl.program_id(0).to(tl.int64)
+    s, p = tl.arange(0, SIZE), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    state = _load(begin + row * S * P, s, p, P, S, P)
+    for step in range(groups):
+        g = row * groups + (groups - 1 - step if REVERSE else step)
+        _store(starts + g * S * P, s, p, P, S, P, state)
+        left = tl.load(decay + g)
+        state = tl.where(left > 0, left * state, 0.0) + _load(parts + g * S * P, s, p, P, S, P)
 
 
 @triton.jit
@@ -281,14 +307,40 @@ def _options(x: Tensor, b: Tensor, kernel: str) -> dict[str, object]:
 def _carry(
     value: Tensor, key: Tensor, cum: Tensor, episode: Tensor, begin: Tensor, states: Tensor, reverse: bool
 ) -> Tensor:
-    """Fills `states` `(B, K, H, S, P)` and returns what comes out at the other end; see the kernel."""
-    rows, chunks, heads, _, head = states.shape
-    end, tile = torch.empty_like(begin), min(TILE, _padded(head))
-    _carry_kernel[(rows * heads, triton.cdiv(head, tile))](
-        value, key, cum, episode, begin, states, end, value.shape[1] * value.shape[2], chunks, heads,
-        REVERSE=reverse, CHUNK=cum.shape[-1] // chunks, TILE=tile, **_options(value, key, "carry"),
+    """Fills `states` `(B, K, H, S, P)` and returns what comes out at the other end; see the kernel.
+
+    Long sequences that are few go in groups of chunks at once: first what each group adds to a state of zero, then what
+    the state is before each, then the states within them.
+    """
+    rows, chunks, heads, size, head = states.shape
+    tile, chunk = min(TILE, _padded(head)), cum.shape[-1] // chunks
+    tiles = triton.cdiv(head, tile)
+    groups = max(1, min(chunks // LEAST, PROGRAMS // (rows * heads * tiles)))
+    each = triton.cdiv(chunks, groups)
+    groups = triton.cdiv(chunks, each)
+    options = _options(value, key, "carry")
+
+    def run(begin: Tensor, keep: bool) -> Tensor:
+        end = torch.empty_like(begin)
+        _carry_kernel[(rows * heads * groups, tiles)](
+            value, key, cum, episode, begin, states, end, value.shape[1] * value.shape[2], chunks, heads, groups, each,
+            REVERSE=reverse, KEEP=keep, CHUNK=chunk, TILE=tile, **options,
+        )  # fmt: skip
+        return end
+
+    if groups == 1:
+        return run(begin, True)
+    room = begin.new_zeros(rows, heads, groups, size, head)
+    parts, starts = run(room, False), torch.empty_like(room)
+    pad = groups * each - chunks
+    total = F.pad(cum.view(rows, heads, chunks, chunk)[..., -1], (0, pad)).unflatten(-1, (groups, each)).sum(-1)
+    cuts = F.pad(episode.view(rows, chunks, chunk)[..., -1], (0, pad)).unflatten(-1, (groups, each)).sum(-1)
+    decay = torch.where(cuts[:, None] == 0, total.exp(), 0.0).contiguous()
+    _join_kernel[(rows * heads, tiles)](
+        decay, parts, begin, starts, groups, REVERSE=reverse, TILE=tile,
+        **{name: options[name] for name in ("P", "S", "SIZE", "num_warps", "num_stages")},
     )  # fmt: skip
-    return end
+    return run(starts, True)[:, :, 0 if reverse else -1].contiguous()
 
 
 @torch.library.custom_op("longdream::scan", mutates_args=())
@@ -369,7 +421,7 @@ def _keep(ctx, inputs, output) -> None:
 
 def _gradients(ctx, dy, d_end, *_):
     x, b, c, a, states, cum, episode = ctx.saved_tensors
-    dy = torch.zeros_like(x) if dy is None else dy
+    dy = torch.zeros_like(x) if dy is None else dy.contiguous()  # here the compiler can make it so for nothing
     if d_end is None:
         d_end = x.new_zeros(states[:, 0].shape, dtype=torch.float32)
     dx, db, dc, da, d_begin = _scan_backward(dy, d_end, x, b, c, a, states, cum, episode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -74,9 +75,9 @@ def measure(
     stream, first, state = inputs(where, tokens, **sizes, **kind)
     ours = kernels is not None and kernels.fit(stream.x, stream.b, stream.c)
 
-    def form(chosen: Callable[..., Any]) -> dict[str, float]:
+    def form(chosen: Callable[..., Any], compiled: bool) -> dict[str, float]:
         """Errors and times of one form of the scan."""
-        run = torch.compile(chosen) if compiled else chosen
+        run = torch.compile(chosen, dynamic=False) if compiled else chosen
 
         def forward_backward() -> None:
             y = run(stream, first, state, chunk).y
@@ -89,8 +90,9 @@ def measure(
             both_ms = median_ms(forward_backward, where, repeats)
         return {"error_value": value, "error_grad": grad, "forward_ms": forward_ms, "forward_backward_ms": both_ms}
 
-    taken = form(scan)
-    beside = form(scan_chunked) if ours else dict.fromkeys(taken)
+    taken = form(scan, compiled and not ours)  # kernels are compiled as they are
+    print("  ".join(f"{name} {value:.3g}" for name, value in taken.items()), file=sys.stderr)
+    beside = form(scan_chunked, compiled) if ours else dict.fromkeys(taken)
     with torch.no_grad():
         bandwidth = copy_bandwidth(where, repeats)
     read = sum(v.nbytes for v in (*stream, state))

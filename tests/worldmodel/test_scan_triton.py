@@ -101,6 +101,29 @@ def test_kernels_are_the_recurrence_in_values_and_gradients(device: str, size: t
 
 
 @pytest.mark.parametrize("device", WHERE)
+@pytest.mark.parametrize("least", [1, 2, 3])
+@pytest.mark.parametrize("size", [(300, 1, 2, 24, 20), (29, 16, 1, 40, 32)])
+def test_chunks_in_groups_carry_the_same_states(
+    device: str, least: int, size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few long sequences: 5 and 8 chunks, of which some groups have fewer."""
+    assert kernels is not None
+    inputs, first = draw(size, device, torch.float32)
+    torch.set_float32_matmul_precision("highest")
+
+    def run() -> list[Tensor]:
+        got = by_kernels(inputs, first)
+        return [*got, *torch.autograd.grad(got, inputs, [torch.ones_like(v) for v in got])]
+
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    wanted = run()
+    monkeypatch.setattr(kernels, "PROGRAMS", 10**6)
+    monkeypatch.setattr(kernels, "LEAST", least)
+    for a, b in zip(run(), wanted, strict=True):
+        assert relative(a, b.double()) < 2e-6
+
+
+@pytest.mark.parametrize("device", WHERE)
 def test_one_cotangent_alone(device: str) -> None:
     """Of y or of the state after the last frame; and none for what needs none."""
     inputs, first = draw((70, 1, 2, 16, 16), device, torch.float32)
