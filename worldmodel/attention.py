@@ -43,15 +43,25 @@ class Cache(NamedTuple):
     age: Tensor
 
 
+BLOCK = 16
+"""Query frames per rectangle of local attention."""
+
+
 def attend(
-    clean: Heads, first: Tensor, cache: Cache, query: Heads | None = None, block: int = 16, chunk: int = 1
+    clean: Heads,
+    first: Tensor,
+    cache: Cache,
+    query: Heads | None = None,
+    block: int = BLOCK,
+    chunk: int = 1,
+    phases: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over a clip: y `(B, T, N, H, P)` and, with a query stream, its y.
 
     Args:
         clean, query: see the module's text. first: `(B, T)` bool, frames that begin an episode.
         cache: what came before frame 0, of as many frames as are reached. block: query frames per rectangle.
-        chunk: c.
+        chunk: c. phases: `phases_of` the positions from 0 to block + reach at least, if they are at hand.
     """
     frames = clean.q.shape[1]
     reach = cache.k.shape[1]
@@ -66,18 +76,19 @@ def attend(
     to = _windows(segment[:, reach:], block, 0)
     since = _windows(segment, block, reach)
     where = torch.arange(block + reach, device=first.device)
+    turn = phases_of(where, clean.q.shape[-1]) if phases is None else phases[: block + reach]
     begin = (reach + torch.arange(block, device=first.device) // chunk * chunk)[:, None]  # of each frame's chunk
     local = (where >= begin - reach) & (where < begin + chunk)  # (block, block + reach)
     mask = local & (to[:, :, None] == since[:, None, :])  # padded frames, -1 all of them, see each other
 
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, k_where: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, k_turn: Tensor) -> Tensor:
         if pad:
             q = F.pad(q, (0, 0) * 3 + (0, pad))
         q = _windows(q, block, 0)
-        y = _sdpa(rotate(q, where[reach:]), rotate(k, k_where), v, mask)
+        y = _sdpa(rotate(q, turn[reach:]), rotate(k, k_turn), v, mask)
         return y.reshape(-1, frames + pad, *y.shape[2:])[:, :frames]
 
-    y = run(clean.q, keys, values, mask, where)
+    y = run(clean.q, keys, values, mask, turn)
     if query is None:
         return y, None
     own_k, own_v = query.k, query.v
@@ -85,7 +96,7 @@ def attend(
         own_k, own_v = (F.pad(v, (0, 0) * 3 + (0, pad)) for v in (own_k, own_v))
     keys, values = torch.cat([keys, _windows(own_k, block, 0)], 1), torch.cat([values, _windows(own_v, block, 0)], 1)
     own = (begin == begin.T) & (to[:, :, None] == to[:, None, :])
-    query_y = run(query.q, keys, values, torch.cat([mask & (where < begin), own], 2), torch.cat([where, where[reach:]]))
+    query_y = run(query.q, keys, values, torch.cat([mask & (where < begin), own], 2), torch.cat([turn, turn[reach:]]))
     return y, query_y
 
 
@@ -108,10 +119,11 @@ def attend_far(
     segment = key_segments(first, cache.age, held)
     where = torch.arange(held + frames, device=first.device)
     begin = (held + torch.arange(frames, device=first.device) // chunk * chunk)[:, None]
-    keys, values = rotate(torch.cat([cache.k, clean.k], 1), where), torch.cat([cache.v, clean.v], 1)
-    q, ys, query_ys = rotate(clean.q, where[held:]), [], []
+    turn = phases_of(where, clean.q.shape[-1])
+    keys, values = rotate(torch.cat([cache.k, clean.k], 1), turn), torch.cat([cache.v, clean.v], 1)
+    q, ys, query_ys = rotate(clean.q, turn[held:]), [], []
     if query is not None:
-        query = Heads(rotate(query.q, where[held:]), rotate(query.k, where[held:]), query.v)
+        query = Heads(rotate(query.q, turn[held:]), rotate(query.k, turn[held:]), query.v)
     for start in range(0, frames, block):
         now = slice(start, min(start + block, frames))
         past = slice(max(0, held + start - reach), held + now.stop)
@@ -134,8 +146,8 @@ def attend_flex(
     without gradient."""
     held, tokens = cache.k.shape[1], clean.q.shape[2]
     segment = key_segments(first, cache.age, held)
-    where = torch.arange(segment.shape[1], device=first.device)
-    keys, values = rotate(torch.cat([cache.k, clean.k], 1), where), torch.cat([cache.v, clean.v], 1)
+    turn = phases_of(torch.arange(segment.shape[1], device=first.device), clean.q.shape[-1])
+    keys, values = rotate(torch.cat([cache.k, clean.k], 1), turn), torch.cat([cache.v, clean.v], 1)
 
     def begin(frame: Tensor) -> Tensor:
         return held + (frame - held) // chunk * chunk
@@ -145,10 +157,10 @@ def attend_flex(
         near = (since >= begin(to) - reach) & (since < begin(to) + chunk)
         return near & (segment[b, to] == segment[b, since])
 
-    y = _flex(rotate(clean.q, where[held:]), keys, values, sees)
+    y = _flex(rotate(clean.q, turn[held:]), keys, values, sees)
     if query is None:
         return y, None
-    clean_keys = len(where)
+    clean_keys = len(turn)
 
     def sees_past_and_itself(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
         to, key = q // tokens + held, k // tokens
@@ -157,17 +169,18 @@ def attend_flex(
         near = torch.where(own, begin(since) == begin(to), (since >= begin(to) - reach) & (since < begin(to)))
         return near & (segment[b, to] == segment[b, since])
 
-    keys, values = torch.cat([keys, rotate(query.k, where[held:])], 1), torch.cat([values, query.v], 1)
-    return y, _flex(rotate(query.q, where[held:]), keys, values, sees_past_and_itself)
+    keys, values = torch.cat([keys, rotate(query.k, turn[held:])], 1), torch.cat([values, query.v], 1)
+    return y, _flex(rotate(query.q, turn[held:]), keys, values, sees_past_and_itself)
 
 
-def attend_step(heads: Heads, cache: Cache) -> Tensor:
-    """One frame (T = 1, c = 1) against the cache and itself: y `(B, 1, N, H, P)`."""
+def attend_step(heads: Heads, cache: Cache, phases: Tensor | None = None) -> Tensor:
+    """One frame (T = 1, c = 1) against the cache and itself: y `(B, 1, N, H, P)`. phases: see `attend`."""
     reach = cache.k.shape[1]
     where = torch.arange(reach + 1, device=heads.q.device)
     valid = where >= reach - cache.age[:, None]  # the frame itself always is
     k, v = torch.cat([cache.k, heads.k], 1), torch.cat([cache.v, heads.v], 1)
-    return _sdpa(rotate(heads.q, where[reach:]), rotate(k, where), v, valid[:, None])
+    turn = phases_of(where, k.shape[-1]) if phases is None else phases[: reach + 1]
+    return _sdpa(rotate(heads.q, turn[reach:]), rotate(k, turn), v, valid[:, None])
 
 
 def push(cache: Cache, k: Tensor, v: Tensor, reach: int) -> Cache:
@@ -212,7 +225,8 @@ def attend_reference(
         )
         now = segment[:, held + t : held + t + 1]
         seen = (segment[:, : held + end] == now) & (where >= held + begin - reach)
-        q, k = rotate(stream.q[:, t : t + 1], where[held + t :][:1]), rotate(k, where)
+        turn = phases_of(where, k.shape[-1])
+        q, k = rotate(stream.q[:, t : t + 1], turn[held + t :][:1]), rotate(k, turn)
         score = torch.einsum("bqnhp,bkmhp->bhnkm", q, k) / q.shape[-1] ** 0.5
         score = score.masked_fill(~seen[:, None, None, :, None], -torch.inf).flatten(-2).softmax(-1)
         outputs.append(torch.einsum("bhnk,bkhp->bnhp", score, v.flatten(1, 2)))
@@ -226,12 +240,19 @@ def key_segments(first: Tensor, age: Tensor, reach: int) -> Tensor:
     return torch.cat([cached.long() - 1, first.long().cumsum(1)], 1)
 
 
-def rotate(x: Tensor, position: Tensor) -> Tensor:
-    """Rotary phases for x `(B, T, N, H, P)` at frame positions `(T,)`; periods from 2 pi to 2 pi * 1000 frames."""
-    half = x.shape[-1] // 2
-    rate = 1000.0 ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = (position[:, None] * rate)[:, None, None]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+def phases_of(position: Tensor, channels: int) -> Tensor:
+    """Rotary phases of frame positions `(T,)`, cosines and sines `(T, 2, channels // 2)`; periods from 2 pi to 2 pi *
+    1000 frames."""
+    half = channels // 2
+    rate = 1000.0 ** -(torch.arange(half, device=position.device, dtype=torch.float32) / half)
+    angle = position[:, None] * rate
+    return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def rotate(x: Tensor, phases: Tensor) -> Tensor:
+    """x `(B, T, N, H, P)` turned by the phases `(T, 2, P // 2)` of its frames."""
+    half = phases.shape[-1]
+    cos, sin = phases.to(x.dtype)[:, :, None, None].unbind(1)
     a, b = x[..., :half], x[..., half : 2 * half]
     return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)
 

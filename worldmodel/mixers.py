@@ -21,7 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.attention import Cache, Heads, attend, attend_far, attend_flex, attend_step, cache_at, push
+from worldmodel.attention import (
+    BLOCK,
+    Cache,
+    Heads,
+    attend,
+    attend_far,
+    attend_flex,
+    attend_step,
+    cache_at,
+    phases_of,
+    push,
+)
 from worldmodel.scan import Stream, scan, scan_query_step, scan_step
 from worldmodel.types import named
 
@@ -153,7 +164,7 @@ class Layer(nn.Module):
             u = self._add(u, y, mods, 0)
         if self.attention is not None and cache is not None:
             heads = self.attention.heads_of(self._in(u, mods, 1))
-            u = self._add(u, self.attention.out(attend_step(heads, cache).flatten(-2)), mods, 1)
+            u = self._add(u, self.attention.out(self.attention.step(heads, cache).flatten(-2)), mods, 1)
             cache = push(cache, heads.k, heads.v, self.attention.reach)
         return self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2), Past(state, cache)
 
@@ -163,7 +174,7 @@ class Layer(nn.Module):
         if self.mix is not None and past.mix is not None:
             u = self._add(u, self.mix.peek(self._in(u, mods, 0), past.mix), mods, 0)
         if self.attention is not None and past.cache is not None:
-            y = attend_step(self.attention.heads_of(self._in(u, mods, 1)), past.cache)
+            y = self.attention.step(self.attention.heads_of(self._in(u, mods, 1)), past.cache)
             u = self._add(u, self.attention.out(y.flatten(-2)), mods, 1)
         return self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2)
 
@@ -303,6 +314,8 @@ class ScanMixer(nn.Module):
 class Attention(nn.Module):
     """Attention over frames: projections with normed queries and keys, and what it can reach."""
 
+    phases: Tensor
+
     def __init__(self, config: DynamicsConfig):
         super().__init__()
         width, self.heads, self.chunk = config.width, config.heads, config.frames_together
@@ -313,6 +326,9 @@ class Attention(nn.Module):
                 f"worldmodel.heads or use sdpa"
             )
         self.reach = (config.longest if self.far else config.window) - self.chunk
+        # at hand, since in compiled layers they would be computed anew for every number that they turn
+        near = 0 if self.far else BLOCK + self.chunk + self.reach
+        self.register_buffer("phases", phases_of(torch.arange(near), width // config.heads), persistent=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         if config.keyed:
             with torch.no_grad():
@@ -332,7 +348,11 @@ class Attention(nn.Module):
             return attend_flex(clean, first, cache, self.reach, query, self.chunk)
         if self.far:
             return attend_far(clean, first, cache, self.reach, query, chunk=self.chunk)
-        return attend(clean, first, cache, query, chunk=self.chunk)
+        return attend(clean, first, cache, query, chunk=self.chunk, phases=self.phases)
+
+    def step(self, heads: Heads, cache: Cache) -> Tensor:
+        """See `attend_step`."""
+        return attend_step(heads, cache, None if self.far else self.phases)
 
     def cache_at(self, clean: Heads, first: Tensor, cache: Cache, at: Tensor) -> Cache:
         """Caches after the frames `at` `(B, M)`: k, v `(B * M, ...)`, age `(B * M,)`."""

@@ -14,6 +14,7 @@ from worldmodel.attention import (
     attend_reference,
     attend_step,
     cache_at,
+    phases_of,
     push,
     rotate,
 )
@@ -183,7 +184,7 @@ def test_distances_do_count() -> None:
 @pytest.mark.parametrize("size", [1, 2, 5, 6])
 def test_rotation_is_multiplication_by_phases(size: int) -> None:
     x, where, half = torch.randn(2, 4, 1, 1, size), torch.arange(3, 7), size // 2
-    turned = rotate(x, where)
+    turned = rotate(x, phases_of(where, x.shape[-1]))
     for i in range(half):
         phase = torch.polar(torch.ones(4), where * 1000.0 ** -(i / half))
         wanted = torch.complex(x[..., i], x[..., half + i]) * phase[:, None, None]
