@@ -58,9 +58,9 @@ class DynamicsConfig:
     then be compared at one size."""
     keyed: bool = False
     """Memory by key from the first update on: what M is told of a frame (its action or pose) is added to its tokens
-    too; reading begins with the keys of writing (c = b in scans, q = k in attention); keys of scans are rectified,
-    which keeps more of them apart. Where frames are found again by the pose that they were seen from, M learns in
-    hundreds of updates what otherwise takes it thousands (docs/video.md)."""
+    too; reading begins with the keys of writing (c = b in scans, q = k in attention); keys of scans are rectified and
+    squared, which keeps more of them apart. Where frames are found again by the pose that they were seen from, M learns
+    in hundreds of updates what otherwise takes it thousands (docs/video.md)."""
     change: bool = False
     """Predict the change from the frame before instead of the frame: what hardly changes from frame to frame, like
     positions among an observation's numbers, then need not be copied through every layer."""

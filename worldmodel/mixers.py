@@ -289,7 +289,7 @@ class ScanMixer(nn.Module):
         a = -F.softplus(rate.to(exact) + self.rate) / self.block**2
         x = (x.unflatten(-1, (self.heads, -1)) * torch.sigmoid(write)[..., None]).to(exact)
         if self.keyed:
-            b, c = F.relu(b), F.relu(c)
+            b, c = F.relu(b).square(), F.relu(c).square()
         b, c = (F.rms_norm(v.to(exact), (self.size,)) * self.size**-0.5 for v in (b, c))
         return Stream(*(self._to_tubes(v) for v in (x, b, c, a))), gate
 
