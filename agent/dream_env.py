@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from agent.agent import Agent
-from agent.dream_host import Actions, fetched, index
+from agent.dream_host import Actions, OnTheWay, fetched, index
 from agent.dream_spaces import action_space, observation_space, picture
 from agent.dream_starts import (
     Device,
@@ -122,6 +122,9 @@ class DreamVecEnv(gym.vector.VectorEnv):
         self.advance = Replayed(self._advance) if self.graphed else self._advance
         self._ready = not self.graphed
         self._now: Moments | None = None
+        # what new dreams show is known before they begin; pictures would all have to be decoded for that
+        self.foreseen = observation != "image"
+        self._shows: tuple[Moments, np.ndarray] | None = None
         self._age, self._over = np.zeros(num_envs, np.int64), np.zeros(num_envs, np.bool_)
 
     # -- Gymnasium's side ---------------------------------------------------------------------------------------------
@@ -153,24 +156,32 @@ class DreamVecEnv(gym.vector.VectorEnv):
         # as many draws at each step, whatever happens in any copy
         with own_randomness(int(self.np_random.integers(2**63)), self.agent.device):
             told = self.advance()
-        # a device is at work from here on: what the host does until it fetches the outcome costs no time
+        # a device is at work from here on: what the host does until it needs the outcome costs no time
         now, start, fresh = self._current(), self._drawn(), np.flatnonzero(self._over)
         self._age += 1
-        if fresh.size:
+        if fresh.size and not self.foreseen:
             self._begin(fresh, start)
+        outcome = OnTheWay((self._shown(now.z, now.feat), told), self.agent.device)
+        if fresh.size and self.foreseen:
+            self._begin(fresh, start)  # behind what is on its way: the host does not wait for it
         due = self._age >= self.horizon  # (fresh ones are not, at age 0)
-        shown, (expected, ended) = self._fetched((self._shown(now.z, now.feat), told))
+        shown, (expected, ended) = outcome.arrays()
         reward, terminated = expected.astype(np.float64), ended > 0.5
         if fresh.size:
             reward[fresh], terminated[fresh] = 0.0, False
+            if self.foreseen:
+                shown[fresh] = self._first_shown()[start[fresh]]
         truncated = due & ~terminated
         obs, infos, over = self._named(shown), {}, terminated | truncated
         if self.same_step:
             if (rows := np.flatnonzero(over)).size:
                 infos = {"final_obs": _each(obs, rows, self.num_envs), "_final_obs": over}
                 self._begin(rows, start)
-                at = self._index(rows)
-                _overwrite(obs, rows, self._observe(now.z.index_select(0, at), now.feat.index_select(0, at)))
+                if self.foreseen:
+                    obs[rows] = self._first_shown()[start[rows]]
+                else:
+                    at = self._index(rows)
+                    _overwrite(obs, rows, self._observe(now.z.index_select(0, at), now.feat.index_select(0, at)))
         else:
             self._over = over
         return obs, reward, terminated, truncated, infos
@@ -210,6 +221,13 @@ class DreamVecEnv(gym.vector.VectorEnv):
         if self.given:
             return np.arange(self.num_envs)
         return self.np_random.integers(len(self._moments().z), size=self.num_envs)
+
+    def _first_shown(self) -> np.ndarray:
+        """What is seen of the moments that dreams begin from: features or latents."""
+        moments = self._moments()
+        if self._shows is None or self._shows[0] is not moments:
+            self._shows = moments, self._fetched(self._shown(moments.z, moments.feat))
+        return self._shows[1]
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return index(rows, self.agent.device)

@@ -79,25 +79,38 @@ def index(rows: np.ndarray, device: torch.device) -> Tensor:
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
-def fetched(tree: Any, device: torch.device) -> Any:
-    """A tree of tensors as arrays of their own, in one transfer for each type of them. The host waits for the device
-    here: all that was asked of it is done then.
+class OnTheWay:
+    """A tree of tensors on its way to the host, in one transfer for each type of them. Work that the device is given
+    after this is not waited for.
 
     From CUDA they come in page-locked memory, straight from the device. It is handed out anew once nothing holds the
     arrays any more; whoever keeps very many does better to keep copies.
     """
-    away = device.type == "cuda"
-    tensors, form = pytree.tree_flatten(tree)
-    arrays: list[Any] = [None] * len(tensors)
-    for kind in dict.fromkeys(t.dtype for t in tensors):
-        which = [i for i, t in enumerate(tensors) if t.dtype == kind]
-        parts = [tensors[i].flatten() for i in which]
-        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-        held = joined.to("cpu", non_blocking=away, copy=True).numpy()
-        ends = np.cumsum([len(part) for part in parts])[:-1]
-        for i, part in zip(which, np.split(held, ends), strict=True):
-            arrays[i] = part.reshape(tensors[i].shape)
-    found = pytree.tree_unflatten(arrays, form)
-    if away:  # last, when all that the host can do is done
-        torch.cuda.current_stream(device).synchronize()
-    return found
+
+    def __init__(self, tree: Any, device: torch.device) -> None:
+        away = device.type == "cuda"
+        tensors, form = pytree.tree_flatten(tree)
+        arrays: list[Any] = [None] * len(tensors)
+        for kind in dict.fromkeys(t.dtype for t in tensors):
+            which = [i for i, t in enumerate(tensors) if t.dtype == kind]
+            parts = [tensors[i].flatten() for i in which]
+            joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+            held = joined.to("cpu", non_blocking=away, copy=True).numpy()
+            ends = np.cumsum([len(part) for part in parts])[:-1]
+            for i, part in zip(which, np.split(held, ends), strict=True):
+                arrays[i] = part.reshape(tensors[i].shape)
+        self._arrays = pytree.tree_unflatten(arrays, form)
+        self._there = torch.cuda.Event() if away else None
+        if self._there is not None:
+            self._there.record()
+
+    def arrays(self) -> Any:
+        """The tree, of arrays of their own. The host waits for them here."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._arrays
+
+
+def fetched(tree: Any, device: torch.device) -> Any:
+    """The tree, of arrays of their own, as soon as they are there."""
+    return OnTheWay(tree, device).arrays()
