@@ -62,6 +62,7 @@ class Learner:
         """Whether the last update was: where a loss or gradient was not finite, it is skipped."""
         self._unread: list[_OnItsWay] = []
         self.seconds: dict[str, float] = dict.fromkeys(("encoder", "model"), 0.0)
+        """Of each part's updates; on CUDA the host's, which does not wait for the device's."""
 
     def half_precision(self) -> torch.autocast:
         """Within, matrix products on CUDA are of bfloat16, unless they have to be `exact`."""
@@ -143,7 +144,7 @@ class Learner:
         if weights_only:
             return
         for name, part in self.parts.items():
-            part.optimiser.load_state_dict(state["optimisers"][name])
+            part.load_state_dict(state["optimisers"][name])
         for name in self.COUNTERS:
             setattr(self, name, state["counters"][name])
 
@@ -160,6 +161,11 @@ class Part:
             self.parameters, rate, betas=(0.9, 0.95), weight_decay=1e-3, fused=self.fused
         )
         self.rate, self.clip = rate, clip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as an optimiser did, on whatever device that was."""
+        groups = [{**group, "fused": self.fused} for group in state["param_groups"]]
+        self.optimiser.load_state_dict({**state, "param_groups": groups})
 
     def set_pace(self, pace: float) -> None:
         """Learn at `pace` times the learning rate."""
