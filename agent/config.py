@@ -153,8 +153,8 @@ class Config:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     exact: bool = False
-    """On CUDA: matrix products in float32 throughout, instead of TF32 and, where M learns from recordings, bfloat16; and
-    attention in float32, instead of bfloat16. These are faster."""
+    """On CUDA: matrix products in float32 throughout, instead of TF32 and, where M learns from recordings, bfloat16,
+    which are faster; and attention in float32, instead of bfloat16."""
     compiled: bool = False
     """On CUDA: M's layers are compiled for clips (torch.compile), which takes about a minute when training begins and
     for each further length of clips."""

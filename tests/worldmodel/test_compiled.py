@@ -1,0 +1,34 @@
+"""M's layers compiled, without a break in any graph: the same values and gradients. (By a backend that generates no
+code: that is torch's own affair.)"""
+
+import pytest
+import torch
+
+from worldmodel.dynamics import Dynamics, DynamicsConfig
+from worldmodel.forcing import Flow, ForcingConfig
+
+
+@pytest.mark.parametrize(
+    ("mixer", "stream", "starts"), [("hybrid", "one", 0), ("hybrid", "two", 3), ("causal", "one", 0)]
+)
+def test_a_compiled_clip_is_the_same(mixer: str, stream: str, starts: int) -> None:
+    torch.compiler.reset()
+    config = DynamicsConfig(mixer, width=16, heads=2, state_size=8, blocks=(1, 2), window=3, keyed=True)
+    model = Dynamics(config, 2, 4, 3)
+    objective = Flow(ForcingConfig(stream=stream), model)
+    z, action, first = torch.rand(2, 10, 4, 4), torch.rand(2, 10, 3), torch.zeros(2, 10, dtype=torch.bool)
+    first[1, 4] = True
+
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        out = objective.run(model, z, action, first, starts)
+        grads = torch.autograd.grad(out.loss, [*model.parameters()], allow_unused=True)
+        states: list[torch.Tensor] = []
+        out.starts.map(lambda t: states.append(t.float()) or t)
+        return [out.loss.detach(), out.feat.detach(), *states, *(g for g in grads if g is not None)]
+
+    plain = run()
+    for layer in model.stack:
+        layer.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    for compiled, wanted in zip(run(), plain, strict=True):
+        torch.testing.assert_close(compiled, wanted, rtol=1e-5, atol=1e-6)
