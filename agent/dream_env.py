@@ -277,8 +277,7 @@ class DreamVecEnv(gym.vector.VectorEnv):
         return (feat if self.observation == "feature" else z.flatten(1).clamp(-1, 1)).float()
 
     def _fetched(self, found: Any) -> Any:
-        """A tree of tensors as arrays of their own. In a step the host waits for the device here alone, once; with
-        SAME_STEP twice where a dream ended."""
+        """A tree of tensors as arrays of their own; the host waits for the device here."""
         return fetched(found, self.agent.device)
 
     def _named(self, shown: Any) -> Any:
