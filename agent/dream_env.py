@@ -120,7 +120,6 @@ class DreamVecEnv(gym.vector.VectorEnv):
         self.graphed = self.agent.device.type == "cuda" and getattr(self.agent.model.objective, "capturable", False)
         self.actions = Actions(self.agent.spec.action, self.action_space, num_envs, self.agent.device)
         self.advance = Replayed(self._advance) if self.graphed else self._advance
-        self._ready = not self.graphed
         self._now: Moments | None = None
         # what new dreams show is known before they begin; pictures would all have to be decoded for that
         self.foreseen = observation != "image"
@@ -141,10 +140,9 @@ class DreamVecEnv(gym.vector.VectorEnv):
         begun = self._moments().take(self._index(self._drawn()))
         if self._now is None:  # tensors of its own: recording writes into them
             self._now = pytree.tree_map(torch.clone, begun)
-        if not self._ready:
-            with own_randomness(0, self.agent.device):  # recorded now: recording draws random numbers
-                self.advance()
-            self._ready = True
+            if self.graphed:
+                with own_randomness(0, self.agent.device):  # recorded now: recording draws random numbers
+                    self.advance()
         self._go_on_from(begun)
         self._age[:], self._over[:] = 0, False
         return self._observe(begun.z, begun.feat), {}

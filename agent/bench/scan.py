@@ -51,7 +51,7 @@ def measure(
         checked: frames over which errors are measured
         repeats: timed calls
         dtype: of x, b and c; in bfloat16 the form in torch runs under autocast. Decays and states are float32
-        compiled: by torch.compile (default: on CUDA)
+        compiled: the form in torch by torch.compile (default: on CUDA)
         device: where to compute (default: CUDA where there is one)
 
     Returns:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from agent.clips.reader import Recording, Rows
@@ -15,22 +13,19 @@ class Kept:
 
     def __init__(self, rows: Rows):
         self.rows, self.action = rows, rows.action
-        self.whole: dict[tuple[str, str, int], np.ndarray] = {}
+        self.whole: dict[tuple[str | int, ...], np.ndarray] = {}
 
     def frames(self, recording: Recording, start: int, stop: int, size: int) -> np.ndarray:
-        read = lambda: self.rows.frames(recording, 0, recording.length, size)  # noqa: E731
-        return self._of("frames", recording, size, read)[start:stop]
+        return self._whole("frames", recording, size)[start:stop]
 
     def actions(self, recording: Recording, start: int, stop: int) -> np.ndarray:
-        read = lambda: self.rows.actions(recording, 0, recording.length)  # noqa: E731
-        return self._of("actions", recording, 0, read)[start:stop]
+        return self._whole("actions", recording)[start:stop]
 
     def rewards(self, recording: Recording, start: int, stop: int) -> np.ndarray:
-        read = lambda: self.rows.rewards(recording, 0, recording.length)  # noqa: E731
-        return self._of("rewards", recording, 0, read)[start:stop]
+        return self._whole("rewards", recording)[start:stop]
 
-    def _of(self, what: str, recording: Recording, size: int, read: Callable[[], np.ndarray]) -> np.ndarray:
-        key = (what, recording.name, size)
+    def _whole(self, what: str, recording: Recording, *size: int) -> np.ndarray:
+        key = (what, recording.name, *size)
         if key not in self.whole:
-            self.whole[key] = read()
+            self.whole[key] = getattr(self.rows, what)(recording, 0, recording.length, *size)
         return self.whole[key]

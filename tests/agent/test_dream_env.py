@@ -335,7 +335,7 @@ def test_recording_changes_no_dream(mode: str) -> None:
     actions = [np.full(6, t % 3) for t in range(11)]
     plain = DreamVecEnv(6, agent, start=moments, horizon=4, autoreset_mode=mode)
     recorded = DreamVecEnv(6, agent, start=moments, horizon=4, autoreset_mode=mode)
-    recorded.graphed, recorded._ready, recorded.advance = True, False, Rehearsed(recorded._advance)
+    recorded.graphed, recorded.advance = True, Rehearsed(recorded._advance)
     for seed in (3, 4):  # the second reset finds a recording
         assert same(walk(recorded, seed, actions), walk(plain, seed, actions))
     held = recorded._now.feat.data_ptr()
