@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -138,16 +138,21 @@ def attend_far(
     return torch.cat(ys, 1), torch.cat(query_ys, 1) if query is not None else None
 
 
-def attend_flex(
-    clean: Heads, first: Tensor, cache: Cache, reach: int, query: Heads | None = None, chunk: int = 1
-) -> tuple[Tensor, Tensor | None]:
-    """`attend` and `attend_far` as one call of FlexAttention, which skips the blocks of tokens that nothing sees
-    (Dong et al. 2024, arXiv 2412.05496). Compiled, on CUDA, for heads of 16 channels or more; elsewhere its slow form,
-    without gradient."""
-    held, tokens = cache.k.shape[1], clean.q.shape[2]
+class Sight(NamedTuple):
+    """What FlexAttention needs beside the heads, alike for all layers of a pass: which tokens of the clean stream see
+    which, and of the query stream if there is one, and the phases of cached and new frames `(T, 2, P // 2)`."""
+
+    clean: BlockMask
+    query: BlockMask | None
+    phases: Tensor
+
+
+def sight_of(first: Tensor, cache: Cache, reach: int, query: bool, chunk: int = 1) -> Sight:
+    """The sight of `attend_flex`; arguments as there and for `attend`. It looks at every pair of tokens once, to find
+    blocks that nothing sees; compiled on CUDA."""
+    held, tokens = cache.k.shape[1:3]
     segment = key_segments(first, cache.age, held)
-    turn = phases_of(torch.arange(segment.shape[1], device=first.device), clean.q.shape[-1])
-    keys, values = rotate(torch.cat([cache.k, clean.k], 1), turn), torch.cat([cache.v, clean.v], 1)
+    clean_keys = segment.shape[1]
 
     def begin(frame: Tensor) -> Tensor:
         return held + (frame - held) // chunk * chunk
@@ -157,11 +162,6 @@ def attend_flex(
         near = (since >= begin(to) - reach) & (since < begin(to) + chunk)
         return near & (segment[b, to] == segment[b, since])
 
-    y = _flex(rotate(clean.q, turn[held:]), keys, values, sees)
-    if query is None:
-        return y, None
-    clean_keys = len(turn)
-
     def sees_past_and_itself(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
         to, key = q // tokens + held, k // tokens
         own = key >= clean_keys
@@ -169,8 +169,28 @@ def attend_flex(
         near = torch.where(own, begin(since) == begin(to), (since >= begin(to) - reach) & (since < begin(to)))
         return near & (segment[b, to] == segment[b, since])
 
+    def mask(sees: Callable[..., Tensor], keys: int) -> BlockMask:
+        make = _compiled()[1] if first.is_cuda else create_block_mask
+        return make(sees, len(first), None, first.shape[1] * tokens, keys * tokens, device=first.device)
+
+    own = mask(sees_past_and_itself, clean_keys + first.shape[1]) if query else None
+    return Sight(
+        mask(sees, clean_keys), own, phases_of(torch.arange(clean_keys, device=first.device), cache.k.shape[-1])
+    )
+
+
+def attend_flex(clean: Heads, cache: Cache, sight: Sight, query: Heads | None = None) -> tuple[Tensor, Tensor | None]:
+    """`attend` and `attend_far` as one call of FlexAttention, which skips the blocks of tokens that nothing sees
+    (Dong et al. 2024, arXiv 2412.05496); the cache as when `sight_of` looked. Compiled, on CUDA, for heads of 16
+    channels or more; elsewhere its slow form, without gradient."""
+    held, turn = cache.k.shape[1], sight.phases
+    keys, values = rotate(torch.cat([cache.k, clean.k], 1), turn), torch.cat([cache.v, clean.v], 1)
+    y = _flex(rotate(clean.q, turn[held:]), keys, values, sight.clean)
+    if query is None:
+        return y, None
+    assert sight.query is not None
     keys, values = torch.cat([keys, rotate(query.k, turn[held:])], 1), torch.cat([values, query.v], 1)
-    return y, _flex(rotate(query.q, turn[held:]), keys, values, sees_past_and_itself)
+    return y, _flex(rotate(query.q, turn[held:]), keys, values, sight.query)
 
 
 def attend_step(heads: Heads, cache: Cache, phases: Tensor | None = None) -> Tensor:
@@ -278,12 +298,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return y.transpose(1, 2).unflatten(1, (-1, tokens)).to(v.dtype)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, sees: Callable[..., Tensor]) -> Tensor:
-    """As `_sdpa`, with a mask over tokens `sees(b, head, q, k)`."""
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """As `_sdpa`, with a mask over blocks of tokens."""
     fold = [t.flatten(1, 2).transpose(1, 2).to(precision(v)) for t in (q, k, v)]
-    tools: tuple[Any, Any] = _compiled() if v.is_cuda else (flex_attention, create_block_mask)
-    run, mask_of = tools
-    mask = mask_of(sees, len(q), None, fold[0].shape[2], fold[1].shape[2], device=v.device)
+    inside = torch.compiler.is_compiling() or not v.is_cuda  # compiled with what surrounds it
+    run: Any = flex_attention if inside else _compiled()[0]
     y = run(*fold, block_mask=mask)
     return y.transpose(1, 2).unflatten(1, (-1, q.shape[2])).to(v.dtype)
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.attention import Cache
+from worldmodel.attention import Cache, Sight
 from worldmodel.mixers import Layer, Past
 
 
@@ -227,9 +227,10 @@ class Dynamics(nn.Module):
             self._one_by_one("a state after any frame")
         u, cond = self._enter(z, prev_action, level, is_first, None if query else fineness)
         uq, cond_q = self._enter(query[0], prev_action, query[1], is_first, fineness) if query else (None, None)
-        ends, ats = [], []
-        for layer, past in zip(self.stack, state.parts(self.stack), strict=True):
-            u, uq, end, each = layer(u, cond, is_first, past, uq, cond_q, at)
+        ends, ats, pasts = [], [], state.parts(self.stack)
+        sight = self._sight(is_first, pasts, query is not None)
+        for layer, past in zip(self.stack, pasts, strict=True):
+            u, uq, end, each = layer(u, cond, is_first, past, uq, cond_q, at, sight)
             ends.append(end)
             ats.append(each)
         known = z * level[..., None, None]  # a noised frame is no ground to build on
@@ -283,6 +284,13 @@ class Dynamics(nn.Module):
             u, past = layer.step(u, cond, past)
             pasts.append(past)
         return self._feature(self.norm(u), z[:, None])[:, 0], State.of(pasts, z * level[:, None, None])
+
+    def _sight(self, first: Tensor, pasts: list[Past], query: bool) -> Sight | None:
+        """Of all layers' attention, which is alike."""
+        for layer, past in zip(self.stack, pasts, strict=True):
+            if layer.attention is not None and past.cache is not None:
+                return layer.attention.sight(first, past.cache, query)
+        return None
 
     def _one_by_one(self, what: str) -> None:
         if self.config.frames_together > 1:

@@ -25,6 +25,7 @@ from worldmodel.attention import (
     BLOCK,
     Cache,
     Heads,
+    Sight,
     attend,
     attend_far,
     attend_flex,
@@ -32,6 +33,7 @@ from worldmodel.attention import (
     cache_at,
     phases_of,
     push,
+    sight_of,
 )
 from worldmodel.scan import Stream, scan, scan_query_step, scan_step
 from worldmodel.types import named
@@ -126,8 +128,9 @@ class Layer(nn.Module):
         uq: Tensor | None,
         cond_q: Tensor | None,
         at: Tensor | None,
+        sight: Sight | None = None,
     ) -> LayerOut:
-        """u, uq `(B, T, N, W)`; cond, cond_q `(B, T, 1, 9, W)`. See Dynamics.forward."""
+        """u, uq `(B, T, N, W)`; cond, cond_q `(B, T, 1, 9, W)`; sight: of the attention. See Dynamics.forward."""
         mods = self._mods(cond)
         mods_q = None if cond_q is None else self._mods(cond_q)
         mix_end, mix_at, cache_end, cache_at = None, None, None, None
@@ -142,7 +145,7 @@ class Layer(nn.Module):
             assert past.cache is not None
             heads = self.attention.heads_of(self._in(u, mods, 1))
             heads_q = None if uq is None or mods_q is None else self.attention.heads_of(self._in(uq, mods_q, 1))
-            y, yq = self.attention(heads, first, past.cache, heads_q)
+            y, yq = self.attention(heads, first, past.cache, heads_q, sight)
             last = torch.full_like(first[:, :1], first.shape[1] - 1, dtype=torch.long)
             cache_end = self.attention.cache_at(heads, first, past.cache, last)
             if at is not None:
@@ -285,12 +288,13 @@ class ScanMixer(nn.Module):
     def _project(self, h: Tensor) -> tuple[Stream, Tensor]:
         gate, x, b, c, rate, write = self.inp(h).split(self.split, -1)
         # rates are per frame: a block of n tokens decays n times less per token
-        exact = torch.promote_types(h.dtype, torch.float32)  # the state sums over thousands of frames
+        exact = torch.promote_types(h.dtype, torch.float32)  # decays multiply up over thousands of frames
         a = -F.softplus(rate.to(exact) + self.rate) / self.block**2
-        x = (x.unflatten(-1, (self.heads, -1)) * torch.sigmoid(write)[..., None]).to(exact)
+        x = x.unflatten(-1, (self.heads, -1)) * torch.sigmoid(write)[..., None]
+        b, c = (v.to(exact) for v in (b, c))
         if self.keyed:
             b, c = F.relu(b).square(), F.relu(c).square()
-        b, c = (F.rms_norm(v.to(exact), (self.size,)) * self.size**-0.5 for v in (b, c))
+        b, c = ((F.rms_norm(v, (self.size,)) * self.size**-0.5).to(x.dtype) for v in (b, c))
         return Stream(*(self._to_tubes(v) for v in (x, b, c, a))), gate
 
     def _finish(self, y: Tensor, stream: Stream, gate: Tensor) -> Tensor:
@@ -342,10 +346,18 @@ class Attention(nn.Module):
         room = torch.zeros(batch, frames, tokens, self.heads, head, device=device)
         return Cache(room, room, torch.zeros(batch, dtype=torch.long, device=device))
 
-    def forward(self, clean: Heads, first: Tensor, cache: Cache, query: Heads | None) -> tuple[Tensor, Tensor | None]:
-        """See `attend`."""
+    def sight(self, first: Tensor, cache: Cache, query: bool) -> Sight | None:
+        """What `forward` over a clip, with a query stream or without, needs where FlexAttention computes it."""
         if self.flex and first.is_cuda and torch.is_grad_enabled():  # compiled for each length: worth it in training
-            return attend_flex(clean, first, cache, self.reach, query, self.chunk)
+            return sight_of(first, cache, self.reach, query, self.chunk)
+        return None
+
+    def forward(
+        self, clean: Heads, first: Tensor, cache: Cache, query: Heads | None, sight: Sight | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `attend`."""
+        if sight is not None:
+            return attend_flex(clean, cache, sight, query)
         if self.far:
             return attend_far(clean, first, cache, self.reach, query, chunk=self.chunk)
         return attend(clean, first, cache, query, chunk=self.chunk, phases=self.phases)

@@ -26,7 +26,6 @@ Decays, sums over time and the carried state are float32.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,8 +37,9 @@ HEAD = 64
 TILE = 32
 """Channels of a head whose state one program carries, at most: fewer make more programs, each of which reads the
 keys."""
-PROGRAMS, LEAST = 512, 8
-"""Programs that carry states, if so many can be had with LEAST chunks for each: too few leave most of a GPU idle."""
+PROGRAMS, LEAST, WORTH = 512, 8, 4
+"""Programs that carry states, if so many can be had with LEAST chunks for each: too few leave most of a GPU idle. Below
+WORTH groups, each of which is gone through twice, nothing is gained."""
 SETTINGS = {name: {"num_warps": 4, "num_stages": 1} for name in ("carry", "output", "columns", "rows")}
 """How each kernel is compiled. Simple on purpose: with more warps or stages, Triton 3.4 to 3.7 has miscompiled kernels
 like these on Hopper (github.com/fla-org/flash-linear-attention, issues 640 and 984)."""
@@ -112,12 +112,14 @@ def _prepare_kernel(
 
 @triton.jit
 def _carry_kernel(
-    value, key, cum, episode, begin, states, end, length, chunks, heads, groups, each, P: tl.constexpr,
-    S: tl.constexpr, REVERSE: tl.constexpr, KEEP: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr,
+    value, key, cum, episode, begin, states, end, left_of, length, chunks, heads, groups, each, P: tl.constexpr,
+    S: tl.constexpr, REVERSE: tl.constexpr, ADDED: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of a head, from chunk to chunk of a group of `each` chunks (the last may have fewer): the state
-    from `begin` to `end` `(B, H, groups, S, P)` and, if it is to KEEP them, what it was before each chunk.
+    """Some channels of a head, from chunk to chunk of a group of `each` chunks (the last may have fewer): from `begin`
+    `(B, H, groups, S, P)`, the state before each chunk to `states` and the one after all groups to `end` `(B, H, S,
+    P)`. Or, if what is ADDED is asked for, what each group adds to a state of zero, to `end` `(B, H, groups, S, P)`,
+    and what it leaves of another, to `left_of` `(B, H, groups)`.
 
     In reverse: the gradient of the state, from behind the last chunk to before the first, and what it is after each;
     `value` is then the gradient of y, `key` c.
@@ -125,15 +127,20 @@ def _carry_kernel(
     g, h = tl.program_id(0) % groups, tl.program_id(0) // groups % heads
     row = (tl.program_id(0) // groups // heads).to(tl.int64)
     i, s, p = tl.arange(0, CHUNK), tl.arange(0, SIZE), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    of_group = ((row * heads + h) * groups + g) * S * P
-    state = _load(begin + of_group, s, p, P, S, P)
+    of_head = row * heads + h
+    of_group = of_head * groups + g
+    if ADDED:
+        state = tl.zeros((SIZE, TILE), tl.float32)
+    else:
+        state = _load(begin + of_group * S * P, s, p, P, S, P)
     least, most = g * each, tl.minimum(g * each + each, chunks)
+    passed, ended = 0.0, 0
     for step in range(most - least):
         k = most - 1 - step if REVERSE else least + step
         left, token = length - k * CHUNK, row * length + k * CHUNK
-        if KEEP:
+        if not ADDED:
             _store(states + ((row * chunks + k) * heads + h) * S * P, s, p, P, S, P, state)
-        sums, begun = cum + ((row * heads + h) * chunks + k) * CHUNK, episode + (row * chunks + k) * CHUNK
+        sums, begun = cum + (of_head * chunks + k) * CHUNK, episode + (row * chunks + k) * CHUNK
         decay, total = tl.load(sums + i), tl.load(sums + CHUNK - 1)
         part, cuts = tl.load(begun + i), tl.load(begun + CHUNK - 1)
         if REVERSE:  # from the chunk's beginning to the token, if its episode was there already
@@ -145,7 +152,13 @@ def _carry_kernel(
         keys = tl.load(to_keys, mask=(i < left)[None, :] & (s < S)[:, None], other=0.0)
         state = tl.where(cuts == 0, tl.exp(total) * state, 0.0)
         state += tl.dot(keys, (weight[:, None] * values).to(keys.dtype), input_precision=PRECISION)
-    _store(end + of_group, s, p, P, S, P, state)
+        passed += total
+        ended += cuts
+    if ADDED:
+        _store(end + of_group * S * P, s, p, P, S, P, state)
+        tl.store(left_of + of_group, tl.where(ended == 0, tl.exp(passed), 0.0))
+    elif g == (0 if REVERSE else groups - 1):
+        _store(end + of_head * S * P, s, p, P, S, P, state)
 
 
 @triton.jit
@@ -315,32 +328,31 @@ def _carry(
     rows, chunks, heads, size, head = states.shape
     tile, chunk = min(TILE, _padded(head)), cum.shape[-1] // chunks
     tiles = triton.cdiv(head, tile)
-    groups = max(1, min(chunks // LEAST, PROGRAMS // (rows * heads * tiles)))
+    groups = min(chunks // LEAST, PROGRAMS // (rows * heads * tiles))
+    groups = 1 if groups < WORTH else groups
     each = triton.cdiv(chunks, groups)
     groups = triton.cdiv(chunks, each)
     options = _options(value, key, "carry")
+    end = torch.empty_like(begin)
+    left = end  # of a single group nobody asks
 
-    def run(begin: Tensor, keep: bool) -> Tensor:
-        end = torch.empty_like(begin)
+    def run(begin: Tensor, end: Tensor, added: bool) -> None:
         _carry_kernel[(rows * heads * groups, tiles)](
-            value, key, cum, episode, begin, states, end, value.shape[1] * value.shape[2], chunks, heads, groups, each,
-            REVERSE=reverse, KEEP=keep, CHUNK=chunk, TILE=tile, **options,
+            value, key, cum, episode, begin, states, end, left, value.shape[1] * value.shape[2], chunks, heads, groups,
+            each, REVERSE=reverse, ADDED=added, CHUNK=chunk, TILE=tile, **options,
         )  # fmt: skip
-        return end
 
-    if groups == 1:
-        return run(begin, True)
-    room = begin.new_zeros(rows, heads, groups, size, head)
-    parts, starts = run(room, False), torch.empty_like(room)
-    pad = groups * each - chunks
-    total = F.pad(cum.view(rows, heads, chunks, chunk)[..., -1], (0, pad)).unflatten(-1, (groups, each)).sum(-1)
-    cuts = F.pad(episode.view(rows, chunks, chunk)[..., -1], (0, pad)).unflatten(-1, (groups, each)).sum(-1)
-    decay = torch.where(cuts[:, None] == 0, total.exp(), 0.0).contiguous()
-    _join_kernel[(rows * heads, tiles)](
-        decay, parts, begin, starts, groups, REVERSE=reverse, TILE=tile,
-        **{name: options[name] for name in ("P", "S", "SIZE", "num_warps", "num_stages")},
-    )  # fmt: skip
-    return run(starts, True)[:, :, 0 if reverse else -1].contiguous()
+    starts = begin
+    if groups > 1:
+        parts, starts = begin.new_empty(2, rows, heads, groups, size, head)
+        left = begin.new_empty(rows, heads, groups)
+        run(begin, parts, True)
+        _join_kernel[(rows * heads, tiles)](
+            left, parts, begin, starts, groups, REVERSE=reverse, TILE=tile,
+            **{name: options[name] for name in ("P", "S", "SIZE", "num_warps", "num_stages")},
+        )  # fmt: skip
+    run(starts, end, False)
+    return end
 
 
 @torch.library.custom_op("longdream::scan", mutates_args=())

@@ -11,7 +11,16 @@ from torch import Tensor
 from agent.bench.common import Device, device_of, median_ms
 from agent.bench.scan import relative
 from envs.contract import UserError
-from worldmodel.attention import Cache, Heads, attend, attend_far, attend_flex, attend_reference
+from worldmodel.attention import (
+    Cache,
+    Heads,
+    Sight,
+    attend,
+    attend_far,
+    attend_flex,
+    attend_reference,
+    sight_of,
+)
 
 ON_CUDA = {"batch": 16, "frames": 256, "tokens": 16, "heads": 8, "head": 64}
 ELSEWHERE = {"batch": 2, "frames": 48, "tokens": 4, "heads": 2, "head": 16}
@@ -116,9 +125,14 @@ def _row(
 def path_of(path: str, reach: int | None, chunk: int) -> Callable[[Heads, Tensor, Cache], Tensor]:
     """A way to compute a pattern: clean heads, first and cache to y. reach: None for all frames."""
 
+    sights: dict[torch.Size, Sight] = {}  # made once for all layers in training, and here for all calls
+
     def run(clean: Heads, first: Tensor, cache: Cache) -> Tensor:
         if path == "flex":
-            return attend_flex(clean, first, cache, first.shape[1] if reach is None else reach, None, chunk)[0]
+            far = first.shape[1] if reach is None else reach
+            if first.shape not in sights:
+                sights[first.shape] = sight_of(first, cache, far, False, chunk)
+            return attend_flex(clean, cache, sights[first.shape])[0]
         if reach is None:
             return attend_far(clean, first, cache, first.shape[1])[0]
         return attend(clean, first, cache, None, chunk=chunk)[0]

@@ -17,6 +17,7 @@ from worldmodel.attention import (
     phases_of,
     push,
     rotate,
+    sight_of,
 )
 
 BATCH, HEADS, HEAD = 3, 2, 6
@@ -289,7 +290,7 @@ def test_a_cache_that_grows_holds_all_that_is_reached_and_no_more(reach: int) ->
 def test_flex_attention_is_the_reference(held: int, reach: int, chunk: int) -> None:
     clean, query, first = draw(17, 2), draw(17, 2), resets(17)
     cache = draw_cache(2, held + 1)
-    y, query_y = attend_flex(clean, first, cache, reach, query, chunk)
+    y, query_y = attend_flex(clean, cache, sight_of(first, cache, reach, True, chunk), query)
     assert query_y is not None
     close(y, attend_reference(clean, first, cache, None, chunk, reach))
     close(query_y, attend_reference(clean, first, cache, query, chunk, reach))
@@ -304,7 +305,7 @@ def test_compiled_flex_attention_is_the_reference_in_values_and_gradients(reach:
     clean, query = (Heads(*(torch.randn(*size, device="cuda", requires_grad=True) for _ in range(3))) for _ in range(2))
     nothing = torch.zeros(BATCH, 0, *size[2:], device="cuda")
     first, cache = resets(67).cuda(), Cache(nothing, nothing, torch.zeros(BATCH, dtype=torch.long, device="cuda"))
-    got = attend_flex(clean, first, cache, reach, query, chunk)
+    got = attend_flex(clean, cache, sight_of(first, cache, reach, True, chunk), query)
     wanted = [attend_reference(clean, first, cache, stream, chunk, reach) for stream in (None, query)]
     cotangents = [torch.randn_like(v) for v in wanted]
     grads = [torch.autograd.grad(ys, [*clean, *query], cotangents) for ys in (got, wanted)]
