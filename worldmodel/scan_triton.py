@@ -25,6 +25,10 @@ Decays, sums over time and the carried state are float32.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 import triton.language as tl
@@ -42,7 +46,7 @@ PROGRAMS, LEAST, WORTH = 512, 8, 4
 WORTH groups, each of which is gone through twice, nothing is gained."""
 SETTINGS = {name: {"num_warps": 4, "num_stages": 1} for name in ("carry", "output", "columns", "rows")}
 """How each kernel is compiled. Simple on purpose: with more warps or stages, Triton 3.4 to 3.7 has miscompiled kernels
-like these on Hopper (github.com/fla-org/flash-linear-attention, issues 640 and 984)."""
+like these on Hopper (github.com/fla-org/flash-linear-attention, issues 640 and 984). See `_without_wgmma` too."""
 MOST = 128
 """Channels of a head and of the state, at most."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -305,6 +309,23 @@ def _rows_kernel(
     _store(dc + token * S, i, s, S, left, S, d_queries)
 
 
+@contextmanager
+def _without_wgmma() -> Iterator[None]:
+    """Kernels that are compiled within make their products by `mma.sync`, on Hopper too. `wgmma` reads shared memory
+    past the ordinary order of things, for which a fence has to come between writing and the barrier; where another
+    barrier is near, Triton 3.6 sets the fence behind it, and some warps then read what was there before: gradients of b
+    were now and then NaN."""
+    name = "DISABLE_MMA_V3"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def _padded(size: int) -> int:
     """The width in which Triton computes: a power of two, 16 for a matrix product."""
     return max(16, triton.next_power_of_2(size))
@@ -365,7 +386,7 @@ def _scan(
     frames, tokens = x.shape[1:3]
     length, chunk = frames * tokens, cum.shape[-1] // chunks
     grid = (rows * chunks,)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x), _without_wgmma():
         _prepare_kernel[grid](
             a, first.contiguous().view(torch.uint8), cum, episode, frames, tokens, length, chunks, heads, CHUNK=chunk,
             HEADS=triton.next_power_of_2(heads), num_warps=4,
@@ -406,7 +427,7 @@ def _scan_backward(
     after = torch.empty_like(states, dtype=x.dtype)
     between, dcum = x.new_empty(rows, chunks, chunk, chunk), torch.empty_like(cum)
     grid, channels = (rows * chunks,), min(HEAD, _padded(head))
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x), _without_wgmma():
         d_begin = _carry(dy, c, cum, episode, d_end, after, True)
         _columns_kernel[grid](
             x, b, c, cum, episode, dy, after, dx, db, between, dcum, length, chunks, heads, CHUNK=chunk, HEAD=channels,

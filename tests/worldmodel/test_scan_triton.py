@@ -162,6 +162,23 @@ def test_the_same_bits_twice(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_with_a_thousand_programs(dtype: torch.dtype) -> None:
+    """At the size of M on video, where warps get far apart: a race between them shows in one chunk in ten."""
+    torch.set_float32_matmul_precision("high")
+    size = (32, 64, 16)
+    x, b, c = (torch.randn(*size, *tail, device="cuda").to(dtype) for tail in ((10, 32), (128,), (128,)))
+    a = -torch.rand(*size, 10, device="cuda") / 100
+    state = torch.randn(32, 10, 128, 32, device="cuda")
+    inputs = [v.requires_grad_() for v in (x, b * 128**-0.5, c, a, state)]
+    first = torch.zeros(32, 64, dtype=torch.bool, device="cuda")
+    found = [torch.autograd.grad(by_kernels(inputs, first)[0].float().square().sum(), inputs) for _ in range(5)]
+    assert all(v.isfinite().all() for v in found[0])
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+
+
 @pytest.mark.parametrize("device", WHERE)
 @pytest.mark.parametrize("tokens", [1, 3, 16])
 def test_scan_takes_them_and_gives_states_after_any_frame(
