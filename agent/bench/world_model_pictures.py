@@ -14,7 +14,7 @@ COLUMNS = 12
 
 def draw_curves(rows: list[dict[str, Any]], task: str, context: int, path: Path) -> Path:
     """PSNR and SSIM over the frames after the context, a line for each mixer: means over seeds, and their range."""
-    figure = Figure(figsize=(11, 4))
+    figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, name, unit in zip(axes, ("psnr", "ssim"), ("PSNR in dB", "SSIM"), strict=True):
         for mixer in dict.fromkeys(row["mixer"] for row in rows):
@@ -24,9 +24,8 @@ def draw_curves(rows: list[dict[str, Any]], task: str, context: int, path: Path)
             axis.fill_between(frames, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(xlabel="frames after the context", ylabel=unit)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))  # beside the curves, not on them
     figure.suptitle(f"{task}, after {context} frames")
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
