@@ -12,7 +12,7 @@ and is then scanned alone: what M computes for a noised frame at time t, for eve
 trained against a clean past at every frame in one pass. In groups of frames, a group starts from the state before it
 and is scanned as a whole.
 
-`scan` is the fast form (cost linear in time): on CUDA, without queries, kernels of its own (scan_triton.py), elsewhere
+`scan` is the fast form (cost linear in time): on CUDA, frame by frame, kernels of its own (scan_triton.py), elsewhere
 `scan_chunked`. `scan_step` advances one frame, `scan_reference` is the slow truth.
 """
 
@@ -97,30 +97,49 @@ def scan(
         at: `(B, M)` frame indices after which to return the state as well, without gradient, to start dreams from.
         group: query frames that are scanned together; T is a multiple of it.
     """
-    if query is None and kernels is not None and kernels.fit(clean.x, clean.b, clean.c):
-        return _scan_kernels(clean, first, state, at)
+    if group == 1 and kernels is not None and kernels.fit(clean.x, clean.b, clean.c):
+        return _scan_kernels(clean, first, state, query, at)
     return scan_chunked(clean, first, state, chunk, query, at, group)
 
 
-def _scan_kernels(clean: Stream, first: Tensor, state: Tensor, at: Tensor | None) -> ScanOut:
+def _scan_kernels(clean: Stream, first: Tensor, state: Tensor, query: Stream | None, at: Tensor | None) -> ScanOut:
     """The scan by the kernels; under autocast in its precision, as matrix products are."""
     assert kernels is not None
-    x, b, c, a = clean
+    stream = clean
+    if query is not None:  # its tokens stand before the clean ones of their frame: they read, and leave no trace
+        trace = (False, False, True, False)  # of x, b, c and a
+        both = zip(trace, query, clean, strict=True)
+        stream = Stream(*(torch.cat([q if read else torch.zeros_like(q), v], 2) for read, q, v in both))
+    x, b, c, a = stream
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         x, b, c = (v.to(torch.get_autocast_dtype(x.device.type)) for v in (x, b, c))
     x, b, c, a = (v.contiguous() for v in (x, b, c, a))  # here the compiler can make them so for nothing
     y, last, start, cum, episode = kernels.scan_kernels(x, b, c, a, first, state.float(), at is not None)
-    states_at = None
+    y, states_at, query_y = y.to(clean.x.dtype), None, None
     if at is not None:
         chunks = start.shape[1]
         size, length = cum.shape[-1] // chunks, x.shape[1] * x.shape[2]  # chunks are of tokens, not of frames
-        x, b = (v.detach().flatten(1, 2) for v in clean[:2])
+        x, b = (v.detach().flatten(1, 2) for v in stream[:2])
         if length % size:
             x, b = (_pad_time(v, -length % size) for v in (x, b))
         x, b, cum, episode = (v.unflatten(d, (chunks, size)) for v, d in ((x, 1), (b, 1), (cum, 2), (episode, 1)))
         none = torch.zeros_like(episode[..., 0])  # episodes begun where a chunk begins
-        states_at = _states_at(at, (x.transpose(2, 3), b, cum.transpose(1, 2)), episode, none, start, clean.x.shape[2])
-    return ScanOut(y.to(clean.x.dtype), last, None, states_at)
+        known = x.transpose(2, 3), b, cum.transpose(1, 2)
+        states_at = _states_at(at, known, episode, none, start, stream.x.shape[2])
+    if query is not None:
+        past, y = y.chunk(2, 2)
+        query_y = past * query.a.cumsum(2).exp()[..., None] + _own(query)
+    return ScanOut(y, last, query_y, states_at)
+
+
+def _own(query: Stream) -> Tensor:
+    """What the tokens of a query frame read of their own frame, like x."""
+    x, b, c, a = query
+    if x.shape[2] == 1:
+        return (b * c).sum(-1)[..., None, None] * x
+    decay = a.cumsum(2).transpose(2, 3)  # (B, T, H, n)
+    inside = (c @ b.transpose(-1, -2))[:, :, None] * _causal_decay(decay, decay)
+    return (inside @ x.transpose(2, 3)).transpose(2, 3)
 
 
 def scan_chunked(

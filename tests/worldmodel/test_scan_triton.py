@@ -196,8 +196,33 @@ def test_scan_takes_them_and_gives_states_after_any_frame(
     assert found.at is not None and wanted.at is not None and not found.at.requires_grad
     for a, b in ((found.y, wanted.y), (found.state, wanted.state), (found.at, wanted.at)):
         assert relative(a, b.double()) < 5e-6
-    queried = scan(stream, first, inputs[4], query=stream)
-    assert queried.query is not None and relative(queried.y, wanted.y.double()) < 5e-6
+    together = scan(stream, first, inputs[4], group=2, query=stream)  # the kernels know no groups of frames
+    assert together.y.grad_fn is not None and "longdream" not in together.y.grad_fn.name()
+
+
+@pytest.mark.parametrize("device", WHERE)
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_a_query_stream_reads_and_leaves_no_trace(device: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the recurrence, in values, gradients of both streams, and states after any frame."""
+    assert kernels is not None
+    if device == "cpu":
+        monkeypatch.setattr(kernels, "fit", lambda x, b, c: True)
+    torch.set_float32_matmul_precision("highest")
+    frames = 24
+    inputs, first = draw((frames, tokens, 2, 16, 16), device, torch.float32)
+    asked, _ = draw((frames, tokens, 2, 16, 16), device, torch.float32)
+    at = torch.arange(frames, device=device).expand(3, -1)
+    found = scan(Stream(*inputs[:4]), first, inputs[4], query=Stream(*asked[:4]), at=at)
+    assert found.query is not None and found.at is not None
+    exact, exactly = ([v.detach().double().requires_grad_() for v in part] for part in (inputs, asked))
+    y, states, query_y = scan_reference(Stream(*exact[:4]), first, exact[4], Stream(*exactly[:4]))
+    wanted = (y, query_y, states[-1])
+    for a, b in zip((found.y, found.query, found.state, found.at), (*wanted, torch.stack(states, 1)), strict=True):
+        assert relative(a, b) < 5e-6
+    cotangents = [torch.randn_like(v) for v in (found.y, found.query, found.state)]
+    got = torch.autograd.grad((found.y, found.query, found.state), [*inputs, *asked[:4]], cotangents)
+    grads = torch.autograd.grad(wanted, [*exact, *exactly[:4]], [v.double() for v in cotangents])
+    assert max(relative(a, b) for a, b in zip(got, grads, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize("device", WHERE)
