@@ -63,8 +63,15 @@ class Agent(Learner):
         on_cuda, parts = self.device.type == "cuda", (self.controller, self.model.objective)
         self.capturable = on_cuda and all(getattr(part, "capturable", False) for part in parts)
         # a dream is thousands of small kernels, and launching them takes longer than running them
-        self._dreams = Graphed(self._dream) if self.capturable else self._dream
-        self._follow = Graphed(self.model.follow) if self.capturable else self.model.follow
+        alone = self.capturable and not self.recorded  # a recorded update has them in it
+        self._dreams = Graphed(self._dream) if alone else self._dream
+        self._follow = Graphed(self.model.follow) if alone else self.model.follow
+        if self.recorded and (not self.capturable or isinstance(self.controller, Improving)):
+            raise UserError(
+                f"recorded = true: {config.controller.kind} or {config.forcing.objective} does not allow for it; set "
+                f"it to false"
+            )
+        self._updates: dict[str, Callable[[dict], Any]] = {}
         self.dream_steps = 0
         """Steps dreamt for C to learn from; those of plans are not among them."""
         self.seconds["controller"] = 0.0
@@ -125,10 +132,18 @@ class Agent(Learner):
         Raises:
             NotFinite: after PATIENCE updates in a row whose loss or gradient was not finite.
         """
+        if upto not in self._updates:
+            self._updates[upto] = self.recording(lambda fields: self._update(Batch(**fields), upto))
         batch = Batch.of(rows, self.device)
+        self.set_pace(pace)
+        metrics, ok = self._updates[upto](batch.fields())
+        self._count(ok)
+        if upto == "controller":
+            self._count_dreams(batch)
+        return metrics
+
+    def _update(self, batch: Batch, upto: Upto) -> tuple[dict[str, Tensor], Tensor | bool]:
         learn, metrics = self.config.learn, {}
-        for part in self.parts.values():
-            part.set_pace(pace)
         weight = self._start_weight(batch)
         if learn.curiosity:
             batch.reward = batch.reward + learn.curiosity * batch.surprise
@@ -144,8 +159,13 @@ class Agent(Learner):
             ok = ok & self._learn("model", metrics, model_loss)
             if upto == "controller":
                 ok = ok & self._learn_to_act(metrics, *seen[0])
-        self._count(ok)
-        return metrics
+        return metrics, ok
+
+    def _count_dreams(self, batch: Batch) -> None:
+        """Count those that C has learned from by gradient; the others count theirs themselves."""
+        if not isinstance(self.controller, Improving) and "controller" in self.parts:
+            config = self.config.controller
+            self.dream_steps += len(batch.reward) * config.starts * config.horizon
 
     def _start_weight(self, batch: Batch) -> Tensor | None:
         config = self.config.controller
@@ -157,29 +177,33 @@ class Agent(Learner):
 
     def update_controller(self, rows: dict, pace: float = 1.0) -> dict[str, Tensor]:
         """One update of C alone, in dreams from replayed rows; V and M stay as they are. As `update` otherwise."""
-        batch, metrics = Batch.of(rows, self.device), {}
-        if part := self.parts.get("controller"):
-            part.set_pace(pace)
+        if "alone" not in self._updates:
+            self._updates["alone"] = self.recording(lambda fields: self._update_controller(Batch(**fields)))
+        batch = Batch.of(rows, self.device)
+        self.set_pace(pace)
+        metrics, ok = self._updates["alone"](batch.fields())
+        self._count(ok)
+        self._count_dreams(batch)
+        return metrics
+
+    def _update_controller(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | bool]:
+        metrics: dict[str, Tensor] = {}
         with torch.no_grad():
             _, starts, clip = self._model_loss(batch, self._start_weight(batch))
-        self._count(self._learn_to_act(metrics, starts, clip))
-        return metrics
+        return metrics, self._learn_to_act(metrics, starts, clip)
 
     def _learn_to_act(self, metrics: dict[str, Tensor], starts: Starts, clip: Clip) -> Tensor | bool:
         """An update of C in dreams from `starts`, in its own way or by gradient; whether all was finite."""
         ok: Tensor | bool = True
-        dreamt = 0
         if isinstance(self.controller, Improving):
             began, before = time.perf_counter(), self.model.dreamt
             found = self.controller.improve(self.model, starts)
-            dreamt = self.model.dreamt - before
+            self.dream_steps += self.model.dreamt - before
             metrics.update({f"controller/{key}": value for key, value in found.items()})
             self.seconds["controller"] += time.perf_counter() - began
         elif "controller" in self.parts:
             ok = self._learn("controller", metrics, lambda: self._controller_loss(starts, clip))
-            dreamt = len(starts.weight) * self.config.controller.horizon  # a replayed graph counts nothing
         self.controller.after_update()
-        self.dream_steps += dreamt
         return ok
 
     def _controller_loss(self, starts: Starts, clip: Clip) -> Loss:

@@ -158,6 +158,10 @@ class Config:
     compiled: bool = False
     """On CUDA: M's layers are compiled for clips (torch.compile), which takes about a minute when training begins and
     for each further length of clips."""
+    recorded: bool = False
+    """On CUDA: an update's thousands of kernels are recorded, when three updates were made, and from then on launched
+    as one CUDA graph, since launching them one by one can take longer than running them. Not with video.carry, nor for
+    controllers that learn in a way of their own. The seconds of the log's parts are then those until recording."""
     threads: int = 0
     """CPU threads of torch; 0 leaves its choice."""
     world: str = ""

@@ -52,6 +52,45 @@ class Graphed:
         return Recorded(graph, inputs, outputs)
 
 
+class Rehearsed:
+    """As Graphed, for a function that learns: with gradients, and changing what it owns, so that no call is made for
+    practice. The first WARM_UP calls with inputs of given shapes just run; the next is recorded and, as all later ones,
+    replayed. Of several shapes only the last are kept, since a recording of an update holds its activations."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.aside = torch.cuda.Stream()
+        self.key: Any = None
+        self.calls = 0
+        self.recorded: Recorded | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        tensors, tree = pytree.tree_flatten(args)
+        key = (str(tree), *((t.shape, t.dtype) for t in tensors))
+        if key != self.key:
+            self.key, self.calls, self.recorded = key, 0, None
+        self.calls += 1
+        if self.calls <= WARM_UP:  # beside the stream that recordings are replayed in: gradients remember theirs
+            self.aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.aside):
+                found = self.function(*args)
+            torch.cuda.current_stream().wait_stream(self.aside)
+            return found
+        if self.recorded is None:
+            self.recorded = self._record(tensors, tree)
+        torch._foreach_copy_(self.recorded.inputs, tensors)
+        self.recorded.graph.replay()
+        return self.recorded.outputs
+
+    def _record(self, tensors: list[Tensor], tree: Any) -> Recorded:
+        inputs, graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
+        args = pytree.tree_unflatten(inputs, tree)
+        # other threads, which read clips and bring them to the device, go on meanwhile
+        with torch.cuda.graph(graph, stream=self.aside, capture_error_mode="thread_local"):
+            outputs = self.function(*args)
+        return Recorded(graph, inputs, outputs)
+
+
 class Replayed:
     """As Graphed, for a function without arguments: what it reads and writes are tensors that stay where they are. A
     call is the launch of its graph and nothing else."""

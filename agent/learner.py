@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from agent.config import Config
+from agent.graphs import Rehearsed
 from envs.contract import EnvSpec, UserError
 from worldmodel.dynamics import Dynamics
 from worldmodel.model import WorldModel
@@ -63,6 +64,20 @@ class Learner:
         self._unread: list[_OnItsWay] = []
         self.seconds: dict[str, float] = dict.fromkeys(("encoder", "model"), 0.0)
         """Of each part's updates; on CUDA the host's, which does not wait for the device's."""
+
+    @property
+    def recorded(self) -> bool:
+        """Whether updates are recorded and replayed."""
+        return self.config.recorded and self.device.type == "cuda"
+
+    def recording(self, update: Callable[[dict], tuple[dict[str, Tensor], Any]]) -> Callable[[dict], Any]:
+        """An update from a batch's fields, or what records and replays it: what it returns holds until the next."""
+        return Rehearsed(update) if self.recorded else update
+
+    def set_pace(self, pace: float) -> None:
+        """Let all parts learn at `pace` times their learning rates."""
+        for part in self.parts.values():
+            part.set_pace(pace)
 
     def half_precision(self) -> torch.autocast:
         """Within, matrix products on CUDA are of bfloat16, unless they have to be `exact`."""
@@ -133,7 +148,7 @@ class Learner:
         self.settle()
         return {
             "weights": {name: module.state_dict() for name, module in self.modules().items()},
-            "optimisers": {name: part.optimiser.state_dict() for name, part in self.parts.items()},
+            "optimisers": {name: part.state_dict() for name, part in self.parts.items()},
             "counters": {name: getattr(self, name) for name in self.COUNTERS},
         }
 
@@ -155,22 +170,39 @@ class Part:
 
     def __init__(self, parameters: Iterable[nn.Parameter], rate: float, clip: float):
         self.parameters = [p for p in parameters if p.requires_grad]
-        # fused: one kernel, which is told by a tensor whether to step, so that the host need not know
+        # fused: one kernel, which is told by tensors whether to step and at what rate, so that the host need not know
         self.fused = all(p.is_cuda for p in self.parameters)
         self.optimiser = torch.optim.AdamW(
-            self.parameters, rate, betas=(0.9, 0.95), weight_decay=1e-3, fused=self.fused
+            self.parameters,
+            self._rate(rate),
+            betas=(0.9, 0.95),
+            weight_decay=1e-3,
+            fused=self.fused,
+            capturable=self.fused,
         )
         self.rate, self.clip = rate, clip
 
+    def _rate(self, rate: float) -> Any:
+        return torch.tensor(rate, device=self.parameters[0].device) if self.fused else rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's, the same whatever device it is on."""
+        state = self.optimiser.state_dict()
+        return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as an optimiser did, on whatever device that was."""
-        groups = [{**group, "fused": self.fused} for group in state["param_groups"]]
+        here = {"fused": self.fused, "capturable": self.fused}
+        groups = [{**group, **here, "lr": self._rate(group["lr"])} for group in state["param_groups"]]
         self.optimiser.load_state_dict({**state, "param_groups": groups})
 
     def set_pace(self, pace: float) -> None:
         """Learn at `pace` times the learning rate."""
         for group in self.optimiser.param_groups:
-            group["lr"] = self.rate * pace
+            if self.fused:
+                group["lr"].fill_(self.rate * pace)
+            else:
+                group["lr"] = self.rate * pace
 
     def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Whether loss and gradient were finite, and the gradient's norm, scalars on the device. If not, weights and

@@ -158,6 +158,10 @@ def check(config: Config) -> None:
             f"video.retrace = {video.retrace}: the way back is told by poses, followed by nothing and not rewarded: "
             f"set video.condition to pose, video.carry to false and heads.reward_weight and cont_weight to 0"
         )
+    if config.recorded and video.carry:
+        raise UserError(
+            "recorded = true: a state that is carried from clip to clip is not; set it or video.carry to false"
+        )
     if video.encoder and (learn.warmup or not video.freeze):
         raise UserError(
             f"video.encoder = {video.encoder}: that V stays as it is; set video.freeze to true and learn.warmup to 0"

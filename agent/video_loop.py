@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +29,18 @@ from worldmodel.dynamics import State
 from worldmodel.model import WorldModel
 from worldmodel.types import Batch, Loss
 
-CONCERNS = ("seed", "device", "exact", "compiled", "threads", "video.", "encoder.", "worldmodel.", "forcing.")
+CONCERNS = (
+    "seed",
+    "device",
+    "exact",
+    "compiled",
+    "recorded",
+    "threads",
+    "video.",
+    "encoder.",
+    "worldmodel.",
+    "forcing.",
+)
 CONCERNS += (
     "heads.hidden",
     "heads.bins",
@@ -92,16 +104,26 @@ class ClipLearner(Learner):
 
     state: State | None = None
 
+    def __init__(self, config: Config, spec: EnvSpec):
+        super().__init__(config, spec)
+        self._updates: dict[tuple[bool, bool], Callable[[dict], Any]] = {}
+
     def update(self, batch: Batch, see: bool, predict: bool, pace: float) -> dict[str, Tensor]:
         """One update of V (`see`) and of M (`predict`), each by its own loss; its metrics as scalar tensors.
 
         Raises:
             NotFinite: after some updates in a row whose loss or gradient was not finite.
         """
+        if (see, predict) not in self._updates:
+            self._updates[see, predict] = self.recording(lambda fields: self._update(Batch(**fields), see, predict))
+        self.set_pace(pace)
+        metrics, ok = self._updates[see, predict](batch.fields())
+        self._count(ok)
+        return metrics
+
+    def _update(self, batch: Batch, see: bool, predict: bool) -> tuple[dict[str, Tensor], Tensor | bool]:
         metrics: dict[str, Tensor] = {}
         ok: Tensor | bool = True
-        for part in self.parts.values():
-            part.set_pace(pace)
         if see:
             ok = self._learn_to_see(metrics, batch)
             metrics["encoder/psnr"] = -10 * metrics["encoder/reconstruction/image"].log10()
@@ -110,8 +132,7 @@ class ClipLearner(Learner):
         if self.state is not None:  # what is carried from an update that was skipped may not be finite: begin anew
             kept = torch.as_tensor(ok, device=self.device)
             self.state = self.state.map(lambda t: torch.where(kept, t, torch.zeros_like(t)))
-        self._count(ok)
-        return metrics
+        return metrics, ok
 
     def _model_loss(self, batch: Batch) -> Loss:
         state, clips = self.state, len(batch.reward)

@@ -62,6 +62,7 @@ class ReturnScale(torch.nn.Module):
     low: Tensor
     high: Tensor
     started: Tensor
+    ends: Tensor
 
     def __init__(self, floor: float, rate: float = 0.01):
         super().__init__()
@@ -69,11 +70,12 @@ class ReturnScale(torch.nn.Module):
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("ends", torch.tensor([0.05, 0.95]), persistent=False)  # moved to the device once
 
     @torch.no_grad()
     def update(self, returns: Tensor) -> Tensor:
         """Take in returns of any shape; the scale, a scalar tensor."""
-        low, high = torch.quantile(returns.flatten(), returns.new_tensor([0.05, 0.95])).unbind()
+        low, high = torch.quantile(returns.flatten(), self.ends.to(returns)).unbind()
         # a dream that is not finite costs its own update and no later one
         finite = (high - low).isfinite()
         rate = torch.where(self.started, self.rate, 1.0)

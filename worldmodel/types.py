@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class Batch:
 
         fields = {k: move(v) for k, v in rows.items() if k != "obs"}
         return cls(obs={k: move(v) for k, v in rows["obs"].items()}, **fields)
+
+    def fields(self) -> dict[str, Any]:
+        """What it is built of: a tree of tensors."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def prev_action(self) -> Tensor:
         """`(B, T, A)`: action_{t-1} at t; where a clip begins (M masks it there) `before`, or zeros."""

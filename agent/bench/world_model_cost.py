@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from agent.bench.common import median_ms
 from agent.graphs import Graphed
@@ -42,12 +43,13 @@ def cost_of(learner: ClipLearner, context: int) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    def learn() -> None:
+    def learn(fields: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         with learner.half_precision():
-            loss = objective.run(dynamics, z, action, first, 0).loss
-        learner.parts["model"].step(loss)
+            loss = objective.run(dynamics, fields["z"], fields["action"], fields["first"], 0).loss
+        return {}, learner.parts["model"].step(loss)[0]
 
-    trained = median_ms(learn, device, ROUNDS) / (count * context)
+    update, fields = learner.recording(learn), {"z": z, "action": action, "first": first}
+    trained = median_ms(lambda: update(fields), device, ROUNDS) / (count * context)
     with torch.compiler.set_stance("force_eager"):  # what is compiled is for training
         feat, state = take_in(dynamics, z[:1], action[:1], first[:1])
     ahead = torch.randn(1, FRAMES * chunk, dynamics.actions, device=device)

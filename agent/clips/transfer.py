@@ -31,7 +31,6 @@ class Transfer:
         """In the thread that learns: its stream uses this memory from now on."""
         if self.stream is not None:
             using = torch.cuda.current_stream(self.device)
-            for tensor in pytree.tree_leaves([batch.obs, [v for k, v in vars(batch).items() if k != "obs"]]):
-                if tensor is not None:
-                    tensor.record_stream(using)
+            for tensor in pytree.tree_leaves(batch.fields()):
+                tensor.record_stream(using)
         return batch

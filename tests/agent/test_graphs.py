@@ -1,11 +1,13 @@
 """CUDA graphs: a recorded function is the function."""
 
+import numpy as np
 import pytest
 import torch
 
 from agent import options
 from agent.agent import Agent
-from agent.graphs import Graphed
+from agent.graphs import WARM_UP, Graphed, Rehearsed
+from agent.learner import Part
 from envs.contract import ActionSpec, EnvSpec, ObsSpec
 from worldmodel.dream import Starts
 
@@ -66,3 +68,67 @@ def test_dreams_are_recorded(objective: str) -> None:
             go_on = torch.zeros(6, dtype=torch.bool, device="cuda")
             feat, state = model.commit(state, dream.z[:, t], dream.action[:, t], go_on)
             torch.testing.assert_close(dream.feat[:, t + 1], feat, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.cuda
+def test_a_recorded_update_is_the_update() -> None:
+    """Every call learns once, at its own rate and from its own numbers, whether it just runs, is recorded or replayed;
+    also when the shapes change, and where a step is refused."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).cuda() for _ in "ab"]
+    layers[1].load_state_dict(layers[0].state_dict())
+    parts = [Part(layer.parameters(), 1e-2, 1.0) for layer in layers]
+
+    def learn(which: int):
+        def update(fields: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+            loss = (layers[which](fields["x"]) - fields["y"]).square().mean()
+            ok, norm = parts[which].step(loss)
+            return {"loss": loss.detach(), "norm": norm}, ok
+
+        return update
+
+    plain, recorded = learn(0), Rehearsed(learn(1))
+    for i, rows in enumerate([16] * (WARM_UP + 4) + [9] * (WARM_UP + 3)):
+        fields = {"x": torch.randn(rows, 5, device="cuda"), "y": torch.randn(rows, 1, device="cuda")}
+        if i in (2, WARM_UP + 2):
+            fields["y"][0] = float("nan")
+        for part in parts:
+            part.set_pace(1 / (1 + i))
+        (wanted, ok), (found, taken) = plain(fields), recorded(fields)
+        assert bool(ok) == bool(taken) == (i not in (2, WARM_UP + 2))
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+    for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.equal(layers[0][0].weight.grad, torch.zeros_like(layers[0][0].weight))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("objective", ["flow", "mask"])
+def test_an_agent_learns_by_recorded_updates(objective: str) -> None:
+    """V, M and C, as without recording: in means over updates, since random numbers are others."""
+    batch, length = 4, 12
+    rng = np.random.default_rng(0)
+    rows = {
+        "obs": {"obs": rng.integers(0, 255, (batch, length, 16, 16, 3), dtype=np.uint8)},
+        "action": np.eye(3, dtype=np.float32)[rng.integers(0, 3, (batch, length))],
+        "reward": rng.random((batch, length), dtype=np.float32),
+        "surprise": np.zeros((batch, length), np.float32),
+        **{key: np.zeros((batch, length), bool) for key in ("is_first", "terminated", "truncated")},
+    }
+    found = []
+    for recorded in (False, True):
+        settings = {"device": "cuda", "forcing.objective": objective, "recorded": recorded, "heads.dreamt": 1.0}
+        torch.manual_seed(0)
+        agent = Agent(options.update(options.load("tiny"), settings), SPEC)
+        losses = []
+        for upto in ["encoder"] * 6 + ["model"] * 6 + ["controller"] * 40:
+            losses.append({key: float(value) for key, value in agent.update(rows, upto).items()})
+        agent.settle()
+        assert agent.updates == 52 and agent.skipped == 0
+        found.append((losses[0], losses[-10:], agent.dream_steps))
+    (first, last, dreamt), (_, other, also) = found
+    assert dreamt == also > 0
+    for key in ("encoder/reconstruction/obs", "model/prediction", "controller/critic"):
+        means = [sum(line[key] for line in lines) / len(lines) for lines in (last, other)]
+        assert means[0] == pytest.approx(means[1], rel=0.3), key
+    assert last[-1]["encoder/reconstruction/obs"] < first["encoder/reconstruction/obs"]
