@@ -19,7 +19,8 @@ from controller.types import Exporting
 from envs.contract import UserError
 
 MAY_DIFFER = ("controller.", "evaluate.", "replay.batch", "replay.length", "replay.starts", "replay.surprise")
-MAY_DIFFER += ("learn.updates", "learn.actor_critic_rate", "learn.decay", "learn.clip", "seed", "device", "recorded", "threads")
+MAY_DIFFER += ("learn.updates", "learn.actor_critic_rate", "learn.decay", "learn.clip", "seed", "device", "threads")
+MAY_DIFFER += ("recorded",)
 """Settings in which such a run may differ from the one that it dreams of. (forcing, worldmodel and encoder are what V
 and M were trained with.)"""
 LINES = 20
