@@ -52,7 +52,7 @@ class Graphed:
         return Recorded(graph, inputs, outputs)
 
 
-class Rehearsed:
+class GraphedUpdate:
     """As Graphed, for a function that learns: with gradients, and changing what it owns, so that no call is made for
     practice. The first WARM_UP calls with inputs of given shapes just run; the next is recorded and, as all later ones,
     replayed. Of several shapes only the last are kept, since a recording of an update holds its activations."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from agent.config import Config
-from agent.graphs import Rehearsed
+from agent.graphs import GraphedUpdate
 from envs.contract import EnvSpec, UserError
 from worldmodel.dynamics import Dynamics
 from worldmodel.model import WorldModel
@@ -72,7 +72,7 @@ class Learner:
 
     def recording(self, update: Callable[[dict], tuple[dict[str, Tensor], Any]]) -> Callable[[dict], Any]:
         """An update from a batch's fields, or what records and replays it: what it returns holds until the next."""
-        return Rehearsed(update) if self.recorded else update
+        return GraphedUpdate(update) if self.recorded else update
 
     def set_pace(self, pace: float) -> None:
         """Let all parts learn at `pace` times their learning rates."""

@@ -6,7 +6,7 @@ import torch
 
 from agent import options
 from agent.agent import Agent
-from agent.graphs import WARM_UP, Graphed, Rehearsed
+from agent.graphs import WARM_UP, Graphed, GraphedUpdate
 from agent.learner import Part
 from envs.contract import ActionSpec, EnvSpec, ObsSpec
 from worldmodel.dream import Starts
@@ -87,7 +87,7 @@ def test_a_recorded_update_is_the_update() -> None:
 
         return update
 
-    plain, recorded = learn(0), Rehearsed(learn(1))
+    plain, recorded = learn(0), GraphedUpdate(learn(1))
     for i, rows in enumerate([16] * (WARM_UP + 4) + [9] * (WARM_UP + 3)):
         fields = {"x": torch.randn(rows, 5, device="cuda"), "y": torch.randn(rows, 1, device="cuda")}
         if i in (2, WARM_UP + 2):
