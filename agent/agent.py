@@ -71,7 +71,6 @@ class Agent(Learner):
                 f"recorded = true: {config.controller.kind} or {config.forcing.objective} does not allow for it; set "
                 f"it to false"
             )
-        self._updates: dict[str, Callable[[dict], Any]] = {}
         self.dream_steps = 0
         """Steps dreamt for C to learn from; those of plans are not among them."""
         self.seconds["controller"] = 0.0
@@ -132,12 +131,8 @@ class Agent(Learner):
         Raises:
             NotFinite: after PATIENCE updates in a row whose loss or gradient was not finite.
         """
-        if upto not in self._updates:
-            self._updates[upto] = self.recording(lambda fields: self._update(Batch(**fields), upto))
         batch = Batch.of(rows, self.device)
-        self.set_pace(pace)
-        metrics, ok = self._updates[upto](batch.fields())
-        self._count(ok)
+        metrics = self._make(upto, partial(self._update, upto=upto), batch, pace)
         if upto == "controller":
             self._count_dreams(batch)
         return metrics
@@ -177,12 +172,8 @@ class Agent(Learner):
 
     def update_controller(self, rows: dict, pace: float = 1.0) -> dict[str, Tensor]:
         """One update of C alone, in dreams from replayed rows; V and M stay as they are. As `update` otherwise."""
-        if "alone" not in self._updates:
-            self._updates["alone"] = self.recording(lambda fields: self._update_controller(Batch(**fields)))
         batch = Batch.of(rows, self.device)
-        self.set_pace(pace)
-        metrics, ok = self._updates["alone"](batch.fields())
-        self._count(ok)
+        metrics = self._make("C alone", self._update_controller, batch, pace)
         self._count_dreams(batch)
         return metrics
 

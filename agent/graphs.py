@@ -21,6 +21,11 @@ class Recorded(NamedTuple):
     outputs: Any
 
 
+def _kind(tensors: list[Tensor], tree: Any) -> tuple[Any, ...]:
+    """What a recording is for: a tree of tensors of such shapes and types."""
+    return (str(tree), *((t.shape, t.dtype) for t in tensors))
+
+
 class Graphed:
     """A function from trees of CUDA tensors to trees of tensors, without gradient, recorded at its first call with
     inputs of given shapes.
@@ -37,7 +42,7 @@ class Graphed:
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
         tensors, tree = pytree.tree_flatten(args)
-        key = (str(tree), *((t.shape, t.dtype) for t in tensors))
+        key = _kind(tensors, tree)
         if key not in self.recorded:
             self.recorded[key] = self._record(tensors, tree)
         found = self.recorded[key]
@@ -66,7 +71,7 @@ class GraphedUpdate:
 
     def __call__(self, *args: Any) -> Any:
         tensors, tree = pytree.tree_flatten(args)
-        key = (str(tree), *((t.shape, t.dtype) for t in tensors))
+        key = _kind(tensors, tree)
         if key != self.key:
             self.key, self.calls, self.recorded = key, 0, None
         self.calls += 1

@@ -62,6 +62,7 @@ class Learner:
         self.taken: Tensor | bool = True
         """Whether the last update was: where a loss or gradient was not finite, it is skipped."""
         self._unread: list[_OnItsWay] = []
+        self._updates: dict[Any, Callable[[dict], Any]] = {}
         self.seconds: dict[str, float] = dict.fromkeys(("encoder", "model"), 0.0)
         """Of each part's updates; on CUDA the host's, which does not wait for the device's."""
 
@@ -74,10 +75,18 @@ class Learner:
         """An update from a batch's fields, or what records and replays it: what it returns holds until the next."""
         return GraphedUpdate(update) if self.recorded else update
 
-    def set_pace(self, pace: float) -> None:
-        """Let all parts learn at `pace` times their learning rates."""
+    def _make(
+        self, kind: Any, update: Callable[[Batch], tuple[dict[str, Tensor], Any]], batch: Batch, pace: float
+    ) -> dict[str, Tensor]:
+        """Make an update, one of a kind, at `pace` times the learning rates, and count it; its metrics as scalar
+        tensors. `update` says these and whether all was finite."""
+        if kind not in self._updates:
+            self._updates[kind] = self.recording(lambda fields: update(Batch(**fields)))
         for part in self.parts.values():
             part.set_pace(pace)
+        metrics, ok = self._updates[kind](batch.fields())
+        self._count(ok)
+        return metrics
 
     def half_precision(self) -> torch.autocast:
         """Within, matrix products on CUDA are of bfloat16, unless they have to be `exact`."""
@@ -193,7 +202,7 @@ class Part:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as an optimiser did, on whatever device that was."""
         here = {"fused": self.fused, "capturable": self.fused}
-        groups = [{**group, **here, "lr": self._rate(group["lr"])} for group in state["param_groups"]]
+        groups = [{**group, **here, "lr": self._rate(float(group["lr"]))} for group in state["param_groups"]]
         self.optimiser.load_state_dict({**state, "param_groups": groups})
 
     def set_pace(self, pace: float) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,22 +104,13 @@ class ClipLearner(Learner):
 
     state: State | None = None
 
-    def __init__(self, config: Config, spec: EnvSpec):
-        super().__init__(config, spec)
-        self._updates: dict[tuple[bool, bool], Callable[[dict], Any]] = {}
-
     def update(self, batch: Batch, see: bool, predict: bool, pace: float) -> dict[str, Tensor]:
         """One update of V (`see`) and of M (`predict`), each by its own loss; its metrics as scalar tensors.
 
         Raises:
             NotFinite: after some updates in a row whose loss or gradient was not finite.
         """
-        if (see, predict) not in self._updates:
-            self._updates[see, predict] = self.recording(lambda fields: self._update(Batch(**fields), see, predict))
-        self.set_pace(pace)
-        metrics, ok = self._updates[see, predict](batch.fields())
-        self._count(ok)
-        return metrics
+        return self._make((see, predict), partial(self._update, see=see, predict=predict), batch, pace)
 
     def _update(self, batch: Batch, see: bool, predict: bool) -> tuple[dict[str, Tensor], Tensor | bool]:
         metrics: dict[str, Tensor] = {}

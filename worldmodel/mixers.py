@@ -128,7 +128,7 @@ class Layer(nn.Module):
         uq: Tensor | None,
         cond_q: Tensor | None,
         at: Tensor | None,
-        sight: Sight | None = None,
+        sight: Sight | None,
     ) -> LayerOut:
         """u, uq `(B, T, N, W)`; cond, cond_q `(B, T, 1, 9, W)`; sight: of the attention. See Dynamics.forward."""
         mods = self._mods(cond)

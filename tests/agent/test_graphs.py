@@ -99,7 +99,6 @@ def test_a_recorded_update_is_the_update() -> None:
         torch.testing.assert_close(found, wanted, equal_nan=True)
     for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
         torch.testing.assert_close(a, b)
-    assert not torch.equal(layers[0][0].weight.grad, torch.zeros_like(layers[0][0].weight))
 
 
 @pytest.mark.cuda
