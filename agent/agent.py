@@ -168,7 +168,13 @@ class Agent(Learner):
 
     def _model_loss(self, batch: Batch, weight: Tensor | None) -> tuple[Loss, Starts, Clip]:
         config = self.config.controller
-        return self.model.loss(batch, config.starts, weight, config.horizon, self._follow)
+        with self.half_precision():
+            return self.model.loss(batch, config.starts, weight, config.horizon, self._follow_as_dreamt)
+
+    def _follow_as_dreamt(self, starts: Starts, action: Tensor) -> Tensor:
+        """As precisely as C's own dreams are."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self._follow(starts, action)
 
     def update_controller(self, rows: dict, pace: float = 1.0) -> dict[str, Tensor]:
         """One update of C alone, in dreams from replayed rows; V and M stay as they are. As `update` otherwise."""

@@ -33,7 +33,7 @@ class Chunk:
             block = np.frombuffer(self.map, dtype, count, offsets[name])
             self.data[name] = block.reshape(num_envs, length, *shape)
         self.row_bytes = size // (num_envs * length)
-        self.totals = np.zeros(num_envs)  # sum of surprise by stream
+        self.totals = np.zeros(num_envs)  # sum of mass by stream
         self.start_times, self.start_envs = array("q"), array("q")  # is_first rows, by time
         self._sums = [[0] * num_envs for _ in fields]  # running checksum of each stream of each field ...
         self._summed = 0  # ... up to this row
@@ -83,10 +83,11 @@ class Chunk:
             raise DamagedChunk("is altered (checksum differs)")
         return chunk
 
-    def append(self, values: dict[str, np.ndarray]) -> None:
+    def append(self, values: dict[str, np.ndarray], mass: np.ndarray) -> None:
+        """One row of every stream, and how likely each is to be drawn, `(n,)` >= 0."""
         for name, value in values.items():
             self.data[name][:, self.rows] = value
-        self.totals = self.totals + np.maximum(values["surprise"], 0)
+        self.totals = self.totals + mass
         self.data["mass"][:, self.rows] = self.totals
         for env in np.flatnonzero(values["is_first"]).tolist():
             self.start_times.append(self.begin + self.rows)

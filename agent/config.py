@@ -44,7 +44,10 @@ class ReplayConfig:
     starts: float = 0.0
     """Share of clips that begin where an episode begins."""
     surprise: float = 0.0
-    """Share of clips drawn around rows in proportion to their surprise."""
+    """Share of clips drawn around telling rows."""
+    around: Literal["surprise", "reward"] = "surprise"
+    """Which rows are telling. surprise: in proportion to theirs. reward: those with a reward, all alike, where few have
+    one."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,11 @@ class Config:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     exact: bool = False
-    """On CUDA: matrix products in float32 throughout, instead of TF32 and, where M learns from recordings, bfloat16,
-    which are faster; and attention in float32, instead of bfloat16."""
+    """On CUDA: matrix products in float32 throughout, instead of TF32, which is faster; and attention in float32,
+    instead of bfloat16."""
+    bfloat16: bool = False
+    """On CUDA: where M learns from clips, its matrix products are of bfloat16, which is faster; for images, of which no
+    number has to be foreseen to its third digit."""
     compiled: bool = False
     """On CUDA: M's layers are compiled for clips (torch.compile), which takes about a minute when training begins and
     for each further length of clips."""

@@ -89,9 +89,8 @@ class Learner:
         return metrics
 
     def half_precision(self) -> torch.autocast:
-        """Within, matrix products on CUDA are of bfloat16, unless they have to be `exact`."""
-        on = self.device.type == "cuda" and not self.config.exact
-        return torch.autocast("cuda", torch.bfloat16, enabled=on)
+        """Within, matrix products on CUDA are of bfloat16, if they may be."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.config.bfloat16 and self.device.type == "cuda")
 
     def _learn_to_see(self, metrics: dict[str, Tensor], batch: Batch) -> Tensor:
         """An update of V; whether all was finite."""

@@ -100,10 +100,10 @@ class Training:
         self.agent = Agent(config, self.world.spec)
         spec, copies, capacity = self.world.spec, self.world.num_envs, config.replay.capacity
         if stays:
-            self.replay = DeviceReplay(self.agent.device, spec, copies, capacity)
+            self.replay = DeviceReplay(self.agent.device, spec, copies, capacity, config.replay.around)
             self.collector = DeviceCollector(self.world, self.agent, self.replay, self.rng["act"], seed)
         else:
-            self.replay = Replay(folder / "replay", spec, copies, capacity)
+            self.replay = Replay(folder / "replay", spec, copies, capacity, around=config.replay.around)
             self.collector = Collector(self.world, self.agent, self.replay, self.rng["act"])
         stack.callback(self.replay.close)
         ranges.check_clip(config, self.replay.longest_clip)

@@ -7,7 +7,7 @@ methods.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +41,15 @@ class DeviceReplay:
         UserError: more than the device has room for.
     """
 
-    def __init__(self, device: torch.device, spec: EnvSpec, num_envs: int, capacity: int):
-        self.device, self.num_envs, self.times = device, num_envs, capacity // num_envs
+    def __init__(
+        self,
+        device: torch.device,
+        spec: EnvSpec,
+        num_envs: int,
+        capacity: int,
+        around: Literal["surprise", "reward"] = "surprise",
+    ):
+        self.device, self.num_envs, self.times, self.around = device, num_envs, capacity // num_envs, around
         if self.times < 1:
             raise UserError(f"replay.capacity = {capacity} is less than a row for each of {num_envs} copies")
         kinds = {"image": torch.uint8, "vector": torch.float32, "discrete": torch.int64}
@@ -102,7 +109,8 @@ class DeviceReplay:
                 pick = rng.integers(found.size, size=which.size)
                 begin[which], env[which] = found[pick], stream[pick]
         if weight and (which := np.flatnonzero((kind >= starts) & (kind < starts + weight))).size:
-            mass = self.fields["surprise"][torch.from_numpy(order).to(self.device)].clamp(min=0).double().flatten()
+            telling = self.fields[self.around][torch.from_numpy(order).to(self.device)]
+            mass = (telling.clamp(min=0) if self.around == "surprise" else telling != 0).double().flatten()
             ends = mass.cumsum(0)
             if float(ends[-1]) > 0:
                 level = torch.from_numpy(rng.random(which.size)).to(self.device) * ends[-1]

@@ -8,6 +8,7 @@ stream is one piece of memory per field. Chunk s covers the times [s * chunk_row
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -28,10 +29,19 @@ class Replay:
     Args:
         spec: what one row of one environment holds. Images stay uint8; categorical actions are stored as uint8.
         chunk_rows: times per chunk file; None chooses it from the capacity. The oldest chunk makes room for a new one.
+        around: what makes a row telling, as ReplayConfig says it.
     Raises UserError when the capacity is too small for two chunks.
     """
 
-    def __init__(self, folder: Path, spec: EnvSpec, num_envs: int, capacity: int, chunk_rows: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        spec: EnvSpec,
+        num_envs: int,
+        capacity: int,
+        chunk_rows: int | None = None,
+        around: Literal["surprise", "reward"] = "surprise",
+    ):
         per_env = capacity // num_envs
         # At most MAX_CHUNKS files; small replays get eight chunks, so that eviction forgets an eighth at a time.
         self.chunk_rows = chunk_rows or max(-(-per_env // MAX_CHUNKS), min(1024, per_env // 8), 1)
@@ -46,7 +56,7 @@ class Replay:
                 f"{self.max_chunks:,} replay chunks are too many open files: set chunk_rows to "
                 f"{-(-per_env // MAX_CHUNKS):,} or more, or leave it out"
             )
-        self.folder, self.num_envs, self.capacity = Path(folder), num_envs, capacity
+        self.folder, self.num_envs, self.capacity, self.around = Path(folder), num_envs, capacity, around
         self.longest_clip = (self.max_chunks - 1) * self.chunk_rows  # that a full replay can always sample
         self.fields: Fields = {f"obs/{key}": (obs.shape, obs.dtype) for key, obs in spec.obs.items()}
         self.fields |= {
@@ -56,7 +66,8 @@ class Replay:
             "terminated": ((), np.dtype(bool)),
             "truncated": ((), np.dtype(bool)),
             "surprise": ((), np.dtype(np.float32)),
-            # Running sum of surprise along a stream inside the chunk: drawing in proportion to it is a binary search.
+            # Running sum of what makes rows telling along a stream inside the chunk: drawing in proportion to it is a
+            # binary search.
             "mass": ((), np.dtype(np.float64)),
         }
         self._chunks: dict[int, Chunk] = {}  # by sequence number, oldest first
@@ -86,7 +97,7 @@ class Replay:
         if self._head is None:
             self._head = self._allocate()
         chunk = self._head
-        chunk.append(values)
+        chunk.append(values, np.maximum(surprise, 0) if self.around == "surprise" else row.reward != 0)
         self._touched += self.num_envs * chunk.row_bytes
         if chunk.rows == self.chunk_rows:
             chunk.checksum()  # sealed
@@ -216,7 +227,8 @@ class Replay:
         terminated and truncated (B, T) bool; fresh arrays, the caller's own.
 
         Each clip is, with probability `starts`, one that begins at an is_first row; with probability `weight`, one
-        around a row drawn in proportion to its surprise (negative surprise counts as 0), at a random offset; else
+        around a telling row, drawn in proportion to its surprise (negative surprise counts as 0) or evenly from those
+        with a reward, at a random offset; else
         uniform over all clips. Where no such row exists the uniform draw steps in. Clips may span episodes. A clip
         that begins in mid-episode has is_first False in its first row, as it happened: the consumer resets its state
         at the start of a clip by itself.
@@ -235,7 +247,7 @@ class Replay:
             kind = rng.random(batch)
             self._from_starts(rng, spans, length, envs, times, np.flatnonzero(kind < starts))
             around = np.flatnonzero((kind >= starts) & (kind < starts + weight))
-            self._from_surprise(rng, spans, length, envs, times, around)
+            self._from_telling(rng, spans, length, envs, times, around)
         return self._gather(envs.tolist(), times.tolist(), length)
 
     def _spans(self) -> list[tuple[int, int]]:
@@ -273,7 +285,7 @@ class Replay:
             index = int(draw - ends[k] + count)
             envs[i], times[i] = chunk.start_envs[index], chunk.start_times[index]
 
-    def _from_surprise(self, rng, spans, length: int, envs, times, which) -> None:
+    def _from_telling(self, rng, spans, length: int, envs, times, which) -> None:
         pairs = list(self._chunks_in(spans))
         ends = np.cumsum([chunk.totals.sum() for chunk, _ in pairs])
         if not ends[-1] > 0:

@@ -33,6 +33,7 @@ CONCERNS = (
     "seed",
     "device",
     "exact",
+    "bfloat16",
     "compiled",
     "recorded",
     "threads",

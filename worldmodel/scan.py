@@ -250,7 +250,8 @@ def _states_at(at: Tensor, clean, token_seg, before, start, tokens: int) -> Tens
     seg_end = seg_k.gather(-1, end[..., None])
     tokens_in = (torch.arange(seg_k.shape[-1], device=at.device) <= end[..., None]) & (seg_k == seg_end)
     decay = torch.where(tokens_in[:, :, None], cum_end - cum_k, -torch.inf).exp()
-    written = b[rows, k].to(decay.dtype).transpose(-1, -2)[:, :, None] @ (decay[..., None] * x[rows, k])
+    with torch.autocast(x.device.type, enabled=False):  # dreams begin with these
+        written = b[rows, k].to(decay.dtype).transpose(-1, -2)[:, :, None] @ (decay[..., None] * x[rows, k])
     carry = torch.where((seg_end[..., 0] == before[rows, k])[..., None], cum_end[..., 0].exp(), 0.0)
     return carry[..., None, None] * start[rows, k] + written
 

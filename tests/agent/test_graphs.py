@@ -115,8 +115,8 @@ def test_an_agent_learns_by_recorded_updates(objective: str) -> None:
         **{key: np.zeros((batch, length), bool) for key in ("is_first", "terminated", "truncated")},
     }
     found = []
-    for recorded in (False, True):
-        settings = {"device": "cuda", "forcing.objective": objective, "recorded": recorded, "heads.dreamt": 1.0}
+    for way in ({}, {"recorded": True}, {"recorded": True, "bfloat16": True}):
+        settings = {"device": "cuda", "forcing.objective": objective, "heads.dreamt": 1.0, **way}
         torch.manual_seed(0)
         agent = Agent(options.update(options.load("tiny"), settings), SPEC)
         losses = []
@@ -125,9 +125,10 @@ def test_an_agent_learns_by_recorded_updates(objective: str) -> None:
         agent.settle()
         assert agent.updates == 52 and agent.skipped == 0
         found.append((losses[0], losses[-10:], agent.dream_steps))
-    (first, last, dreamt), (_, other, also) = found
-    assert dreamt == also > 0
-    for key in ("encoder/reconstruction/obs", "model/prediction", "controller/critic"):
-        means = [sum(line[key] for line in lines) / len(lines) for lines in (last, other)]
-        assert means[0] == pytest.approx(means[1], rel=0.3), key
+    (first, last, dreamt), *others = found
+    for _, other, also in others:
+        assert dreamt == also > 0
+        for key in ("encoder/reconstruction/obs", "model/prediction", "controller/critic"):
+            means = [sum(line[key] for line in lines) / len(lines) for lines in (last, other)]
+            assert means[0] == pytest.approx(means[1], rel=0.3), key
     assert last[-1]["encoder/reconstruction/obs"] < first["encoder/reconstruction/obs"]

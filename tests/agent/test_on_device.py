@@ -80,6 +80,16 @@ def test_draws_by_surprise_are_in_proportion() -> None:
     torch.testing.assert_close(found / 20_000, mass / mass.sum(), atol=0.01, rtol=0)
 
 
+def test_draws_around_rewards_know_no_others() -> None:
+    replay = filled(8, 8)
+    replay.around = "reward"
+    replay.fields["reward"][:] = 0
+    replay.fields["reward"][[2, 5], [0, 1]] = torch.tensor([1.0, -3.0])
+    drawn = replay.sample(np.random.default_rng(1), 2000, 3, 0.0, 1.0)["reward"]
+    assert (drawn != 0).any(1).all()
+    assert abs((drawn == 1).any(1).float().mean() - 0.5) < 0.05
+
+
 def maze(**settings: Any) -> Config:
     """Preset tiny on the twin of Memory Maze."""
     told = {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,23 @@ def test_a_surprising_row_lies_anywhere_in_its_clip(tmp_path):
         for s in begins:
             expected[env, s] = expected.get((env, s), 0.0) + m / sum(mass.values()) / len(begins)
     assert_drawn_like(draw(replay, 12, weight=1.0), expected)
+
+
+def test_rows_with_a_reward_are_drawn_evenly(tmp_path):
+    """Where these are what is told; a reward that is not finite is one too."""
+    replay = Replay(tmp_path, SPEC, 2, 100, 10, around="reward")
+    rewards = {(0, 3): 1.0, (1, 17): -5.0, (0, 30): np.nan}
+    for t in range(40):
+        row = plain_row(2, first=t == 0)
+        replay.add(
+            replace(row, reward=np.array([rewards.get((env, t), 0.0) for env in (0, 1)], np.float32)),
+            PAIR,
+            np.full(2, 7.0, np.float32),
+        )
+    found = replay.sample(np.random.default_rng(0), 3000, 1, weight=1.0)["reward"][:, 0]
+    for value in (1.0, -5.0):
+        assert abs((found == value).mean() - 1 / 3) < 0.05
+    assert abs(np.isnan(found).mean() - 1 / 3) < 0.05
 
 
 def plain_row(num_envs: int, first: bool) -> Row:
