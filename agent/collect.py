@@ -24,6 +24,8 @@ class Collector:
         self.running = {k: np.zeros(world.num_envs) for k in ("return", "length", *SURPRISES)}
         self.env_steps = 0
         self.episodes = 0
+        self.earned = 0.0
+        """Rewards so far, over all copies; those that are not finite left out."""
 
     def step(self, random: bool) -> list[dict[str, float]]:
         """One step of every copy, by random actions or the agent's; metrics of each episode that ended.
@@ -53,6 +55,7 @@ class Collector:
 
     def _account(self, row: Any, parts: np.ndarray) -> list[dict[str, float]]:
         ended = []
+        self.earned += float(np.nan_to_num(row.reward, nan=0.0, posinf=0.0, neginf=0.0).sum())
         self.running["return"] += row.reward
         self.running["length"] += ~row.is_first
         for name, values in zip(SURPRISES, parts, strict=True):
@@ -75,6 +78,7 @@ class Collector:
             "carry": {"feat": feat, "state": dict(state._asdict()), "action": action},
             "running": dict(self.running),
             "counters": [self.env_steps, self.episodes],
+            "earned": self.earned,
         }
 
     def set_state(self, tree: dict[str, Any]) -> None:
@@ -87,6 +91,7 @@ class Collector:
         self.carry = Carry(carry["feat"].to(device), state, carry["action"].to(device))
         self.running = {k: np.array(v) for k, v in tree["running"].items()}
         self.env_steps, self.episodes = tree["counters"]
+        self.earned = tree.get("earned", 0.0)
 
 
 SURPRISES = ("surprise_latent", "surprise_reward", "surprise_end", "surprise")

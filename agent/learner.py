@@ -80,8 +80,8 @@ class Learner:
     ) -> dict[str, Tensor]:
         """Make an update, one of a kind, at `pace` times the learning rates, and count it; its metrics as scalar
         tensors. `update` says these and whether all was finite."""
-        if kind not in self._updates:
-            self._updates[kind] = self.recording(lambda fields: update(Batch(**fields)))
+        if kind not in self._updates:  # one kind follows another, and a recording holds memory as long as it is there
+            self._updates = {kind: self.recording(lambda fields: update(Batch(**fields)))}
         for part in self.parts.values():
             part.set_pace(pace)
         metrics, ok = self._updates[kind](batch.fields())

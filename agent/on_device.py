@@ -158,6 +158,7 @@ class DeviceCollector:
         self.take_in = Graphed(self._take_in) if recorded else self._take_in
         self.env_steps = 0
         self.episodes = 0
+        self.earned = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def step(self, random: bool) -> list[dict[str, float]]:
@@ -165,6 +166,7 @@ class DeviceCollector:
         row, n, parts = self.row, self.world.num_envs, self.agent.spec.action.parts[0]
         self.carry, seen, chosen = self.take_in(self.carry, row)
         self.running += seen
+        self.earned += seen[0].sum()
         device = self.agent.device
         choice = torch.randint(parts, (n,), device=device, generator=self.random)
         if self.learn.sticky:
@@ -218,6 +220,7 @@ class DeviceCollector:
             "first": self.first,
             "random": self.random.get_state(),
             "counters": [self.env_steps, self.episodes],
+            "earned": float(self.earned),
         }
 
     def set_state(self, tree: dict[str, Any]) -> None:
@@ -232,3 +235,4 @@ class DeviceCollector:
         self.running, self.first = tree["running"].to(device), np.array(tree["first"])
         self.random.set_state(tree["random"].cpu())
         self.env_steps, self.episodes = tree["counters"]
+        self.earned.fill_(tree.get("earned", 0.0))

@@ -91,6 +91,11 @@ def test_every_episode_has_a_line(finished: tuple[Path, dict[str, Any]]) -> None
     weight = np.diff([0, *(line["count/episodes"] for line in told)])
     mean = np.average([line["train/return"] for line in told], weights=weight)
     assert mean == pytest.approx(np.mean([episode["episode/return"] for episode in episodes]))
+    paid = [line for line in lines if "train/reward" in line]
+    steps = np.diff([0, *(line["step"] for line in paid)])
+    earned = np.dot([line["train/reward"] for line in paid], steps)
+    returns = sum(episode["episode/return"] for episode in episodes)
+    assert earned != 0 and abs(earned - returns) <= tiny().env.copies  # of episodes under way, at most 1 each
 
 
 def test_same_seed_same_metrics(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
