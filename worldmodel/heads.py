@@ -49,7 +49,7 @@ class TwoHot(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """`(...)` to two-hot `(..., bins)`: weights on the two neighbouring bins whose mean is x; clipped to the
         bins' range."""
-        x = x.float().clamp(self.bins[0].item(), self.bins[-1].item())
+        x = x.float().clamp(self.bins[0], self.bins[-1])
         above = torch.searchsorted(self.bins, x.contiguous()).clamp(1, len(self.bins) - 1)
         low, high = self.bins[above - 1], self.bins[above]
         share = ((x - low) / (high - low))[..., None]
