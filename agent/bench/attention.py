@@ -80,18 +80,14 @@ def measure(
     torch.manual_seed(0)
     few = sizes | {"batch": min(2, sizes["batch"]), "frames": min(checked, sizes["frames"])}
     patterns = {"local": (window - 1, 1), "chunks": (window - chunk, chunk), "causal": (None, 1)}
+    shape = " x ".join(str(sizes[name]) for name in ("batch", "frames", "tokens", "heads", "head"))
+    print(f"attention over {shape}, window {window}, chunks of {chunk}, on {where}", flush=True)
     rows, faster = [], {}
     for pattern, (reach, together) in patterns.items():
         paths = ("sdpa",) if skipped else ("sdpa", "flex")
         found = [_row(pattern, path, reach, together, few, sizes, where, repeats) for path in paths]
         faster[pattern] = min(found, key=lambda row: row["forward_backward_ms"])["path"]
         rows += found
-    shape = " x ".join(str(sizes[name]) for name in ("batch", "frames", "tokens", "heads", "head"))
-    print(f"attention over {shape}, window {window}, chunks of {chunk}, on {where}")
-    for row in rows:
-        told_times = f"{row['forward_ms']:9.3f} ms forward {row['forward_backward_ms']:9.3f} ms with backward"
-        told_errors = f"errors {row['error_value']:.1e} {row['error_grad']:.1e}"
-        print(f"  {row['pattern']:7} {row['path']:5} {told_times}   {told_errors}")
     if skipped:
         print(f"  flex: skipped, {skipped}")
     return {**sizes, "window": window, "chunk": chunk, "device": str(where), "rows": rows, "faster": faster} | {
@@ -112,11 +108,14 @@ def _row(
 
     with torch.no_grad():
         forward_ms = median_ms(lambda: run(clean, first, cache), device, repeats)
+    both_ms = median_ms(forward_backward, device, repeats)
+    times, wrong = f"{forward_ms:9.3f} ms forward {both_ms:9.3f} ms with backward", f"errors {value:.1e} {grad:.1e}"
+    print(f"  {pattern:7} {path:5} {times}   {wrong}", flush=True)  # as it comes: what is compiled takes minutes
     return {
         "pattern": pattern,
         "path": path,
         "forward_ms": forward_ms,
-        "forward_backward_ms": median_ms(forward_backward, device, repeats),
+        "forward_backward_ms": both_ms,
         "error_value": value,
         "error_grad": grad,
     }
