@@ -40,6 +40,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "worldmodel.state_size": AT_LEAST_1,
     "worldmodel.window": AT_LEAST_1,
     "worldmodel.frames_together": AT_LEAST_1,
+    "worldmodel.motion": AT_LEAST_0,
     "worldmodel.longest": AT_LEAST_1,
     "worldmodel.blocks": AT_LEAST_1,
     "worldmodel.chunk": AT_LEAST_1,

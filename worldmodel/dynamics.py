@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldmodel.attention import Cache, Sight
+from worldmodel.heads import mlp
 from worldmodel.mixers import Layer, Past
 
 
@@ -64,6 +65,10 @@ class DynamicsConfig:
     change: bool = False
     """Predict the change from the frame before instead of the frame: what hardly changes from frame to frame, like
     positions among an observation's numbers, then need not be copied through every layer."""
+    motion: int = 0
+    """Width of a gated network that adds to the prediction what the frame before, all its tokens at once, and the
+    action say of it; 0: none. Layers learn in thousands of updates what it learns in a hundred: how a view moves with
+    an action (docs/results.md, Memory Maze)."""
     see_latents: bool = False
     """Give C and the heads each frame's latents beside what M makes of them, as [z, h] of World Models (arXiv
     1803.10122). With `change` M itself has less reason to keep them in its features."""
@@ -166,8 +171,12 @@ class Dynamics(nn.Module):
         self.norm = nn.LayerNorm(width, bias=False)
         self.out = nn.Linear(width, channels)
         nn.init.zeros_(self.out.bias)
+        if config.change:  # at first, none: layers that know nothing yet would only blur the frame before
+            nn.init.zeros_(self.out.weight)
         # how much of each channel of the frame before stays: all of it at first
         self.stay = nn.Parameter(torch.ones(channels)) if config.change else None
+        frame = self.tokens * channels
+        self.motion = mlp(frame + actions, config.motion, frame, zero=True) if config.motion else None
         # a frame's feature: its tokens side by side, pooled to 4 x 4 where the grid is finer
         self.feature_grid = min(grid, 4)
         self.feature_size = self.feature_grid**2 * (width + channels * config.see_latents)
@@ -243,11 +252,12 @@ class Dynamics(nn.Module):
             own = (query[0] * query[1][..., None, None]).roll(1, 1)
             inside = torch.arange(z.shape[1], device=z.device) % self.config.frames_together > 0
             last = torch.where(inside[:, None, None], own, last)
-        last = last * ~is_first[..., None, None]
+        going_on = ~is_first[..., None]
+        last, led = last * going_on[..., None], prev_action * going_on
         u = self.norm(u)
         return Output(
             self._feature(u, z),
-            self._leave(u if uq is None else self.norm(uq), last),
+            self._leave(u if uq is None else self.norm(uq), last, led),
             end,
             starts,
         )
@@ -264,7 +274,7 @@ class Dynamics(nn.Module):
         u, cond = self._enter(z_noisy[:, None], prev_action[:, None], level[:, None], first, fineness)
         for layer, past in zip(self.stack, state.parts(self.stack), strict=True):
             u = layer.peek(u, cond, past)
-        return self._leave(self.norm(u)[:, 0], state.last)
+        return self._leave(self.norm(u)[:, 0], state.last, prev_action)
 
     def commit(
         self, state: State, z: Tensor, prev_action: Tensor, is_first: Tensor, level: Tensor | None = None
@@ -324,9 +334,15 @@ class Dynamics(nn.Module):
         shapes = [tuple(t.shape[1:]) for t in (*state.ssm, *state.k, *state.v, state.last)]
         return [shape[1:] for shape in shapes] if self.config.mixer == "causal" else shapes
 
-    def _leave(self, u: Tensor, last: Tensor) -> Tensor:
-        """Normed tokens `(..., N, W)` and the frame before `(..., N, D)` to predicted latents (or logits of them)."""
-        return self.out(u) if self.stay is None else self.out(u) + self.stay * last
+    def _leave(self, u: Tensor, last: Tensor, action: Tensor) -> Tensor:
+        """Normed tokens `(..., N, W)`, the frame before `(..., N, D)` and the action since `(..., A)` to predicted
+        latents (or logits of them)."""
+        pred = self.out(u)
+        if self.stay is not None:
+            pred = pred + self.stay * last
+        if self.motion is not None:
+            pred = pred + self.motion(torch.cat([last.flatten(-2), action], -1)).unflatten(-1, last.shape[-2:])
+        return pred
 
     def _enter(
         self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor, fineness: Tensor | None = None
