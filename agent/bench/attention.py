@@ -59,9 +59,9 @@ def measure(
         device: where to compute (default: CUDA where there is one)
 
     Returns:
-        rows: of each pattern and path, forward_ms, forward_backward_ms, error_value and error_grad (the largest, as a
-        share of the largest exact value). faster: by pattern, the path that takes less time forward and backward.
-        skipped: why flex is missing, or null.
+        rows: of each pattern and path, forward_ms (with what a backward pass needs), forward_backward_ms, error_value
+        and error_grad (the largest, as a share of the largest exact value). faster: by pattern, the path that takes
+        less time forward and backward. skipped: why flex is missing, or null.
     """
     where = device_of(device)
     sizes = dict(ON_CUDA if where.type == "cuda" else ELSEWHERE)
@@ -106,8 +106,8 @@ def _row(
         y = run(clean, first, cache)
         torch.autograd.grad(y, [*clean], y.detach())
 
-    with torch.no_grad():
-        forward_ms = median_ms(lambda: run(clean, first, cache), device, repeats)
+    # as in training: without gradients it would be compiled once more
+    forward_ms = median_ms(lambda: run(clean, first, cache), device, repeats)
     both_ms = median_ms(forward_backward, device, repeats)
     times, wrong = f"{forward_ms:9.3f} ms forward {both_ms:9.3f} ms with backward", f"errors {value:.1e} {grad:.1e}"
     print(f"  {pattern:7} {path:5} {times}   {wrong}", flush=True)  # as it comes: what is compiled takes minutes
