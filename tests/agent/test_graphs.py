@@ -104,7 +104,7 @@ def test_a_recorded_update_is_the_update() -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("objective", ["flow", "mask"])
 def test_an_agent_learns_by_recorded_updates(objective: str) -> None:
-    """V, M and C, as without recording: in means over updates, since random numbers are others."""
+    """V, M and C, as without recording, also in bfloat16: in means over updates, since random numbers are others."""
     batch, length = 4, 12
     rng = np.random.default_rng(0)
     rows = {
