@@ -25,7 +25,7 @@ class Collector:
         self.env_steps = 0
         self.episodes = 0
         self.earned = 0.0
-        """Rewards so far, over all copies; those that are not finite left out."""
+        """Rewards since it was last set to 0, over all copies; those that are not finite left out."""
 
     def step(self, random: bool) -> list[dict[str, float]]:
         """One step of every copy, by random actions or the agent's; metrics of each episode that ended.

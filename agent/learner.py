@@ -89,8 +89,9 @@ class Learner:
         return metrics
 
     def half_precision(self) -> torch.autocast:
-        """Within, matrix products on CUDA are of bfloat16, if they may be."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.config.bfloat16 and self.device.type == "cuda")
+        """Within, matrix products on CUDA are of bfloat16, if they may be and do not have to be `exact`."""
+        on = self.config.bfloat16 and not self.config.exact and self.device.type == "cuda"
+        return torch.autocast("cuda", torch.bfloat16, enabled=on)
 
     def _learn_to_see(self, metrics: dict[str, Tensor], batch: Batch) -> Tensor:
         """An update of V; whether all was finite."""

@@ -80,7 +80,7 @@ class Training:
         # wall: seconds of earlier sessions. begun: real steps when learning began. lost: worlds that failed.
         # faults: that the worlds of earlier sessions have survived
         self.count = {"wall": 0.0, "begun": None, "warmup": 0, "updates": 0, "logged": 0, "evaluated": 0}
-        self.count |= {"lost": 0, "faults": 0, "acted": 0, "earned": 0.0}  # the last two as of the last line
+        self.count |= {"lost": 0, "faults": 0, "acted": tree["acted"][0] if tree else 0}  # acted: as of the last line
         self.count |= tree["count"] if tree else {}
         torch.manual_seed(config.seed)
         self.rng = {name: np.random.default_rng((config.seed, i)) for i, name in enumerate(("act", "sample"))}
@@ -205,9 +205,9 @@ class Training:
         told = {f"count/{key}": value for key, value in counts.items()}
         told |= {f"time/{key}": value for key, value in (self.seconds | agent.seconds).items()}
         if step > count["acted"]:  # of episodes the end is told; where these are long, it is a long time to wait
-            earned = float(self.collector.earned)
-            told["train/reward"] = (earned - count["earned"]) / (step - count["acted"])
-            count |= {"acted": step, "earned": earned}
+            told["train/reward"] = float(self.collector.earned) / (step - count["acted"])
+            self.collector.earned *= 0
+            count["acted"] = step
         self.logger.write(step, self.window.means() | told | {"time/wall": self.wall()})
         self.window, self.count["logged"] = Window(), step // self.config.evaluate.log_every
 

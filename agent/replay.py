@@ -228,10 +228,9 @@ class Replay:
 
         Each clip is, with probability `starts`, one that begins at an is_first row; with probability `weight`, one
         around a telling row, drawn in proportion to its surprise (negative surprise counts as 0) or evenly from those
-        with a reward, at a random offset; else
-        uniform over all clips. Where no such row exists the uniform draw steps in. Clips may span episodes. A clip
-        that begins in mid-episode has is_first False in its first row, as it happened: the consumer resets its state
-        at the start of a clip by itself.
+        with a reward, at a random offset; else uniform over all clips. Where no such row exists the uniform draw steps
+        in. Clips may span episodes. A clip that begins in mid-episode has is_first False in its first row, as it
+        happened: the consumer resets its state at the start of a clip by itself.
         Raises UserError when there is no clip of that length.
         """
         if not (starts >= 0 and weight >= 0 and starts + weight <= 1):
