@@ -204,6 +204,10 @@ class Part:
         here = {"fused": self.fused, "capturable": self.fused}
         groups = [{**group, **here, "lr": self._rate(float(group["lr"]))} for group in state["param_groups"]]
         self.optimiser.load_state_dict({**state, "param_groups": groups})
+        for weight, moments in self.optimiser.state.items():
+            for key, value in moments.items():
+                if value.shape == weight.shape:  # the fused kernel wants them laid out as the weight (channels last)
+                    moments[key] = torch.empty_like(weight, requires_grad=False).copy_(value)
 
     def set_pace(self, pace: float) -> None:
         """Learn at `pace` times the learning rate."""

@@ -1,11 +1,13 @@
 """A part's optimiser: steps that are skipped, and states that come from another device."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from agent import checkpoint
 from agent.learner import Part
 from agent.saving import Window
 
@@ -44,6 +46,27 @@ def test_an_optimiser_goes_on_on_another_device(device: str, elsewhere: bool | N
         assert steps(part, weight, [0.5, float("nan"), 1.0]) == [True, False, True]
     assert torch.equal(*weights)
     assert second.optimiser.param_groups[0]["fused"] == (device == "cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_moments_come_back_in_the_layout_of_their_weights(device: str, tmp_path: Path) -> None:
+    """A checkpoint keeps values alone, and a fused kernel refuses moments of another layout."""
+    convs = [nn.Conv2d(3, 5, 4, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
+    first, second = (Part(conv.parameters(), 0.1, 1.0) for conv in convs)
+    image = torch.randn(2, 3, 8, 8, device=device)
+    assert bool(first.step(convs[0](image).square().mean())[0])
+    checkpoint.save(tmp_path, 1, {"optimiser": first.state_dict()})
+    convs[1].load_state_dict(convs[0].state_dict())
+    second.load_state_dict(checkpoint.load(tmp_path)[0]["optimiser"])
+    weight = convs[1].weight
+    moments = second.optimiser.state[weight]
+    assert not weight.is_contiguous()
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert moments[name].stride() == weight.stride()
+        assert torch.equal(moments[name], first.optimiser.state[convs[0].weight][name])
+    for conv, part in zip(convs, (first, second), strict=True):
+        assert bool(part.step(conv(image).square().mean())[0])
+    assert torch.equal(convs[0].weight, weight)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
