@@ -269,26 +269,27 @@ class Dynamics(nn.Module):
         the state and the action `(B, A)` that leads there. Reads only. fineness `(B,)`: see `forward`."""
         self._one_by_one("a single frame")
         self._check(state, z_noisy, prev_action)
-        first = torch.zeros_like(level, dtype=torch.bool)[:, None]
         fineness = None if fineness is None else fineness[:, None]
-        u, cond = self._enter(z_noisy[:, None], prev_action[:, None], level[:, None], first, fineness)
+        u, cond = self._enter(z_noisy[:, None], prev_action[:, None], level[:, None], None, fineness)
         for layer, past in zip(self.stack, state.parts(self.stack), strict=True):
             u = layer.peek(u, cond, past)
         return self._leave(self.norm(u)[:, 0], state.last, prev_action)
 
     def commit(
-        self, state: State, z: Tensor, prev_action: Tensor, is_first: Tensor, level: Tensor | None = None
+        self, state: State, z: Tensor, prev_action: Tensor, is_first: Tensor | None, level: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Advance time by a frame: z `(B, N, D)`, prev_action `(B, A)`, is_first `(B,)` to feat `(B, F)` and the new
         state.
 
-        level `(B,)` defaults to 1, clean; a little less tells M to trust the frame a little less.
+        is_first None, as in dreams: no stream begins anew, and states need not be looked through. level `(B,)` defaults
+        to 1, clean; a little less tells M to trust the frame a little less.
         """
         self._one_by_one("a single frame")
         self._check(state, z, prev_action)
-        state = state.reset(is_first)
+        state = state if is_first is None else state.reset(is_first)
         level = torch.ones_like(prev_action[:, 0]) if level is None else level
-        u, cond = self._enter(z[:, None], prev_action[:, None], level[:, None], is_first[:, None])
+        first = None if is_first is None else is_first[:, None]
+        u, cond = self._enter(z[:, None], prev_action[:, None], level[:, None], first)
         pasts = []
         for layer, past in zip(self.stack, state.parts(self.stack), strict=True):
             u, past = layer.step(u, cond, past)
@@ -345,11 +346,12 @@ class Dynamics(nn.Module):
         return pred
 
     def _enter(
-        self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor, fineness: Tensor | None = None
+        self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor | None, fineness: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Token embeddings `(B, T, N, W)` and the condition `(B, T, 1, 9, W)`. The previous action is masked here and
-        nowhere else."""
-        action = self.action(prev_action) * ~first[..., None]
+        nowhere else; first None: no frame begins an episode."""
+        action = self.action(prev_action)
+        action = action if first is None else action * ~first[..., None]
         told = action + self.level(level_features(level))
         if self.pace is not None:
             told = told + self.pace(level_features(torch.ones_like(level) if fineness is None else fineness))

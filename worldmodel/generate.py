@@ -106,7 +106,7 @@ def generate(
     def draw(feat: Tensor, state: State, action: Tensor) -> tuple[Tensor, Tensor, State]:
         z = objective.sample(dynamics, feat, state, action, steps, temperature)
         level = torch.full_like(action[:, 0], trust)
-        return z, *dynamics.commit(state, z, action, torch.zeros_like(level, dtype=torch.bool), level)
+        return z, *dynamics.commit(state, z, action, None, level)
 
     step = draw if record is None else record(draw)
     for actions in action.split(piece, 1):

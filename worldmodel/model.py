@@ -200,8 +200,7 @@ class WorldModel(nn.Module):
         `dreamt`."""
         self.dreamt += len(action)
         z = self.objective.sample(self.dynamics, feat, state, action, steps or self.steps, temperature)
-        go_on = torch.zeros(len(z), dtype=torch.bool, device=z.device)
-        feat, state = self.dynamics.commit(state, z, action, go_on)
+        feat, state = self.dynamics.commit(state, z, action, None)
         return z, feat, state
 
     @torch.no_grad()

@@ -108,6 +108,20 @@ def test_parallel_is_streamed(mixer: str, grid: int, blocks: tuple[int, ...]) ->
     same_future(model, state, out.state)
 
 
+@pytest.mark.parametrize(("mixer", "grid", "blocks"), KINDS)
+def test_a_frame_that_begins_nothing_need_not_be_marked(mixer: str, grid: int, blocks: tuple[int, ...]) -> None:
+    model = build(mixer, grid, blocks)
+    clip, state = Clip(model), lived(model)
+    kept, (z, action) = state.map(torch.clone), (clip.z[:, 0], clip.action[:, 0])
+    feat, after = model.commit(state, z, action, None)
+    expected, same = model.commit(state, z, action, torch.zeros(BATCH, dtype=torch.bool))
+    assert torch.equal(feat, expected)
+    for ours, theirs in zip((after, state), (same, kept), strict=True):
+        flat = [(*s.ssm, *s.k, *s.v, s.last, s.age) for s in (ours, theirs)]
+        assert all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
+    assert not torch.allclose(feat, model.commit(state, z, action, torch.ones(BATCH, dtype=torch.bool))[0])
+
+
 def test_a_clean_level_is_the_default_of_commit() -> None:
     model = build()
     clip, state = Clip(model, resets=False), lived(model)
