@@ -117,7 +117,7 @@ def measure(
     looks: dict[tuple[Task, int], dict[str, np.ndarray]] = {}
     for name in mixers:
         for seed in seeds:
-            config = _variant(common, name, seed, where)
+            config = _variant(common, name, seed)
             folder = out / f"{name.replace('/', '-')}-s{seed}"
             known = _trained(config, folder)
             model, _, spec, _ = video_loop.load_model(folder, common.device)
@@ -133,7 +133,7 @@ def measure(
                     print(f"{way}, {task}, seed {seed}: {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}", file=sys.stderr)
     cost, speed = [], {}
     for name in mixers:
-        learner = video_loop.ClipLearner(_variant(common, name, seeds[0], where), spec)
+        learner = video_loop.ClipLearner(_variant(common, name, seeds[0]), spec)
         speed[name] = 1e3 / cost_of(learner, common.video.lengths[-1])["train_ms_per_frame"]
         cost += [{"mixer": name, "context": length, **cost_of(learner, length)} for length in contexts]
     for row in rows:
@@ -162,10 +162,8 @@ def _seeing(common: Config, folder: Path) -> Config:
     return options.update(common, {"video.encoder": str(folder), "learn.warmup": 0})
 
 
-def _variant(common: Config, name: str, seed: int, device: torch.device) -> Config:
+def _variant(common: Config, name: str, seed: int) -> Config:
     more = VARIANTS[name] | {"worldmodel.matched": True, "seed": seed}
-    if name == "causal" and device.type == "cuda":  # rectangles that grow with the past are several times slower there
-        more |= {"worldmodel.attention": "flex"}
     config = options.update(common, more)
     ranges.check(config)
     return config
