@@ -28,7 +28,7 @@ from controller.types import Exporting
 from envs.contract import EnvError, UserError
 from envs.make import World, makes_tensors
 
-SHOW = ("train/return", "evaluate/return_mean")
+SHOW = ("train/return", "train/reward", "evaluate/return_mean")
 WARMUP_LOG = 100
 """Updates between lines of metrics during warm-up, when no steps are taken."""
 
