@@ -290,11 +290,10 @@ def _windows(v: Tensor, block: int, reach: int) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q `(B, Tq, N, H, P)`, k, v `(B, Tk, N, H, P)`, mask `(B, Tq or 1, Tk)` over frames: y `(B, Tq, N, H, P)`."""
+    """q `(B, Tq, N, H, P)`, k, v `(B, Tk, N, H, P)`, mask `(B, Tq, Tk)` over frames: y `(B, Tq, N, H, P)`."""
     tokens = q.shape[2]
     if tokens > 1:
-        mask = mask.repeat_interleave(tokens, 2)
-        mask = mask.repeat_interleave(tokens, 1) if mask.shape[1] > 1 else mask  # one row does for all queries
+        mask = mask.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)
     fold = [t.flatten(1, 2).transpose(1, 2).to(precision(v)) for t in (q, k, v)]
     y = F.scaled_dot_product_attention(*fold, attn_mask=mask[:, None])
     return y.transpose(1, 2).unflatten(1, (-1, tokens)).to(v.dtype)
