@@ -25,7 +25,11 @@ class Collector:
         self.env_steps = 0
         self.episodes = 0
         self.earned = 0.0
-        """Rewards since it was last set to 0, over all copies; those that are not finite left out."""
+
+    def take_earned(self) -> float:
+        """Rewards over all copies since the last call; those that are not finite left out."""
+        earned, self.earned = self.earned, 0.0
+        return earned
 
     def step(self, random: bool) -> list[dict[str, float]]:
         """One step of every copy, by random actions or the agent's; metrics of each episode that ended.

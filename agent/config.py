@@ -156,8 +156,8 @@ class Config:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     exact: bool = False
-    """On CUDA: matrix products in float32 throughout, instead of TF32 or, with `bfloat16`, that, which are faster; and
-    attention in float32, instead of bfloat16."""
+    """On CUDA: matrix products and attention in float32 throughout, instead of the faster TF32 and bfloat16; it
+    goes before `bfloat16`."""
     bfloat16: bool = False
     """On CUDA: where M learns from clips, its matrix products are of bfloat16, which is faster; for images, of which no
     number has to be foreseen to its third digit."""

@@ -205,8 +205,7 @@ class Training:
         told = {f"count/{key}": value for key, value in counts.items()}
         told |= {f"time/{key}": value for key, value in (self.seconds | agent.seconds).items()}
         if step > count["acted"]:  # of episodes the end is told; where these are long, it is a long time to wait
-            told["train/reward"] = float(self.collector.earned) / (step - count["acted"])
-            self.collector.earned *= 0
+            told["train/reward"] = self.collector.take_earned() / (step - count["acted"])
             count["acted"] = step
         self.logger.write(step, self.window.means() | told | {"time/wall": self.wall()})
         self.window, self.count["logged"] = Window(), step // self.config.evaluate.log_every

@@ -160,6 +160,12 @@ class DeviceCollector:
         self.episodes = 0
         self.earned = torch.zeros((), dtype=torch.float64, device=device)
 
+    def take_earned(self) -> float:
+        """As agent.collect.Collector.take_earned."""
+        earned = float(self.earned)
+        self.earned.zero_()
+        return earned
+
     @torch.no_grad()
     def step(self, random: bool) -> list[dict[str, float]]:
         """One step of every copy; metrics of each episode that ended. See agent.collect.Collector.step."""

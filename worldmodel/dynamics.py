@@ -348,8 +348,8 @@ class Dynamics(nn.Module):
     def _enter(
         self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor | None, fineness: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Token embeddings `(B, T, N, W)` and the condition `(B, T, 1, 9, W)`. The previous action is masked here and
-        nowhere else; first None: no frame begins an episode."""
+        """Token embeddings `(B, T, N, W)` and the condition `(B, T, 1, 9, W)`. The previous action is masked here
+        and, for `motion`, in `forward`; first None: no frame begins an episode."""
         action = self.action(prev_action)
         action = action if first is None else action * ~first[..., None]
         told = action + self.level(level_features(level))
