@@ -25,6 +25,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+try:
+    from worldmodel import attention_triton as kernels
+except ModuleNotFoundError:  # builds of torch without CUDA come without Triton
+    kernels = None
+
 
 class Heads(NamedTuple):
     """Queries, keys and values, each `(B, T, N, H, P)`."""
@@ -139,19 +144,48 @@ def attend_far(
 
 
 class Sight(NamedTuple):
-    """What FlexAttention needs beside the heads, alike for all layers of a pass: which tokens of the clean stream see
-    which, and of the query stream if there is one, and the phases of cached and new frames `(T, 2, P // 2)`."""
+    """What a clip's attention needs beside the heads, alike for all layers of a pass: the episode that each cached and
+    new frame is of `(B, held + T)` int32 and its phases `(held + T, 2, P // 2)`; and for FlexAttention, which tokens of
+    the clean stream see which, and of the query stream if there is one."""
 
-    clean: BlockMask
-    query: BlockMask | None
+    segment: Tensor
     phases: Tensor
+    clean: BlockMask | None = None
+    query: BlockMask | None = None
 
 
-def sight_of(first: Tensor, cache: Cache, reach: int, query: bool, chunk: int = 1) -> Sight:
+def sight_of(first: Tensor, cache: Cache) -> Sight:
+    """The sight of `attend_kernels`; arguments as for `attend`."""
+    held = cache.k.shape[1]
+    segment = key_segments(first, cache.age, held)
+    where = torch.arange(segment.shape[1], device=first.device)
+    return Sight(segment.int(), phases_of(where, cache.k.shape[-1]))
+
+
+def attend_kernels(
+    clean: Heads, cache: Cache, sight: Sight, reach: int, query: Heads | None = None, chunk: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` and `attend_far` by kernels of its own for CUDA (attention_triton.py)."""
+    assert kernels is not None
+    held, kind = cache.k.shape[1], precision(clean.v)
+    # under autocast what comes next takes in half precision anyway
+    out = kind if torch.is_autocast_enabled(clean.v.device.type) else clean.v.dtype
+    keys, values = (torch.cat([cache.k, clean.k], 1), torch.cat([cache.v, clean.v], 1).to(kind))
+    # contiguous here, where the compiler can make it so for nothing
+    q, k = (rotate(*pair).to(kind).contiguous() for pair in ((clean.q, sight.phases[held:]), (keys, sight.phases)))
+    y = kernels.attention(q, k, values, None, sight.segment, reach, chunk).to(out)
+    if query is None:
+        return y, None
+    q, own = (rotate(v, sight.phases[held:]).to(kind).contiguous() for v in (query.q, query.k))
+    beside = own, query.v.to(kind).contiguous()
+    return y, kernels.attention(q, k, values, beside, sight.segment, reach, chunk).to(out)
+
+
+def flex_sight_of(first: Tensor, cache: Cache, reach: int, query: bool, chunk: int = 1) -> Sight:
     """The sight of `attend_flex`; arguments as there and for `attend`. It looks at every pair of tokens once, to find
     blocks that nothing sees; compiled on CUDA."""
     held, tokens = cache.k.shape[1:3]
-    segment = key_segments(first, cache.age, held)
+    segment, phases = sight_of(first, cache)[:2]
     clean_keys = segment.shape[1]
 
     def begin(frame: Tensor) -> Tensor:
@@ -174,16 +208,15 @@ def sight_of(first: Tensor, cache: Cache, reach: int, query: bool, chunk: int = 
         return make(sees, len(first), None, first.shape[1] * tokens, keys * tokens, device=first.device)
 
     own = mask(sees_past_and_itself, clean_keys + first.shape[1]) if query else None
-    return Sight(
-        mask(sees, clean_keys), own, phases_of(torch.arange(clean_keys, device=first.device), cache.k.shape[-1])
-    )
+    return Sight(segment, phases, mask(sees, clean_keys), own)
 
 
 def attend_flex(clean: Heads, cache: Cache, sight: Sight, query: Heads | None = None) -> tuple[Tensor, Tensor | None]:
     """`attend` and `attend_far` as one call of FlexAttention, which skips the blocks of tokens that nothing sees
-    (Dong et al. 2024, arXiv 2412.05496); the cache as when `sight_of` looked. Compiled, on CUDA, for heads of 16
+    (Dong et al. 2024, arXiv 2412.05496); the cache as when `flex_sight_of` looked. Compiled, on CUDA, for heads of 16
     channels or more; elsewhere its slow form, without gradient."""
     held, turn = cache.k.shape[1], sight.phases
+    assert sight.clean is not None
     keys, values = rotate(torch.cat([cache.k, clean.k], 1), turn), torch.cat([cache.v, clean.v], 1)
     y = _flex(rotate(clean.q, turn[held:]), keys, values, sight.clean)
     if query is None:
@@ -222,6 +255,17 @@ def cache_at(clean: Heads, first: Tensor, cache: Cache, at: Tensor, reach: int) 
     segment = key_segments(first, cache.age, held)
     now = segment[:, held:].gather(1, at)
     return Cache(k, v, (there & (segment[rows, index] == now[..., None])).sum(-1))
+
+
+def cache_after(clean: Heads, first: Tensor, cache: Cache, reach: int) -> Cache:
+    """The cache after the last frame of a clip; see `cache_at`."""
+    held = cache.k.shape[1]
+    reach = min(reach, held + first.shape[1])
+    start = held + first.shape[1] - reach
+    # a view would keep the whole clip in memory
+    k, v = (torch.cat(pair, 1)[:, start:].clone() for pair in ((cache.k, clean.k), (cache.v, clean.v)))
+    segment = key_segments(first, cache.age, held)
+    return Cache(k, v, (segment[:, start:] == segment[:, -1:]).sum(-1))
 
 
 def attend_reference(
@@ -322,6 +366,11 @@ def _forgetful(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def precision(v: Tensor) -> torch.dtype:
     """The type that attention is computed in: on CUDA, bfloat16 in place of float32, unless that has to be exact."""
-    if v.is_cuda and v.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if v.is_cuda and v.dtype == torch.float32 and not _exact():
         return torch.bfloat16  # in float32 this was a fifth of the time of training M on an H200
     return v.dtype
+
+
+@torch.compiler.assume_constant_result  # asked within what is compiled, it would cut a layer's graph in pieces
+def _exact() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"

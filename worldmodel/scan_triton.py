@@ -25,14 +25,12 @@ Decays, sums over time and the carried state are float32.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from worldmodel.triton_tools import DTYPES, load, on_tensor_cores, padded, store, without_wgmma
 
 CHUNK = 64
 """Tokens of a chunk."""
@@ -46,22 +44,15 @@ PROGRAMS, LEAST, WORTH = 512, 8, 4
 WORTH groups, each of which is gone through twice, nothing is gained."""
 SETTINGS = {name: {"num_warps": 4, "num_stages": 1} for name in ("carry", "output", "columns", "rows")}
 """How each kernel is compiled. Simple on purpose: with more warps or stages, Triton 3.4 to 3.7 has miscompiled kernels
-like these on Hopper (github.com/fla-org/flash-linear-attention, issues 640 and 984). See `_without_wgmma` too."""
+like these on Hopper (github.com/fla-org/flash-linear-attention, issues 640 and 984). See `without_wgmma` too."""
 MOST = 128
 """Channels of a head and of the state, at most."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fit(x: Tensor, b: Tensor, c: Tensor) -> bool:
     """Whether the kernels are for these inputs of a scan."""
-    on_tensor_cores = x.is_cuda and _capability(x.get_device()) >= 8
     sizes = max(x.shape[-1], b.shape[-1]) <= MOST
-    return on_tensor_cores and sizes and x.dtype in DTYPES and x.dtype == b.dtype == c.dtype
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: int) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+    return on_tensor_cores(x) and sizes and x.dtype in DTYPES and x.dtype == b.dtype == c.dtype
 
 
 def scan_kernels(
@@ -84,20 +75,6 @@ def scan_kernels(
 
 
 @triton.jit
-def _load(array, i, j, stride, rows, columns):
-    """Rows i and columns j of a matrix of so many, with `stride` numbers to a row; zero where there is none."""
-    return tl.load(
-        array + i[:, None] * stride + j[None, :], mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def _store(array, i, j, stride, rows, columns, value):
-    at = array + i[:, None] * stride + j[None, :]
-    tl.store(at, value.to(array.dtype.element_ty), mask=(i < rows)[:, None] & (j < columns)[None, :])
-
-
-@triton.jit
 def _prepare_kernel(
     a, first, cum, episode, frames, tokens, length, chunks, heads, CHUNK: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
@@ -106,7 +83,7 @@ def _prepare_kernel(
     k, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     i, h = tl.arange(0, CHUNK), tl.arange(0, HEADS)
     left, position = length - k * CHUNK, k * CHUNK + i
-    decay = _load(a + (row * length + k * CHUNK) * heads, i, h, heads, left, heads).to(tl.float32)
+    decay = load(a + (row * length + k * CHUNK) * heads, i, h, heads, left, heads).to(tl.float32)
     to = cum + (row * heads * chunks + k) * CHUNK + i[:, None] + h[None, :] * chunks * CHUNK
     tl.store(to, tl.cumsum(decay, 0), mask=(h < heads)[None, :] & (i >= 0)[:, None])
     begins = (i < left) & (position % tokens == 0)
@@ -136,14 +113,14 @@ def _carry_kernel(
     if ADDED:
         state = tl.zeros((SIZE, TILE), tl.float32)
     else:
-        state = _load(begin + of_group * S * P, s, p, P, S, P)
+        state = load(begin + of_group * S * P, s, p, P, S, P)
     least, most = g * each, tl.minimum(g * each + each, chunks)
     passed, ended = 0.0, 0
     for step in range(most - least):
         k = most - 1 - step if REVERSE else least + step
         left, token = length - k * CHUNK, row * length + k * CHUNK
         if not ADDED:
-            _store(states + ((row * chunks + k) * heads + h) * S * P, s, p, P, S, P, state)
+            store(states + ((row * chunks + k) * heads + h) * S * P, s, p, P, S, P, state)
         sums, begun = cum + (of_head * chunks + k) * CHUNK, episode + (row * chunks + k) * CHUNK
         decay, total = tl.load(sums + i), tl.load(sums + CHUNK - 1)
         part, cuts = tl.load(begun + i), tl.load(begun + CHUNK - 1)
@@ -151,7 +128,7 @@ def _carry_kernel(
             weight = tl.exp(tl.where(part == 0, decay, float("-inf")))
         else:  # from the token to the chunk's end, if its episode is still there
             weight = tl.exp(tl.where(part == cuts, total - decay, float("-inf")))
-        values = _load(value + (token * heads + h) * P, i, p, heads * P, left, P)
+        values = load(value + (token * heads + h) * P, i, p, heads * P, left, P)
         to_keys = key + token * S + i[None, :] * S + s[:, None]
         keys = tl.load(to_keys, mask=(i < left)[None, :] & (s < S)[:, None], other=0.0)
         state = tl.where(cuts == 0, tl.exp(total) * state, 0.0)
@@ -159,10 +136,10 @@ def _carry_kernel(
         passed += total
         ended += cuts
     if ADDED:
-        _store(end + of_group * S * P, s, p, P, S, P, state)
+        store(end + of_group * S * P, s, p, P, S, P, state)
         tl.store(left_of + of_group, tl.where(ended == 0, tl.exp(passed), 0.0))
     elif g == (0 if REVERSE else groups - 1):
-        _store(end + of_head * S * P, s, p, P, S, P, state)
+        store(end + of_head * S * P, s, p, P, S, P, state)
 
 
 @triton.jit
@@ -174,12 +151,12 @@ def _join_kernel(
     each adds, `parts`, and what it leaves of the state before it, `decay` `(B, H, groups)`."""
     row = tl.program_id(0).to(tl.int64)
     s, p = tl.arange(0, SIZE), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    state = _load(begin + row * S * P, s, p, P, S, P)
+    state = load(begin + row * S * P, s, p, P, S, P)
     for step in range(groups):
         g = row * groups + (groups - 1 - step if REVERSE else step)
-        _store(starts + g * S * P, s, p, P, S, P, state)
+        store(starts + g * S * P, s, p, P, S, P, state)
         left = tl.load(decay + g)
-        state = tl.where(left > 0, left * state, 0.0) + _load(parts + g * S * P, s, p, P, S, P)
+        state = tl.where(left > 0, left * state, 0.0) + load(parts + g * S * P, s, p, P, S, P)
 
 
 @triton.jit
@@ -191,7 +168,7 @@ def _output_kernel(
     k, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     i, s = tl.arange(0, CHUNK), tl.arange(0, SIZE)
     left, token = length - k * CHUNK, row * length + k * CHUNK
-    keys, queries = _load(b + token * S, i, s, S, left, S), _load(c + token * S, i, s, S, left, S)
+    keys, queries = load(b + token * S, i, s, S, left, S), load(c + token * S, i, s, S, left, S)
     part = tl.load(episode + (row * chunks + k) * CHUNK + i)
     seen = (part[:, None] == part[None, :]) & (i[:, None] >= i[None, :])
     match = tl.where(seen, tl.dot(queries, tl.trans(keys), input_precision=PRECISION), 0.0)
@@ -203,11 +180,11 @@ def _output_kernel(
         of_head = ((row * chunks + k) * heads + h) * S * P
         for begin in tl.static_range(0, P, HEAD):
             p = begin + tl.arange(0, HEAD)
-            state = _load(states + of_head, s, p, P, S, P).to(queries.dtype)
-            values = _load(x + channels, i, p, heads * P, left, P)
+            state = load(states + of_head, s, p, P, S, P).to(queries.dtype)
+            values = load(x + channels, i, p, heads * P, left, P)
             out = since[:, None] * tl.dot(queries, state, input_precision=PRECISION)
             out += tl.dot(weight.to(values.dtype), values, input_precision=PRECISION)
-            _store(y + channels, i, p, heads * P, left, P, out)
+            store(y + channels, i, p, heads * P, left, P, out)
 
 
 @triton.jit
@@ -225,7 +202,7 @@ def _columns_kernel(
     k, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     i, s = tl.arange(0, CHUNK), tl.arange(0, SIZE)
     left, token = length - k * CHUNK, row * length + k * CHUNK
-    keys, queries = _load(b + token * S, i, s, S, left, S), _load(c + token * S, i, s, S, left, S)
+    keys, queries = load(b + token * S, i, s, S, left, S), load(c + token * S, i, s, S, left, S)
     begun = episode + (row * chunks + k) * CHUNK
     part, cuts = tl.load(begun + i), tl.load(begun + CHUNK - 1)
     seen = (part[:, None] == part[None, :]) & (i[:, None] <= i[None, :])
@@ -240,8 +217,8 @@ def _columns_kernel(
         d_weight = tl.zeros((CHUNK, CHUNK), tl.float32)
         for begin in tl.static_range(0, P, HEAD):
             p = begin + tl.arange(0, HEAD)
-            values = _load(x + channels, i, p, heads * P, left, P)
-            d_out = _load(dy + channels, i, p, heads * P, left, P)
+            values = load(x + channels, i, p, heads * P, left, P)
+            d_out = load(dy + channels, i, p, heads * P, left, P)
             d_weight += tl.dot(values, tl.trans(d_out), input_precision=PRECISION)
         d_weight *= tl.exp(tl.minimum(decay[None, :] - decay[:, None], 0.0))
         d_match += d_weight
@@ -252,22 +229,22 @@ def _columns_kernel(
         kept = tl.zeros((CHUNK,), tl.float32)
         for begin in tl.static_range(0, P, HEAD):
             p = begin + tl.arange(0, HEAD)
-            d_out = _load(dy + channels, i, p, heads * P, left, P)
-            d_state = _load(after + of_head, s, p, P, S, P)
-            values = _load(x + channels, i, p, heads * P, left, P)
+            d_out = load(dy + channels, i, p, heads * P, left, P)
+            d_state = load(after + of_head, s, p, P, S, P)
+            values = load(x + channels, i, p, heads * P, left, P)
             d_keys += until[:, None] * tl.dot(values, tl.trans(d_state), input_precision=PRECISION)
             written = until[:, None] * tl.dot(keys, d_state, input_precision=PRECISION)
             kept += tl.sum(values * written, 1)
             written += tl.dot(weight.to(d_out.dtype), d_out, input_precision=PRECISION)
-            _store(dx + channels, i, p, heads * P, left, P, written)
+            store(dx + channels, i, p, heads * P, left, P, written)
         d_decay += tl.where(i == CHUNK - 1, tl.sum(kept, 0), 0.0) - kept
         tl.store(dcum + sums + i, d_decay)
-    queries = _load(c + token * S, i, s, S, left, S)
+    queries = load(c + token * S, i, s, S, left, S)
     seen = (part[:, None] == part[None, :]) & (i[:, None] <= i[None, :])
     d_match = tl.where(seen, d_match, 0.0).to(queries.dtype)
-    _store(between + (row * chunks + k) * CHUNK * CHUNK, i, i, CHUNK, CHUNK, CHUNK, d_match)
+    store(between + (row * chunks + k) * CHUNK * CHUNK, i, i, CHUNK, CHUNK, CHUNK, d_match)
     d_keys += tl.dot(d_match, queries, input_precision=PRECISION)
-    _store(db + token * S, i, s, S, left, S, d_keys)
+    store(db + token * S, i, s, S, left, S, d_keys)
 
 
 @triton.jit
@@ -280,7 +257,7 @@ def _rows_kernel(
     k, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     i, s = tl.arange(0, CHUNK), tl.arange(0, SIZE)
     left, token = length - k * CHUNK, row * length + k * CHUNK
-    keys, queries = _load(b + token * S, i, s, S, left, S), _load(c + token * S, i, s, S, left, S)
+    keys, queries = load(b + token * S, i, s, S, left, S), load(c + token * S, i, s, S, left, S)
     begun = episode + (row * chunks + k) * CHUNK
     part, cuts = tl.load(begun + i), tl.load(begun + CHUNK - 1)
     d_match = tl.load(between + (row * chunks + k) * CHUNK * CHUNK + i[None, :] * CHUNK + i[:, None])
@@ -294,9 +271,9 @@ def _rows_kernel(
         of_head = ((row * chunks + k) * heads + h) * S * P
         for begin in tl.static_range(0, P, HEAD):
             p = begin + tl.arange(0, HEAD)
-            d_out = _load(dy + (token * heads + h) * P, i, p, heads * P, left, P)
-            state = _load(states + of_head, s, p, P, S, P)
-            d_state = _load(after + of_head, s, p, P, S, P)
+            d_out = load(dy + (token * heads + h) * P, i, p, heads * P, left, P)
+            state = load(states + of_head, s, p, P, S, P)
+            d_state = load(after + of_head, s, p, P, S, P)
             read += tl.dot(d_out, tl.trans(state.to(d_out.dtype)), input_precision=PRECISION)
             passed += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
         read = since[:, None] * read
@@ -306,35 +283,13 @@ def _rows_kernel(
         # the sums through token i and all later ones hold a_i
         d_decay = tl.cumsum(d_decay, 0, reverse=True)
         tl.store(da + (token + i) * heads + h, d_decay.to(da.dtype.element_ty), mask=i < left)
-    _store(dc + token * S, i, s, S, left, S, d_queries)
-
-
-@contextmanager
-def _without_wgmma() -> Iterator[None]:
-    """Kernels that are compiled within make their products by `mma.sync`, on Hopper too. `wgmma` reads shared memory
-    past the ordinary order of things, for which a fence has to come between writing and the barrier; where another
-    barrier is near, Triton 3.6 sets the fence behind it, and some warps then read what was there before: gradients of b
-    were now and then NaN."""
-    name = "DISABLE_MMA_V3"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
-
-
-def _padded(size: int) -> int:
-    """The width in which Triton computes: a power of two, 16 for a matrix product."""
-    return max(16, triton.next_power_of_2(size))
+    store(dc + token * S, i, s, S, left, S, d_queries)
 
 
 def _options(x: Tensor, b: Tensor, kernel: str) -> dict[str, object]:
     """Sizes and settings that a kernel is compiled for."""
     precise = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    sizes = {"P": x.shape[-1], "S": b.shape[-1], "SIZE": _padded(b.shape[-1])}
+    sizes = {"P": x.shape[-1], "S": b.shape[-1], "SIZE": padded(b.shape[-1])}
     return {**sizes, "PRECISION": "tf32x3" if precise else "tf32", **SETTINGS[kernel]}
 
 
@@ -347,7 +302,7 @@ def _carry(
     the state is before each, then the states within them.
     """
     rows, chunks, heads, size, head = states.shape
-    tile, chunk = min(TILE, _padded(head)), cum.shape[-1] // chunks
+    tile, chunk = min(TILE, padded(head)), cum.shape[-1] // chunks
     tiles = triton.cdiv(head, tile)
     groups = min(chunks // LEAST, PROGRAMS // (rows * heads * tiles))
     groups = 1 if groups < WORTH else groups
@@ -386,14 +341,14 @@ def _scan(
     frames, tokens = x.shape[1:3]
     length, chunk = frames * tokens, cum.shape[-1] // chunks
     grid = (rows * chunks,)
-    with torch.cuda.device_of(x), _without_wgmma():
+    with torch.cuda.device_of(x), without_wgmma():
         _prepare_kernel[grid](
             a, first.contiguous().view(torch.uint8), cum, episode, frames, tokens, length, chunks, heads, CHUNK=chunk,
             HEADS=triton.next_power_of_2(heads), num_warps=4,
         )  # fmt: skip
         end = _carry(x, b, cum, episode, state, states, False)
         _output_kernel[grid](
-            x, b, c, cum, episode, states, y, length, chunks, heads, CHUNK=chunk, HEAD=min(HEAD, _padded(head)),
+            x, b, c, cum, episode, states, y, length, chunks, heads, CHUNK=chunk, HEAD=min(HEAD, padded(head)),
             **_options(x, b, "output"),
         )  # fmt: skip
     return y, end, states, cum, episode
@@ -426,8 +381,8 @@ def _scan_backward(
     dx, db, dc, da = (v.new_empty(v.shape) for v in (x, b, c, a))
     after = torch.empty_like(states, dtype=x.dtype)
     between, dcum = x.new_empty(rows, chunks, chunk, chunk), torch.empty_like(cum)
-    grid, channels = (rows * chunks,), min(HEAD, _padded(head))
-    with torch.cuda.device_of(x), _without_wgmma():
+    grid, channels = (rows * chunks,), min(HEAD, padded(head))
+    with torch.cuda.device_of(x), without_wgmma():
         d_begin = _carry(dy, c, cum, episode, d_end, after, True)
         _columns_kernel[grid](
             x, b, c, cum, episode, dy, after, dx, db, between, dcum, length, chunks, heads, CHUNK=chunk, HEAD=channels,

@@ -18,7 +18,10 @@ from worldmodel.attention import (
     attend,
     attend_far,
     attend_flex,
+    attend_kernels,
     attend_reference,
+    flex_sight_of,
+    kernels,
     sight_of,
 )
 
@@ -39,7 +42,7 @@ def measure(
     repeats: int = 10,
     device: Device | None = None,
 ) -> dict[str, Any]:
-    """Attention over the frames of a clip: dense rectangles through SDPA, and FlexAttention where it can run.
+    """Attention over the frames of a clip: dense rectangles through SDPA; on CUDA FlexAttention and own kernels too.
 
     Three patterns: frame after frame with a window (local), in chunks with a window (chunks), all frames so far
     (causal). Errors are those of values and gradients against the masked softmax in float64, over fewer frames and at
@@ -61,7 +64,7 @@ def measure(
     Returns:
         rows: of each pattern and path, forward_ms (with what a backward pass needs), forward_backward_ms, error_value
         and error_grad (the largest, as a share of the largest exact value). faster: by pattern, the path that takes
-        less time forward and backward. skipped: why flex is missing, or null.
+        less time forward and backward. skipped: why flex is missing, or null (triton is where it is CUDA).
     """
     where = device_of(device)
     sizes = dict(ON_CUDA if where.type == "cuda" else ELSEWHERE)
@@ -82,9 +85,10 @@ def measure(
     patterns = {"local": (window - 1, 1), "chunks": (window - chunk, chunk), "causal": (None, 1)}
     shape = " x ".join(str(sizes[name]) for name in ("batch", "frames", "tokens", "heads", "head"))
     print(f"attention over {shape}, window {window}, chunks of {chunk}, on {where}", flush=True)
+    fits = kernels is not None and kernels.fit(torch.empty(sizes["head"], device=where), torch.bfloat16)
     rows, faster = [], {}
     for pattern, (reach, together) in patterns.items():
-        paths = ("sdpa",) if skipped else ("sdpa", "flex")
+        paths = ("sdpa", *([] if skipped else ["flex"]), *(["triton"] if fits else []))
         found = [_row(pattern, path, reach, together, few, sizes, where, repeats) for path in paths]
         faster[pattern] = min(found, key=lambda row: row["forward_backward_ms"])["path"]
         rows += found
@@ -110,7 +114,7 @@ def _row(
     forward_ms = median_ms(lambda: run(clean, first, cache), device, repeats)
     both_ms = median_ms(forward_backward, device, repeats)
     times, wrong = f"{forward_ms:9.3f} ms forward {both_ms:9.3f} ms with backward", f"errors {value:.1e} {grad:.1e}"
-    print(f"  {pattern:7} {path:5} {times}   {wrong}", flush=True)  # as it comes: what is compiled takes minutes
+    print(f"  {pattern:7} {path:6} {times}   {wrong}", flush=True)  # as it comes: what is compiled takes minutes
     return {
         "pattern": pattern,
         "path": path,
@@ -127,11 +131,13 @@ def path_of(path: str, reach: int | None, chunk: int) -> Callable[[Heads, Tensor
     sights: dict[torch.Size, Sight] = {}  # made once for all layers in training, and here for all calls
 
     def run(clean: Heads, first: Tensor, cache: Cache) -> Tensor:
+        far = first.shape[1] if reach is None else reach
         if path == "flex":
-            far = first.shape[1] if reach is None else reach
             if first.shape not in sights:
-                sights[first.shape] = sight_of(first, cache, far, False, chunk)
+                sights[first.shape] = flex_sight_of(first, cache, far, False, chunk)
             return attend_flex(clean, cache, sights[first.shape])[0]
+        if path == "triton":
+            return attend_kernels(clean, cache, sight_of(first, cache), far, None, chunk)[0]
         if reach is None:
             return attend_far(clean, first, cache, first.shape[1])[0]
         return attend(clean, first, cache, None, chunk=chunk)[0]

@@ -13,11 +13,12 @@ from worldmodel.attention import (
     attend_flex,
     attend_reference,
     attend_step,
+    cache_after,
     cache_at,
+    flex_sight_of,
     phases_of,
     push,
     rotate,
-    sight_of,
 )
 
 BATCH, HEADS, HEAD = 3, 2, 6
@@ -148,6 +149,20 @@ def test_frame_by_frame_is_the_clip(tokens: int, window: int) -> None:
             valid = slice(window - 1 - int(cache.age[row]), None)
             assert torch.equal(everywhere.k[row, t, valid], cache.k[row, valid])
             assert torch.equal(everywhere.v[row, t, valid], cache.v[row, valid])
+
+
+@pytest.mark.parametrize(("held", "reach"), [(0, 0), (4, 4), (3, 9), (0, 6)])
+def test_the_cache_after_a_clip_is_the_one_after_its_last_frame(held: int, reach: int) -> None:
+    clean, cache, first = draw(13, 2), draw_cache(2, held + 1), resets(13)
+    for frames in (1, 2, 5, 13):
+        shown = Heads(*(v[:, :frames] for v in clean))
+        got = cache_after(shown, first[:, :frames], cache, reach)
+        wanted = cache_at(shown, first[:, :frames], cache, torch.full((BATCH, 1), frames - 1), reach)
+        assert torch.equal(got.age, wanted.age[:, 0])
+        for row in range(BATCH):
+            valid = slice(got.k.shape[1] - int(got.age[row]), None)
+            assert torch.equal(got.k[row, valid], wanted.k[row, 0, valid])
+            assert torch.equal(got.v[row, valid], wanted.v[row, 0, valid])
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 7])
@@ -290,7 +305,7 @@ def test_a_cache_that_grows_holds_all_that_is_reached_and_no_more(reach: int) ->
 def test_flex_attention_is_the_reference(held: int, reach: int, chunk: int) -> None:
     clean, query, first = draw(17, 2), draw(17, 2), resets(17)
     cache = draw_cache(2, held + 1)
-    y, query_y = attend_flex(clean, cache, sight_of(first, cache, reach, True, chunk), query)
+    y, query_y = attend_flex(clean, cache, flex_sight_of(first, cache, reach, True, chunk), query)
     assert query_y is not None
     close(y, attend_reference(clean, first, cache, None, chunk, reach))
     close(query_y, attend_reference(clean, first, cache, query, chunk, reach))
@@ -305,7 +320,7 @@ def test_compiled_flex_attention_is_the_reference_in_values_and_gradients(reach:
     clean, query = (Heads(*(torch.randn(*size, device="cuda", requires_grad=True) for _ in range(3))) for _ in range(2))
     nothing = torch.zeros(BATCH, 0, *size[2:], device="cuda")
     first, cache = resets(67).cuda(), Cache(nothing, nothing, torch.zeros(BATCH, dtype=torch.long, device="cuda"))
-    got = attend_flex(clean, cache, sight_of(first, cache, reach, True, chunk), query)
+    got = attend_flex(clean, cache, flex_sight_of(first, cache, reach, True, chunk), query)
     wanted = [attend_reference(clean, first, cache, stream, chunk, reach) for stream in (None, query)]
     cotangents = [torch.randn_like(v) for v in wanted]
     grads = [torch.autograd.grad(ys, [*clean, *query], cotangents) for ys in (got, wanted)]

@@ -1,22 +1,12 @@
 """The kernels for CUDA against the recurrence in float64: on CUDA, and on any machine that has Triton in its
 interpreter, where `TRITON_INTERPRET=1` is set before Python starts. Neither is there in CI."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from worldmodel.scan import Stream, kernels, scan, scan_chunked, scan_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WHERE = [
-    pytest.param("cuda", marks=pytest.mark.cuda),
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(kernels is None or not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1"),
-    ),
-]
 # Frames, tokens a frame, heads, channels, state: chunks of 64 tokens that end with a frame, inside one, or never fill;
 # widths that are powers of two, are not, and take two programs or two turns.
 SIZES = [
@@ -28,33 +18,8 @@ SIZES = [
     (70, 1, 1, 80, 33),
     (33, 4, 2, 128, 128),
 ]
-# Half precision is float16 where the interpreter runs: its products do not know bfloat16.
-HALF = {"cuda": torch.bfloat16, "cpu": torch.float16}
 # of values and gradients, relative: operands are rounded to about 22, 11 (TF32), 8 or 11 bits
 TOLERANCE = {"highest": 5e-6, "high": 2e-3, torch.bfloat16: 1e-2, torch.float16: 1e-3}
-
-
-@pytest.fixture(autouse=True)
-def scalars(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NumPy 2.4 makes no index of an array of one number any more, as the interpreter of Triton 3.6 asks it to for the
-    bounds of a loop."""
-    if INTERPRETED and kernels is not None:
-        from triton.runtime import interpreter
-
-        patch = interpreter._patch_lang_tensor
-
-        def with_index(tensor, scope) -> None:
-            patch(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
-
-
-@pytest.fixture(autouse=True)
-def precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def draw(size: tuple[int, ...], device: str, dtype: torch.dtype, decay: float = 0.2) -> tuple[list[Tensor], Tensor]:
@@ -79,11 +44,12 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
 
 
-@pytest.mark.parametrize("device", WHERE)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("how", ["highest", "high", "half"])
-def test_kernels_are_the_recurrence_in_values_and_gradients(device: str, size: tuple[int, ...], how: str) -> None:
-    dtype = HALF[device] if how == "half" else torch.float32
+def test_kernels_are_the_recurrence_in_values_and_gradients(
+    device: str, half: torch.dtype, size: tuple[int, ...], how: str
+) -> None:
+    dtype = half if how == "half" else torch.float32
     torch.set_float32_matmul_precision(how if how != "half" else "high")
     inputs, first = draw(size, device, dtype)
     exact = [v.detach().double().requires_grad_() for v in inputs]
@@ -100,7 +66,6 @@ def test_kernels_are_the_recurrence_in_values_and_gradients(device: str, size: t
         assert relative(a, b) < bound, name
 
 
-@pytest.mark.parametrize("device", WHERE)
 @pytest.mark.parametrize("least", [1, 2, 3])
 @pytest.mark.parametrize("size", [(300, 1, 2, 24, 20), (29, 16, 1, 40, 32)])
 def test_chunks_in_groups_carry_the_same_states(
@@ -124,7 +89,6 @@ def test_chunks_in_groups_carry_the_same_states(
         assert relative(a, b.double()) < 2e-6
 
 
-@pytest.mark.parametrize("device", WHERE)
 def test_one_cotangent_alone(device: str) -> None:
     """Of y or of the state after the last frame; and none for what needs none."""
     inputs, first = draw((70, 1, 2, 16, 16), device, torch.float32)
@@ -136,7 +100,6 @@ def test_one_cotangent_alone(device: str) -> None:
         assert max(relative(a, b) for a, b in zip(grads, exact_grads, strict=True)) < 5e-6
 
 
-@pytest.mark.parametrize("device", WHERE)
 def test_kernels_keep_clips_apart(device: str) -> None:
     """What was before a reset, however large, has no part in what comes after it; decays may be any."""
     inputs, first = draw((100, 2, 2, 16, 16), device, torch.float32)
@@ -155,7 +118,6 @@ def test_kernels_keep_clips_apart(device: str) -> None:
     assert not any(v[:, :37].any() for v in grads) and all(v.isfinite().all() for v in grads)
 
 
-@pytest.mark.parametrize("device", WHERE)
 def test_the_same_bits_twice(device: str) -> None:
     inputs, first = draw((90, 1, 3, 32, 16), device, torch.float32)
     once, again = (torch.autograd.grad(by_kernels(inputs, first)[0].square().sum(), inputs) for _ in range(2))
@@ -179,7 +141,6 @@ def test_the_same_bits_with_a_thousand_programs(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
 
 
-@pytest.mark.parametrize("device", WHERE)
 @pytest.mark.parametrize("tokens", [1, 3, 16])
 def test_scan_takes_them_and_gives_states_after_any_frame(
     device: str, tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -200,7 +161,6 @@ def test_scan_takes_them_and_gives_states_after_any_frame(
     assert together.y.grad_fn is not None and "longdream" not in together.y.grad_fn.name()
 
 
-@pytest.mark.parametrize("device", WHERE)
 @pytest.mark.parametrize("tokens", [1, 3, 16])
 def test_a_query_stream_reads_and_leaves_no_trace(device: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the recurrence, in values, gradients of both streams, and states after any frame."""
@@ -225,8 +185,7 @@ def test_a_query_stream_reads_and_leaves_no_trace(device: str, tokens: int, monk
     assert max(relative(a, b) for a, b in zip(got, grads, strict=True)) < 1e-5
 
 
-@pytest.mark.parametrize("device", WHERE)
-def test_compiled_and_under_autocast(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_and_under_autocast(device: str, half: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph without breaks, operands in the precision of autocast, results and gradients in that of the inputs."""
     assert kernels is not None
     if device == "cpu":
@@ -242,7 +201,7 @@ def test_compiled_and_under_autocast(device: str, monkeypatch: pytest.MonkeyPatc
     compiled = torch.compile(loss, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), plain, strict=True):
         assert relative(a, b.double()) < 1e-6
-    with torch.autocast(device, HALF[device]):
+    with torch.autocast(device, half):
         rounded = torch.autograd.grad(compiled(*inputs), inputs)
     for a, b in zip(rounded, plain, strict=True):
         assert a.dtype == torch.float32 and 1e-5 < relative(a, b.double()) < 2e-2
