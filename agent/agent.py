@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agent.compiled import CompiledDreams
 from agent.config import Config
 from agent.graphs import Graphed
 from agent.learner import Learner, NotFinite, Part
@@ -20,7 +21,7 @@ from controller.planner import Planner
 from controller.tree import Tree
 from controller.types import Controller, Improving, Planning, Replaying
 from envs.contract import EnvSpec, Row, UserError
-from worldmodel.dream import Clip, Dream, Starts, imagine
+from worldmodel.dream import Clip, Dream, Dreamer, Starts, follow, imagine
 from worldmodel.dynamics import State
 from worldmodel.model import Surprise, start_weight
 from worldmodel.types import Batch, Loss, named
@@ -64,8 +65,11 @@ class Agent(Learner):
         self.capturable = on_cuda and all(getattr(part, "capturable", False) for part in parts)
         # a dream is thousands of small kernels, and launching them takes longer than running them
         alone = self.capturable and not self.recorded  # a recorded update has them in it
+        swift = config.compiled and self.recorded
+        self._dreamer: Dreamer = CompiledDreams(self.model) if swift else self.model
         self._dreams = Graphed(self._dream) if alone else self._dream
-        self._follow = Graphed(self.model.follow) if alone else self.model.follow
+        along = partial(follow, self._dreamer)
+        self._follow = Graphed(along) if alone else along
         if self.recorded and (not self.capturable or isinstance(self.controller, Improving)):
             raise UserError(
                 f"recorded = true: {config.controller.kind} or {config.forcing.objective} does not allow for it; set "
@@ -213,7 +217,7 @@ class Agent(Learner):
     def _dream(self, starts: Starts) -> Dream:
         config = self.config.controller
         policy: Callable[[Tensor], Tensor] = lambda feat: self.controller.act(feat, greedy=False)  # noqa: E731
-        return imagine(self.model, starts, policy, config.horizon, config.temperature)
+        return imagine(self._dreamer, starts, policy, config.horizon, config.temperature)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

@@ -163,7 +163,7 @@ class Config:
     number has to be foreseen to its third digit."""
     compiled: bool = False
     """On CUDA: M's layers are compiled for clips (torch.compile), which takes about a minute when training begins and
-    for each further length of clips."""
+    for each further length of clips; and where updates are recorded, the steps of their dreams."""
     recorded: bool = False
     """On CUDA: an update's thousands of kernels are recorded, when three updates were made, and from then on launched
     as one CUDA graph, since launching them one by one can take longer than running them. Not with video.carry, nor for

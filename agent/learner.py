@@ -13,10 +13,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from agent.compiled import compile_layers
 from agent.config import Config
 from agent.graphs import GraphedUpdate
 from envs.contract import EnvSpec, UserError
-from worldmodel.dynamics import Dynamics
 from worldmodel.model import WorldModel
 from worldmodel.types import Batch, Loss
 
@@ -249,14 +249,6 @@ class _OnItsWay:
     def read(self) -> bool:
         self._there.synchronize()
         return bool(self._copy)
-
-
-def compile_layers(dynamics: Dynamics) -> None:
-    """Have the layers of M compiled for clips (`Dynamics.forward`); single frames are not. Layers that differ in their
-    weights alone share what is compiled."""
-    torch._dynamo.config.recompile_limit = 64  # block sides, times lengths of clips, times with and without gradient
-    for layer in dynamics.stack:
-        layer.compile(dynamic=False)
 
 
 def resolve_device(name: str) -> str:

@@ -87,3 +87,13 @@ def imagine(
     feat, action = torch.stack(feats, 1), torch.stack(actions, 1)
     reward, cont = model.consequence.expect(feat[:, :-1], action.clamp(-1, 1))
     return Dream(feat, action, reward, cont, torch.stack(zs, 1), starts.weight)
+
+
+@torch.no_grad()
+def follow(model: Dreamer, starts: Starts, action: Tensor) -> Tensor:
+    """Dream under given actions `(B, H, A)`: the features after each, `(B, H, F)`."""
+    feat, state, feats = starts.feat, starts.state, []
+    for step in range(action.shape[1]):
+        _, feat, state = model.dream_step(feat, state, action[:, step])
+        feats.append(feat)
+    return torch.stack(feats, 1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from worldmodel import dream
 from worldmodel.dream import Clip, Starts
 from worldmodel.dynamics import Dynamics, DynamicsConfig, State
 from worldmodel.encoder import Encoder, EncoderConfig, Observed
@@ -109,7 +111,7 @@ class WorldModel(nn.Module):
         Args:
             starts: moments per clip. weight: `(B, T)`, how likely each row is to be one, sums to 1; None: all alike.
             ahead: steps that the heads are to foresee from each moment, where they learn from dreams.
-            follow: `self.follow`, or a recording of it.
+            follow: `follow` of this model (worldmodel/dream.py), or what does the same faster.
 
         Returns:
             the loss; B * M moments, `starts` = M drawn from each clip; and the clips, both without gradient.
@@ -121,7 +123,9 @@ class WorldModel(nn.Module):
         moments = Starts(feat[rows, out.at].flatten(0, 1), out.starts, (~ended).float().flatten())
         clip = Clip(feat, batch.reward[:, 1:], alive, known & out.clean[:, 1:])
         if self.heads.dreamt and torch.is_grad_enabled():  # no dream for those who want the moments alone
-            found, dreamt = self._dreamt_loss(batch, out.at, moments, weight, ahead, follow or self.follow)
+            found, dreamt = self._dreamt_loss(
+                batch, out.at, moments, weight, ahead, follow or partial(dream.follow, self)
+            )
             value = value + self.heads.dreamt * found
             metrics |= {f"dreamt_{key}": each for key, each in dreamt.items()}
         return Loss(value, metrics), moments, clip
@@ -179,15 +183,6 @@ class WorldModel(nn.Module):
         return self.consequence.loss(feat, action[:, 1:], reward, alive, counts, self._of_heads)
 
     @torch.no_grad()
-    def follow(self, starts: Starts, action: Tensor) -> Tensor:
-        """Dream under given actions `(P, H, A)` from P moments: the features after each, `(P, H, F)`."""
-        feat, state, feats = starts.feat, starts.state, []
-        for step in range(action.shape[1]):
-            _, feat, state = self.dream_step(feat, state, action[:, step])
-            feats.append(feat)
-        return torch.stack(feats, 1)
-
-    @torch.no_grad()
     def commit(self, state: State, z: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple[Tensor, State]:
         """Take in one real or dreamt frame; see Dynamics.commit."""
         return self.dynamics.commit(state, z, prev_action, is_first)
@@ -199,7 +194,14 @@ class WorldModel(nn.Module):
         """One dreamt step: action `(B, A)` taken at feat `(B, F)` to the next z, feat and state. They are counted in
         `dreamt`."""
         self.dreamt += len(action)
-        z = self.objective.sample(self.dynamics, feat, state, action, steps or self.steps, temperature)
+        return self.advance(feat, state, action, temperature, steps or self.steps)
+
+    @torch.no_grad()
+    def advance(
+        self, feat: Tensor, state: State, action: Tensor, temperature: float, steps: int
+    ) -> tuple[Tensor, Tensor, State]:
+        """`dream_step`, uncounted."""
+        z = self.objective.sample(self.dynamics, feat, state, action, steps, temperature)
         feat, state = self.dynamics.commit(state, z, action, None)
         return z, feat, state
 

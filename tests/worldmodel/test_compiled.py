@@ -32,3 +32,20 @@ def test_a_compiled_clip_is_the_same(mixer: str, stream: str, starts: int) -> No
         layer.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     for compiled, wanted in zip(run(), plain, strict=True):
         torch.testing.assert_close(compiled, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "triton"])
+def test_no_graph_breaks_on_cuda(attention: str) -> None:
+    """There, kernels of our own and half precision have their say."""
+    torch.compiler.reset()
+    config = DynamicsConfig(width=32, heads=2, state_size=8, blocks=(1, 2), window=3, attention=attention)  # type: ignore[arg-type]
+    model = Dynamics(config, 2, 4, 3).cuda()
+    objective = Flow(ForcingConfig(), model)
+    z, action = torch.rand(2, 10, 4, 4, device="cuda"), torch.rand(2, 10, 3, device="cuda")
+    for layer in model.stack:
+        layer.compile(dynamic=False, fullgraph=True, backend="aot_eager" if attention != "flex" else "inductor")
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = objective.run(model, z, action, torch.zeros(2, 10, dtype=torch.bool, device="cuda"), 3).loss
+    loss.backward()
+    assert loss.isfinite()
