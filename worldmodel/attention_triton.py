@@ -126,12 +126,13 @@ def _part(
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, own_k, own_v, segment, y, sums, frames, held, tokens, heads, reach, scale, P: tl.constexpr,
+    q, k, v, own_k, own_v, segment, y, sums, blocks, frames, held, tokens, heads, reach, scale, P: tl.constexpr,
     HEAD: tl.constexpr, CHUNK: tl.constexpr, BESIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of some queries of a head, and the logarithm of what their weights were divided by, to base 2."""
-    block, h, row = tl.program_id(0), tl.program_id(1) % heads, (tl.program_id(1) // heads).to(tl.int64)
+    block, h = tl.program_id(0) % blocks, tl.program_id(0) // blocks % heads
+    row = (tl.program_id(0) // blocks // heads).to(tl.int64)
     i, p = tl.arange(0, ROWS), tl.arange(0, HEAD)
     token = block * ROWS + i
     length, frame = frames * tokens, token // tokens
@@ -184,12 +185,13 @@ def _gradient_of_part(
 
 @triton.jit
 def _queries_kernel(
-    q, k, v, own_k, own_v, segment, y, sums, dy, dq, deltas, frames, held, tokens, heads, reach, scale, root,
+    q, k, v, own_k, own_v, segment, y, sums, dy, dq, deltas, blocks, frames, held, tokens, heads, reach, scale, root,
     P: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, BESIDE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of some queries of a head; and of each `y . dy`, which the keys' gradients need too."""
-    block, h, row = tl.program_id(0), tl.program_id(1) % heads, (tl.program_id(1) // heads).to(tl.int64)
+    block, h = tl.program_id(0) % blocks, tl.program_id(0) // blocks % heads
+    row = (tl.program_id(0) // blocks // heads).to(tl.int64)
     i, p = tl.arange(0, ROWS), tl.arange(0, HEAD)
     token = block * ROWS + i
     length, frame = frames * tokens, token // tokens
@@ -218,12 +220,13 @@ def _queries_kernel(
 
 @triton.jit
 def _keys_kernel(
-    q, k, v, segment, sums, dy, deltas, dk, dv, frames, held, tokens, heads, reach, scale, root, P: tl.constexpr,
-    HEAD: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, segment, sums, dy, deltas, dk, dv, blocks, frames, held, tokens, heads, reach, scale, root,
+    P: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of some keys and values of a head: what they were to the queries that saw them."""
-    block, h, row = tl.program_id(0), tl.program_id(1) % heads, (tl.program_id(1) // heads).to(tl.int64)
+    block, h = tl.program_id(0) % blocks, tl.program_id(0) // blocks % heads
+    row = (tl.program_id(0) // blocks // heads).to(tl.int64)
     i, j, p = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, HEAD)
     before = 0 if PART == OWN else held
     length, keyed = frames * tokens, (before + frames) * tokens
@@ -286,12 +289,12 @@ def _attend(
     beside, own_k, own_v = _beside(own_k, own_v, k, v)
     y, sums = _attend_shapes(q, k, v, own_k, own_v, segment, reach, chunk)
     rows, frames, tokens, heads, _ = q.shape
-    options = _options(q, chunk)
-    grid = (triton.cdiv(frames * tokens, SETTINGS["ROWS"]), rows * heads)
+    blocks = triton.cdiv(frames * tokens, SETTINGS["ROWS"])
     with torch.cuda.device_of(q), without_wgmma():
-        _forward_kernel[grid](
-            q, k, v, own_k, own_v, segment.contiguous(), y, sums, *_numbers(q, k, reach), BESIDE=beside, **options
-        )
+        _forward_kernel[(blocks * rows * heads,)](
+            q, k, v, own_k, own_v, segment.contiguous(), y, sums, blocks, *_numbers(q, k, reach), BESIDE=beside,
+            **_options(q, chunk),
+        )  # fmt: skip
     return y, sums
 
 
@@ -316,14 +319,16 @@ def _attend_backward(
     d_own_k, d_own_v = (t.new_empty(t.shape if beside else 0) for t in (own_k, own_v))
     deltas, numbers = torch.empty_like(sums), (*_numbers(q, k, reach), head**-0.5)
     with torch.cuda.device_of(q), without_wgmma():
-        _queries_kernel[triton.cdiv(frames * tokens, SETTINGS["ROWS"]), rows * heads](
-            q, k, v, own_k, own_v, segment, y, sums, dy, dq, deltas, *numbers, BESIDE=beside,
+        blocks = triton.cdiv(frames * tokens, SETTINGS["ROWS"])
+        _queries_kernel[(blocks * rows * heads,)](
+            q, k, v, own_k, own_v, segment, y, sums, dy, dq, deltas, blocks, *numbers, BESIDE=beside,
             **_options(q, chunk),
         )  # fmt: skip
         parts = [(PAST, k, v, dk, dv), (OWN, own_k, own_v, d_own_k, d_own_v)] if beside else [(ALL, k, v, dk, dv)]
         for part, keys, values, d_keys, d_values in parts:
-            _keys_kernel[triton.cdiv(keys.shape[1] * tokens, SETTINGS["COLUMNS"]), rows * heads](
-                q, keys, values, segment, sums, dy, deltas, d_keys, d_values, *numbers, PART=part.value,
+            blocks = triton.cdiv(keys.shape[1] * tokens, SETTINGS["COLUMNS"])
+            _keys_kernel[(blocks * rows * heads,)](
+                q, keys, values, segment, sums, dy, deltas, d_keys, d_values, blocks, *numbers, PART=part.value,
                 **_options(q, chunk),
             )  # fmt: skip
     return dq, dk, dv, d_own_k, d_own_v

@@ -45,10 +45,9 @@ class DynamicsConfig:
     frames_together: int = 1
     """Frames of a chunk, in which attention looks ahead too (5, of a window of 10, in Po et al. 2025). An agent acts
     after every frame and needs 1."""
-    attention: Literal["sdpa", "flex", "triton"] = "sdpa"
-    """How attention over clips is computed on CUDA: in dense rectangles; by FlexAttention where M learns, compiled for
-    each length of clip; or by kernels of our own. `longdream bench attention` compares them. Elsewhere in rectangles.
-    """
+    attention: Literal["triton", "sdpa", "flex"] = "triton"
+    """How attention over clips is computed on CUDA: by kernels of our own; in dense rectangles, as it is elsewhere; or
+    by FlexAttention where M learns, compiled for each length of clip. `longdream bench attention` compares them."""
     longest: int = 8192
     """Frames that the attention of `causal` sees. What it remembers grows with the frames seen, up to these."""
     blocks: tuple[int, ...] = (1,)

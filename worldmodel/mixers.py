@@ -40,7 +40,6 @@ from worldmodel.attention import (
     push,
     sight_of,
 )
-from worldmodel.residual import Residual
 from worldmodel.scan import Stream, scan, scan_query_step, scan_step
 from worldmodel.types import named
 
@@ -117,6 +116,7 @@ class Layer(nn.Module):
         self.attention = Attention(config) if local else None
         hidden = matched_hidden(config, self) if config.matched else 4 * width
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.offset = nn.Parameter(torch.tensor([1.0, 0.0, 1.0] * 3)[:, None].repeat(1, width))  # scale, shift, gate
 
     def initial(self, batch: int, tokens: int, device: torch.device | str) -> Past:
@@ -136,59 +136,64 @@ class Layer(nn.Module):
         sight: Sight | None,
     ) -> LayerOut:
         """u, uq `(B, T, N, W)`; cond, cond_q `(B, T, 1, 9, W)`; sight: of the attention. See Dynamics.forward."""
-        clean = Residual(u, cond + self.offset, clip=True)
-        query = None if uq is None or cond_q is None else Residual(uq, cond_q + self.offset, clip=True)
-        streams = (clean,) if query is None else (clean, query)
+        mods = self._mods(cond)
+        mods_q = None if cond_q is None else self._mods(cond_q)
         mix_end, mix_at, cache_end, cache_at = None, None, None, None
         if self.mix is not None:
             assert past.mix is not None
-            h, *hq = (stream.into(0) for stream in streams)
-            y, yq, mix_end, states = self.mix(h, first, past.mix, hq[0] if hq else None, at)
+            hq = None if uq is None or mods_q is None else self._in(uq, mods_q, 0)
+            y, yq, mix_end, states = self.mix(self._in(u, mods, 0), first, past.mix, hq, at)
             mix_at = None if at is None else states
-            _give(streams, 0, y, yq)
+            u = self._add(u, y, mods, 0)
+            uq = uq if mods_q is None or uq is None or yq is None else self._add(uq, yq, mods_q, 0)
         if self.attention is not None:
             assert past.cache is not None
-            heads, *heads_q = (self.attention.heads_of(stream.into(1)) for stream in streams)
-            outs = self.attention(heads, first, past.cache, heads_q[0] if heads_q else None, sight)
+            heads = self.attention.heads_of(self._in(u, mods, 1))
+            heads_q = None if uq is None or mods_q is None else self.attention.heads_of(self._in(uq, mods_q, 1))
+            y, yq = self.attention(heads, first, past.cache, heads_q, sight)
             cache_end = cache_after(heads, first, past.cache, self.attention.reach)
             if at is not None:
                 kept = Heads(*(v.detach() for v in heads))
                 cache_at = self.attention.cache_at(kept, first, past.cache, at)
-            _give(streams, 1, *(None if y is None else self.attention.out(y.flatten(-2)) for y in outs))
-        for stream in streams:
-            stream.give(2, self.mlp(stream.into(2)))
-        ends, at_ends = Past(mix_end, cache_end), Past(mix_at, cache_at)
-        return LayerOut(clean.end(), None if query is None else query.end(), ends, at_ends)
+            u = self._add(u, self.attention.out(y.flatten(-2)), mods, 1)
+            if uq is not None and mods_q is not None and yq is not None:
+                uq = self._add(uq, self.attention.out(yq.flatten(-2)), mods_q, 1)
+        u = self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2)
+        if uq is not None and mods_q is not None:
+            uq = self._add(uq, self.mlp(self._in(uq, mods_q, 2)), mods_q, 2)
+        return LayerOut(u, uq, Past(mix_end, cache_end), Past(mix_at, cache_at))
 
     def step(self, u: Tensor, cond: Tensor, past: Past) -> tuple[Tensor, Past]:
         """One frame (T = 1) that is remembered."""
-        stream, (state, cache) = Residual(u, cond + self.offset), past
+        mods, (state, cache) = self._mods(cond), past
         if self.mix is not None and state is not None:
-            y, state = self.mix.step(stream.into(0), state)
-            stream.give(0, y)
+            y, state = self.mix.step(self._in(u, mods, 0), state)
+            u = self._add(u, y, mods, 0)
         if self.attention is not None and cache is not None:
-            heads = self.attention.heads_of(stream.into(1))
-            stream.give(1, self.attention.out(self.attention.step(heads, cache).flatten(-2)))
+            heads = self.attention.heads_of(self._in(u, mods, 1))
+            u = self._add(u, self.attention.out(self.attention.step(heads, cache).flatten(-2)), mods, 1)
             cache = push(cache, heads.k, heads.v, self.attention.reach)
-        stream.give(2, self.mlp(stream.into(2)))
-        return stream.end(), Past(state, cache)
+        return self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2), Past(state, cache)
 
     def peek(self, u: Tensor, cond: Tensor, past: Past) -> Tensor:
         """One frame (T = 1) that is not."""
-        stream = Residual(u, cond + self.offset)
+        mods = self._mods(cond)
         if self.mix is not None and past.mix is not None:
-            stream.give(0, self.mix.peek(stream.into(0), past.mix))
+            u = self._add(u, self.mix.peek(self._in(u, mods, 0), past.mix), mods, 0)
         if self.attention is not None and past.cache is not None:
-            y = self.attention.step(self.attention.heads_of(stream.into(1)), past.cache)
-            stream.give(1, self.attention.out(y.flatten(-2)))
-        stream.give(2, self.mlp(stream.into(2)))
-        return stream.end()
+            y = self.attention.step(self.attention.heads_of(self._in(u, mods, 1)), past.cache)
+            u = self._add(u, self.attention.out(y.flatten(-2)), mods, 1)
+        return self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2)
 
+    def _mods(self, cond: Tensor) -> tuple[Tensor, ...]:
+        """Scale, shift and gate of the three parts, nine times `(B, T, 1, W)`."""
+        return (cond + self.offset).unbind(-2)
 
-def _give(streams: tuple[Residual, ...], part: int, *ys: Tensor | None) -> None:
-    for stream, y in zip(streams, ys, strict=False):  # without a query stream there is none of it either
-        if y is not None:
-            stream.give(part, y)
+    def _in(self, u: Tensor, mods: tuple[Tensor, ...], part: int) -> Tensor:
+        return torch.addcmul(mods[3 * part + 1], self.norm(u), mods[3 * part])
+
+    def _add(self, u: Tensor, y: Tensor, mods: tuple[Tensor, ...], part: int) -> Tensor:
+        return torch.addcmul(u, y, mods[3 * part + 2])
 
 
 def mixer(config: DynamicsConfig, grid: int, block: int) -> tuple[Mixer | None, bool]:
