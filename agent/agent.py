@@ -65,7 +65,7 @@ class Agent(Learner):
         self.capturable = on_cuda and all(getattr(part, "capturable", False) for part in parts)
         # a dream is thousands of small kernels, and launching them takes longer than running them
         alone = self.capturable and not self.recorded  # a recorded update has them in it
-        swift = config.compiled and self.recorded
+        swift = config.compiled and self.recorded and config.worldmodel.mixer != "causal"  # whose state grows
         self._dreamer: Dreamer = CompiledDreams(self.model) if swift else self.model
         self._dreams = Graphed(self._dream) if alone else self._dream
         along = partial(follow, self._dreamer)

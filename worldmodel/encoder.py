@@ -165,7 +165,8 @@ class Encoder(nn.Module):
 
     def _bound(self, z: Tensor, draw: bool) -> Tensor:
         if self.config.latent == "continuous":
-            return self.norm(z).tanh()
+            # under autocast too in the precision of the norm's weights: torch warns of what it has to mix
+            return self.norm(z.to(torch.promote_types(z.dtype, torch.float32))).tanh()
         logits = z.unflatten(-1, (-1, self.config.classes))
         logits = logits - logits.mean(-1, keepdim=True)
         logits = 2 * F.rms_norm(logits, logits.shape[-2:])
