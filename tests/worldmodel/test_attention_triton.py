@@ -1,5 +1,7 @@
 """The kernels for CUDA against the masked softmax in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from worldmodel.attention import (
     precision,
     sight_of,
 )
+from worldmodel.dynamics import Dynamics, DynamicsConfig
 
 ROWS = 3
 # Frames, tokens a frame, heads, channels, window, chunk, cached frames (None: the window's): tiles of 64 tokens that
@@ -164,6 +167,33 @@ def test_compiled_and_under_autocast(device: str, half: torch.dtype) -> None:
     compiled = torch.compile(loss, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), plain, strict=True):
         assert relative(a, b.double()) < 1e-6
+
+
+@pytest.mark.parametrize(("mixer", "together"), [("hybrid", 1), ("causal", 1), ("window", 2)])
+def test_m_takes_them(device: str, mixer: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both streams and from a state on; what it makes of clips is what the rectangles make of them."""
+    assert kernels is not None
+    if device == "cpu":
+        monkeypatch.setattr(kernels, "fit", lambda v, dtype: True)
+    torch.set_float32_matmul_precision("highest")
+    calls, run = [], kernels.attention
+    monkeypatch.setattr(kernels, "attention", lambda *args: calls.append(args) or run(*args))
+    z, action = torch.rand(2, 6, 4, 3, device=device), torch.rand(2, 6, 2, device=device)
+    first, level = torch.zeros(2, 6, dtype=torch.bool, device=device), torch.rand(2, 6, device=device)
+    first[1, 3] = True
+    found: list[list[Tensor]] = []
+    for path in ("triton", "sdpa"):
+        torch.manual_seed(0)
+        config = DynamicsConfig(mixer, width=16, heads=2, state_size=8, window=4, frames_together=together)
+        m = Dynamics(replace(config, attention=path), 2, 3, 2).to(device)  # type: ignore[arg-type]
+        state = m(z, action, torch.ones_like(level), first, m.initial(2)).state
+        out = m(z, action, torch.ones_like(level), first, state, query=(z, level))
+        grads = torch.autograd.grad(out.pred.square().sum() + out.feat.square().sum(), [*m.parameters()])
+        found.append([out.pred, out.feat, *grads])
+        assert len(calls) == 2 * 3 if path == "triton" else not calls  # of each layer, and of its query stream
+        calls.clear()
+    for a, b in zip(*found, strict=True):
+        assert relative(a, b.double()) < 1e-4
 
 
 @pytest.mark.cuda
