@@ -29,9 +29,8 @@ ALL, PAST, OWN = (tl.constexpr(part) for part in range(3))
 MOST = 128
 """Channels of a head, at most."""
 SETTINGS = {"ROWS": 32, "COLUMNS": 32, "num_stages": 2}
-"""Tokens of a program's tiles, queries and keys, and how the kernels are compiled: on an H100, of a dozen settings the
-fastest (with a warp for 64 channels) for each of the three, and for heads of 32 and of 64 channels; larger tiles
-reach past a window's ends."""
+"""Tokens of a program's tiles, queries and keys, and how the kernels are compiled: of some thirty settings, on an H100,
+the fastest or near it for each of the three (with a warp for 64 channels); larger tiles reach past a window's ends."""
 
 
 def fit(v: Tensor, dtype: torch.dtype) -> bool:
