@@ -155,7 +155,7 @@ class Sight(NamedTuple):
 
 
 def sight_of(first: Tensor, cache: Cache) -> Sight:
-    """The sight of `attend_kernels`; arguments as for `attend`."""
+    """The sight of `attend_kernels`; first `(B, T)` bool and the cache as for `attend`."""
     held = cache.k.shape[1]
     segment = key_segments(first, cache.age, held)
     where = torch.arange(segment.shape[1], device=first.device)
@@ -165,7 +165,15 @@ def sight_of(first: Tensor, cache: Cache) -> Sight:
 def attend_kernels(
     clean: Heads, cache: Cache, sight: Sight, reach: int, query: Heads | None = None, chunk: int = 1
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend` and `attend_far` by kernels of its own for CUDA (attention_triton.py)."""
+    """`attend` and `attend_far` by kernels for CUDA (attention_triton.py), where `kernels.fit`.
+
+    Args:
+        clean, cache, query, chunk: as for `attend`; heads may be of any size up to `kernels.MOST` channels.
+        sight: `sight_of` this clip and cache. reach: frames before its chunk that a query sees, at least those held.
+
+    Returns:
+        y `(B, T, N, H, P)` and, with a query stream, its y; under autocast in its precision, else like clean.v.
+    """
     assert kernels is not None
     held, kind = cache.k.shape[1], precision(clean.v)
     # under autocast what comes next takes in half precision anyway

@@ -92,6 +92,26 @@ def _seen_by(first, last, frames, reach, CHUNK: tl.constexpr, PART: tl.constexpr
 
 
 @triton.jit
+def _look(
+    queries, begin, to, k, segment, start, end, held, frames, tokens, heads, h, row, reach, scale, P: tl.constexpr,
+    HEAD: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The keys of a part from token `start` on, up to `end`: where they lie, they themselves, the queries' scores of
+    them `(ROWS, COLUMNS)`, and which of these are of keys that are seen."""
+    p, j = tl.arange(0, HEAD), tl.arange(0, COLUMNS)
+    before = 0 if PART == OWN else held  # frames that stand before the clip's in k and v
+    token = start + j
+    # frames of the cache are negative, and division rounds towards zero
+    frame = (token + held * tokens) // tokens - held
+    since = tl.load(segment + row * (held + frames) + held + frame, mask=token < end, other=-2)
+    at = (((row * (before + frames) + before) * tokens + start) * heads + h) * P
+    keys = load(k + at, j, p, heads * P, end - start, P)
+    score = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+    seen = _sees(begin[:, None], frame[None, :], reach, CHUNK, PART) & (to[:, None] == since[None, :])
+    return at, keys, score, seen
+
+
+@triton.jit
 def _part(
     queries, best, total, out, begin, to, k, v, segment, first, last, held, frames, tokens, heads, h, row, reach, scale,
     P: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr,
@@ -100,18 +120,11 @@ def _part(
     """The softmax so far, gone on with over the keys that queries of the frames `first` to `last` see of a part."""
     p, j = tl.arange(0, HEAD), tl.arange(0, COLUMNS)
     least, most = _reached(first, last, frames, held, reach, CHUNK, PART)
-    before = 0 if PART == OWN else held  # frames that stand before the clip's in k and v
-    base = (row * (before + frames) + before) * tokens
     for start in range(least * tokens, most * tokens, COLUMNS):
-        token = start + j
-        there = token < most * tokens
-        # frames of the cache are negative, and division rounds towards zero
-        frame = (token + held * tokens) // tokens - held
-        since = tl.load(segment + row * (held + frames) + held + frame, mask=there, other=-2)
-        at = ((base + start) * heads + h) * P
-        keys = load(k + at, j, p, heads * P, most * tokens - start, P)
-        score = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        seen = _sees(begin[:, None], frame[None, :], reach, CHUNK, PART) & (to[:, None] == since[None, :])
+        at, _, score, seen = _look(
+            queries, begin, to, k, segment, start, most * tokens, held, frames, tokens, heads, h, row, reach, scale, P,
+            HEAD, CHUNK, PART, COLUMNS, PRECISION,
+        )  # fmt: skip
         score = tl.where(seen, score, float("-inf"))
         new = tl.maximum(best, tl.max(score, 1))
         against = tl.where(new == float("-inf"), 0.0, new)
@@ -164,17 +177,12 @@ def _gradient_of_part(
     """The gradient of queries, and what keys of a part add to it."""
     p, j = tl.arange(0, HEAD), tl.arange(0, COLUMNS)
     least, most = _reached(first, last, frames, held, reach, CHUNK, PART)
-    before = 0 if PART == OWN else held
-    base = (row * (before + frames) + before) * tokens
     for start in range(least * tokens, most * tokens, COLUMNS):
-        token = start + j
-        frame = (token + held * tokens) // tokens - held
-        since = tl.load(segment + row * (held + frames) + held + frame, mask=token < most * tokens, other=-2)
-        at = ((base + start) * heads + h) * P
-        keys = load(k + at, j, p, heads * P, most * tokens - start, P)
+        at, keys, score, seen = _look(
+            queries, begin, to, k, segment, start, most * tokens, held, frames, tokens, heads, h, row, reach, scale, P,
+            HEAD, CHUNK, PART, COLUMNS, PRECISION,
+        )  # fmt: skip
         values = load(v + at, j, p, heads * P, most * tokens - start, P)
-        score = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        seen = _sees(begin[:, None], frame[None, :], reach, CHUNK, PART) & (to[:, None] == since[None, :])
         weight = tl.where(seen, tl.exp2(score - sums[:, None]), 0.0)
         d_weight = tl.dot(d_out, tl.trans(values), input_precision=PRECISION)
         d_score = weight * (d_weight - delta[:, None])

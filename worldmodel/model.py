@@ -200,7 +200,7 @@ class WorldModel(nn.Module):
     def advance(
         self, feat: Tensor, state: State, action: Tensor, temperature: float, steps: int
     ) -> tuple[Tensor, Tensor, State]:
-        """`dream_step`, uncounted."""
+        """As `dream_step`, in so many denoising steps, and not counted in `dreamt`: what can be compiled of it."""
         z = self.objective.sample(self.dynamics, feat, state, action, steps, temperature)
         feat, state = self.dynamics.commit(state, z, action, None)
         return z, feat, state

@@ -37,6 +37,7 @@ def load(array, i, j, stride, rows, columns):
 
 @triton.jit
 def store(array, i, j, stride, rows, columns, value):
+    """`value` to where `load` would read; nothing beyond the rows and columns that there are."""
     at = array + i[:, None] * stride + j[None, :]
     tl.store(at, value.to(array.dtype.element_ty), mask=(i < rows)[:, None] & (j < columns)[None, :])
 
