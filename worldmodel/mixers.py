@@ -272,22 +272,23 @@ class ScanMixer(nn.Module):
         query, gate_q = (None, None) if hq is None else self._project(hq)
         first = first.repeat_interleave(tubes, 0)
         at = None if at is None else at.repeat_interleave(tubes, 0)
-        out = scan(stream, first, ssm.flatten(0, 1), self.chunk, query, at, self.group)
+        out = scan(stream, first, ssm.flatten(0, 1), self.chunk, query, at, self.group, self.skip)
         states_at = h.new_zeros(0)
         if out.at is not None:
             states_at = out.at.unflatten(0, (-1, tubes)).transpose(1, 2).flatten(0, 1)
-        y = self._finish(out.y, stream, gate)
-        yq = None if query is None or out.query is None or gate_q is None else self._finish(out.query, query, gate_q)
+        y = self._finish(out.y, gate)
+        yq = None if out.query is None or gate_q is None else self._finish(out.query, gate_q)
         return y, yq, out.state.unflatten(0, (-1, tubes)), states_at
 
     def step(self, h: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor]:
         stream, gate = self._project(h)
         y, state = scan_step(stream, ssm.flatten(0, 1))
-        return self._finish(y, stream, gate), state.unflatten(0, (-1, self.side**2))
+        return self._finish(y + self.skip * stream.x, gate), state.unflatten(0, (-1, self.side**2))
 
     def peek(self, h: Tensor, ssm: Tensor) -> Tensor:
         stream, gate = self._project(h)
-        return self._finish(scan_query_step(stream, ssm.flatten(0, 1)), stream, gate)
+        y = scan_query_step(stream, ssm.flatten(0, 1))
+        return self._finish(y + self.skip * stream.x, gate)
 
     def _project(self, h: Tensor) -> tuple[Stream, Tensor]:
         gate, x, b, c, rate, write = self.inp(h).split(self.split, -1)
@@ -301,8 +302,8 @@ class ScanMixer(nn.Module):
         b, c = ((F.rms_norm(v, (self.size,)) * self.size**-0.5).to(x.dtype) for v in (b, c))
         return Stream(*(self._to_tubes(v) for v in (x, b, c, a))), gate
 
-    def _finish(self, y: Tensor, stream: Stream, gate: Tensor) -> Tensor:
-        y = self._from_tubes(y + self.skip * stream.x).flatten(-2).to(gate.dtype)
+    def _finish(self, y: Tensor, gate: Tensor) -> Tensor:
+        y = self._from_tubes(y).flatten(-2).to(gate.dtype)
         return self.out(self.norm(y) * F.silu(gate))
 
     def _to_tubes(self, v: Tensor) -> Tensor:

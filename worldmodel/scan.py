@@ -3,7 +3,7 @@
 Recurrence, per head, with one token after another (Dao and Gu 2024, arXiv 2405.21060, eq. 2 and section 6):
 
     S_l = exp(a_l) S_{l-1} + b_l x_l^T          S: (state, head dim)
-    y_l = S_l^T c_l
+    y_l = S_l^T c_l + D x_l
 
 Tokens come frame by frame, `n` to a frame. Where a frame begins an episode the state is zero before its first token.
 
@@ -54,7 +54,8 @@ class ScanOut(NamedTuple):
 
 
 def scan_step(stream: Stream, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One frame (T = 1): y `(B, 1, n, H, P)` and the state after it. Resets are the caller's (a zeroed state)."""
+    """One frame (T = 1): y `(B, 1, n, H, P)`, without D x, and the state after it. Resets are the caller's (a zeroed
+    state)."""
     x, b, c, a = (v[:, 0] for v in stream)
     if x.shape[1] == 1:
         decay = a[:, 0].exp()[..., None, None]
@@ -86,6 +87,7 @@ def scan(
     query: Stream | None = None,
     at: Tensor | None = None,
     group: int = 1,
+    skip: Tensor | None = None,
 ) -> ScanOut:
     """Scan T frames, in the form that is fastest where the inputs are.
 
@@ -96,13 +98,20 @@ def scan(
         chunk: frames per chunk; the kernels for CUDA have a size of their own.
         at: `(B, M)` frame indices after which to return the state as well, without gradient, to start dreams from.
         group: query frames that are scanned together; T is a multiple of it.
+        skip: `(H, 1)`, D of each head; None for 0.
     """
     if group == 1 and kernels is not None and kernels.fit(clean.x, clean.b, clean.c):
-        return _scan_kernels(clean, first, state, query, at)
-    return scan_chunked(clean, first, state, chunk, query, at, group)
+        return _scan_kernels(clean, first, state, query, at, skip)
+    out = scan_chunked(clean, first, state, chunk, query, at, group)
+    if skip is None:
+        return out
+    query_y = None if out.query is None or query is None else out.query + skip * query.x
+    return out._replace(y=out.y + skip * clean.x, query=query_y)
 
 
-def _scan_kernels(clean: Stream, first: Tensor, state: Tensor, query: Stream | None, at: Tensor | None) -> ScanOut:
+def _scan_kernels(
+    clean: Stream, first: Tensor, state: Tensor, query: Stream | None, at: Tensor | None, skip: Tensor | None
+) -> ScanOut:
     """The scan by the kernels; under autocast in its precision, as matrix products are."""
     assert kernels is not None
     stream = clean
@@ -114,7 +123,7 @@ def _scan_kernels(clean: Stream, first: Tensor, state: Tensor, query: Stream | N
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         x, b, c = (v.to(torch.get_autocast_dtype(x.device.type)) for v in (x, b, c))
     x, b, c, a = (v.contiguous() for v in (x, b, c, a))  # here the compiler can make them so for nothing
-    y, last, start, cum, episode = kernels.scan_kernels(x, b, c, a, first, state.float(), at is not None)
+    y, last, start, cum, episode = kernels.scan_kernels(x, b, c, a, first, state.float(), skip, at is not None)
     y, states_at, query_y = y.to(clean.x.dtype), None, None
     if at is not None:
         chunks = start.shape[1]
@@ -129,6 +138,7 @@ def _scan_kernels(clean: Stream, first: Tensor, state: Tensor, query: Stream | N
     if query is not None:
         past, y = y.chunk(2, 2)
         query_y = past * query.a.cumsum(2).exp()[..., None] + _own(query)
+        query_y = query_y if skip is None else query_y + skip * query.x
     return ScanOut(y, last, query_y, states_at)
 
 

@@ -4,7 +4,7 @@ The frames' tokens are one sequence of L, cut into K chunks of `CHUNK` tokens, w
 arXiv 2405.21060, section 6). For head h and chunk k, with A_i the log decay from the chunk's beginning through token i,
 S the state before the chunk, and rows of x, b, c those of its tokens:
 
-    y_i = sum over j <= i of exp(A_i - A_j) (c_i . b_j) x_j  +  exp(A_i) c_i S
+    y_i = sum over j <= i of exp(A_i - A_j) (c_i . b_j) x_j  +  exp(A_i) c_i S  +  D x_i
     S of the next chunk = exp(A_end) S + sum over j of exp(A_end - A_j) b_j^T x_j
 
 where each exponential is zero if an episode begins between the two ends that it joins. Forward, one kernel carries the
@@ -56,14 +56,22 @@ def fit(x: Tensor, b: Tensor, c: Tensor) -> bool:
 
 
 def scan_kernels(
-    x: Tensor, b: Tensor, c: Tensor, a: Tensor, first: Tensor, state: Tensor, exact_states: bool = False
+    x: Tensor,
+    b: Tensor,
+    c: Tensor,
+    a: Tensor,
+    first: Tensor,
+    state: Tensor,
+    skip: Tensor | None = None,
+    exact_states: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The scan, with gradients for x, b, c, a and the state.
+    """The scan, with gradients for x, b, c, a, the state and skip.
 
     Args:
         x: `(B, T, n, H, P)`. b, c: `(B, T, n, S)`, of the same dtype. a: `(B, T, n, H)` log decay <= 0.
         first: `(B, T)` bool, frames before which the state is zero.
         state: `(B, H, S, P)` float32, before frame 0.
+        skip: `(H, 1)` float32, D of each head; None for 0.
         exact_states: keep the states before chunks in float32, not in the dtype of x.
 
     Returns:
@@ -71,7 +79,8 @@ def scan_kernels(
         `(B, K, H, S, P)`; log decays from a chunk's beginning `(B, H, K * CHUNK)` float32, inclusive; how many
         episodes began in a token's chunk until then, the token included, `(B, K * CHUNK)` int32.
     """
-    return _scan(x, b, c, a, first, state, exact_states)
+    skip = state.new_zeros(x.shape[3], 1) if skip is None else skip
+    return _scan(x, b, c, a, first, state, skip, exact_states)
 
 
 @triton.jit
@@ -161,7 +170,7 @@ def _join_kernel(
 
 @triton.jit
 def _output_kernel(
-    x, b, c, cum, episode, states, y, length, chunks, heads, P: tl.constexpr, S: tl.constexpr,
+    x, b, c, cum, episode, states, skip, y, length, chunks, heads, P: tl.constexpr, S: tl.constexpr,
     CHUNK: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of a chunk, of all heads."""
@@ -176,6 +185,7 @@ def _output_kernel(
         decay = tl.load(cum + ((row * heads + h) * chunks + k) * CHUNK + i)
         weight = match * tl.exp(tl.minimum(decay[:, None] - decay[None, :], 0.0))
         since = tl.exp(tl.where(part == 0, decay, float("-inf")))
+        beside = tl.load(skip + h)
         channels = (token * heads + h) * P
         of_head = ((row * chunks + k) * heads + h) * S * P
         for begin in tl.static_range(0, P, HEAD):
@@ -184,16 +194,17 @@ def _output_kernel(
             values = load(x + channels, i, p, heads * P, left, P)
             out = since[:, None] * tl.dot(queries, state, input_precision=PRECISION)
             out += tl.dot(weight.to(values.dtype), values, input_precision=PRECISION)
+            out += beside * values.to(tl.float32)
             store(y + channels, i, p, heads * P, left, P, out)
 
 
 @triton.jit
 def _columns_kernel(
-    x, b, c, cum, episode, dy, after, dx, db, between, dcum, length, chunks, heads, P: tl.constexpr, S: tl.constexpr,
-    CHUNK: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    x, b, c, cum, episode, skip, dy, after, dx, db, between, dcum, d_skip, length, chunks, heads, P: tl.constexpr,
+    S: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the tokens of a chunk wrote: gradients of x and b, from the gradients `dy` of y and `after` of the state
-    after the chunk.
+    after the chunk; and in `d_skip` `(B, K, H)` what they add to that of skip.
 
     Row j, column i: token j is written, token i reads. `between` `(B, K, CHUNK, CHUNK)` gets the gradient of b_j . c_i,
     `dcum` that of the sums of log decays, without what the state before the chunk has to do with. (Everything that
@@ -226,6 +237,7 @@ def _columns_kernel(
         d_decay = tl.sum(flow, 0) - tl.sum(flow, 1)
         weight = match * tl.exp(tl.minimum(decay[None, :] - decay[:, None], 0.0))
         until = tl.exp(tl.where(part == cuts, total - decay, float("-inf")))
+        beside, to_skip = tl.load(skip + h), tl.zeros((CHUNK,), tl.float32)
         kept = tl.zeros((CHUNK,), tl.float32)
         for begin in tl.static_range(0, P, HEAD):
             p = begin + tl.arange(0, HEAD)
@@ -236,9 +248,12 @@ def _columns_kernel(
             written = until[:, None] * tl.dot(keys, d_state, input_precision=PRECISION)
             kept += tl.sum(values * written, 1)
             written += tl.dot(weight.to(d_out.dtype), d_out, input_precision=PRECISION)
+            written += beside * d_out.to(tl.float32)
+            to_skip += tl.sum(values.to(tl.float32) * d_out.to(tl.float32), 1)
             store(dx + channels, i, p, heads * P, left, P, written)
         d_decay += tl.where(i == CHUNK - 1, tl.sum(kept, 0), 0.0) - kept
         tl.store(dcum + sums + i, d_decay)
+        tl.store(d_skip + (row * chunks + k) * heads + h, tl.sum(to_skip, 0))
     queries = load(c + token * S, i, s, S, left, S)
     seen = (part[:, None] == part[None, :]) & (i[:, None] <= i[None, :])
     d_match = tl.where(seen, d_match, 0.0).to(queries.dtype)
@@ -333,10 +348,10 @@ def _carry(
 
 @torch.library.custom_op("longdream::scan", mutates_args=())
 def _scan(
-    x: Tensor, b: Tensor, c: Tensor, a: Tensor, first: Tensor, state: Tensor, exact_states: bool
+    x: Tensor, b: Tensor, c: Tensor, a: Tensor, first: Tensor, state: Tensor, skip: Tensor, exact_states: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, b, c, a, state = (v.contiguous() for v in (x, b, c, a, state))
-    y, _, states, cum, episode = _scan_shapes(x, b, c, a, first, state, exact_states)
+    y, _, states, cum, episode = _scan_shapes(x, b, c, a, first, state, skip, exact_states)
     rows, chunks, heads, _, head = states.shape
     frames, tokens = x.shape[1:3]
     length, chunk = frames * tokens, cum.shape[-1] // chunks
@@ -348,7 +363,7 @@ def _scan(
         )  # fmt: skip
         end = _carry(x, b, cum, episode, state, states, False)
         _output_kernel[grid](
-            x, b, c, cum, episode, states, y, length, chunks, heads, CHUNK=chunk, HEAD=min(HEAD, padded(head)),
+            x, b, c, cum, episode, states, skip, y, length, chunks, heads, CHUNK=chunk, HEAD=min(HEAD, padded(head)),
             **_options(x, b, "output"),
         )  # fmt: skip
     return y, end, states, cum, episode
@@ -356,7 +371,7 @@ def _scan(
 
 @_scan.register_fake
 def _scan_shapes(
-    x: Tensor, b: Tensor, c: Tensor, a: Tensor, first: Tensor, state: Tensor, exact_states: bool
+    x: Tensor, b: Tensor, c: Tensor, a: Tensor, first: Tensor, state: Tensor, skip: Tensor, exact_states: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Empty tensors of what comes out."""
     rows, frames, tokens, heads, head = x.shape
@@ -373,47 +388,57 @@ def _scan_shapes(
 
 @torch.library.custom_op("longdream::scan_backward", mutates_args=())
 def _scan_backward(
-    dy: Tensor, d_end: Tensor, x: Tensor, b: Tensor, c: Tensor, a: Tensor, states: Tensor, cum: Tensor, episode: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor,
+    d_end: Tensor,
+    x: Tensor,
+    b: Tensor,
+    c: Tensor,
+    a: Tensor,
+    states: Tensor,
+    cum: Tensor,
+    episode: Tensor,
+    skip: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dy, d_end, x, b, c = (v.contiguous() for v in (dy, d_end, x, b, c))
     rows, chunks, heads, _, head = states.shape
     length, chunk = x.shape[1] * x.shape[2], cum.shape[-1] // chunks
     dx, db, dc, da = (v.new_empty(v.shape) for v in (x, b, c, a))
     after = torch.empty_like(states, dtype=x.dtype)
     between, dcum = x.new_empty(rows, chunks, chunk, chunk), torch.empty_like(cum)
+    d_skip = cum.new_empty(rows, chunks, x.shape[3])
     grid, channels = (rows * chunks,), min(HEAD, padded(head))
     with torch.cuda.device_of(x), without_wgmma():
         d_begin = _carry(dy, c, cum, episode, d_end, after, True)
         _columns_kernel[grid](
-            x, b, c, cum, episode, dy, after, dx, db, between, dcum, length, chunks, heads, CHUNK=chunk, HEAD=channels,
-            **_options(x, b, "columns"),
+            x, b, c, cum, episode, skip, dy, after, dx, db, between, dcum, d_skip, length, chunks, heads, CHUNK=chunk,
+            HEAD=channels, **_options(x, b, "columns"),
         )  # fmt: skip
         _rows_kernel[grid](
             b, c, cum, episode, states, dy, after, between, dcum, dc, da, length, chunks, heads, CHUNK=chunk,
             HEAD=channels, **_options(x, b, "rows"),
         )  # fmt: skip
-    return dx, db, dc, da, d_begin
+    return dx, db, dc, da, d_begin, d_skip.sum((0, 1))[:, None]
 
 
 @_scan_backward.register_fake
-def _(dy, d_end, x, b, c, a, states, cum, episode):
-    return (*(v.new_empty(v.shape) for v in (x, b, c, a)), d_end.new_empty(d_end.shape))
+def _(dy, d_end, x, b, c, a, states, cum, episode, skip):
+    return tuple(v.new_empty(v.shape) for v in (x, b, c, a, d_end, skip))
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, b, c, a, *_ = inputs
+    x, b, c, a, _, _, skip, _ = inputs
     _, _, states, cum, episode = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, b, c, a, states, cum, episode)
+    ctx.save_for_backward(x, b, c, a, states, cum, episode, skip)
 
 
 def _gradients(ctx, dy, d_end, *_):
-    x, b, c, a, states, cum, episode = ctx.saved_tensors
+    x, b, c, a, states, cum, episode, skip = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()  # here the compiler can make it so for nothing
     if d_end is None:
         d_end = x.new_zeros(states[:, 0].shape, dtype=torch.float32)
-    dx, db, dc, da, d_begin = _scan_backward(dy, d_end, x, b, c, a, states, cum, episode)
-    return dx, db, dc, da, None, d_begin, None
+    dx, db, dc, da, d_begin, d_skip = _scan_backward(dy, d_end, x, b, c, a, states, cum, episode, skip)
+    return dx, db, dc, da, None, d_begin, d_skip, None
 
 
 _scan.register_autograd(_gradients, setup_context=_keep)

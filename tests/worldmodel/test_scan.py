@@ -54,14 +54,14 @@ def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-11) -> None:
 @pytest.mark.parametrize(("frames", "tokens", "chunk"), SIZES)
 def test_scan_is_the_recurrence_in_values_and_gradients(frames: int, tokens: int, chunk: int) -> None:
     clean, query, state = draw(frames, tokens), draw(frames, tokens), draw_state()
-    first = resets(frames, chunk)
-    out = scan(clean, first, state, chunk, query)
+    first, skip = resets(frames, chunk), torch.randn(clean.x.shape[3], 1, dtype=state.dtype, requires_grad=True)
+    out = scan(clean, first, state, chunk, query, skip=skip)
     y, states, query_y = scan_reference(clean, first, state, query)
-    got, wanted = (out.y, out.state, out.query), (y, states[-1], query_y)
+    got, wanted = (out.y, out.state, out.query), (y + skip * clean.x, states[-1], query_y + skip * query.x)
     for a, b in zip(got, wanted, strict=True):
         close(a, b)
     cotangents = [torch.randn_like(v) for v in wanted]
-    inputs = [*clean, *query, state]
+    inputs = [*clean, *query, state, skip]
     for a, b in zip(*(torch.autograd.grad(v, inputs, cotangents) for v in (got, wanted)), strict=True):
         close(a, b, 1e-10)
 

@@ -29,7 +29,8 @@ def draw(size: tuple[int, ...], device: str, dtype: torch.dtype, decay: float = 
     lead = (3, frames, tokens)
     x, b, c = (torch.randn(*lead, *tail) for tail in ((heads, head), (state,), (state,)))
     inputs = [x.to(dtype), (b * state**-0.5).to(dtype), c.to(dtype), -decay * torch.rand(*lead, heads)]
-    inputs = [v.to(device).requires_grad_() for v in (*inputs, torch.randn(3, heads, state, head))]
+    inputs += [torch.randn(3, heads, state, head), torch.randn(heads, 1)]
+    inputs = [v.to(device).requires_grad_() for v in inputs]
     first = torch.rand(3, frames) < torch.tensor([0.0, 0.05, 0.8])[:, None]
     first[1, 0] = True
     return inputs, first.to(device)
@@ -37,7 +38,12 @@ def draw(size: tuple[int, ...], device: str, dtype: torch.dtype, decay: float = 
 
 def by_kernels(inputs: list[Tensor], first: Tensor) -> tuple[Tensor, Tensor]:
     assert kernels is not None
-    return kernels.scan_kernels(*inputs[:4], first, inputs[4])[:2]
+    return kernels.scan_kernels(*inputs[:4], first, *inputs[4:])[:2]
+
+
+def by_recurrence(inputs: list[Tensor], first: Tensor) -> tuple[Tensor, Tensor]:
+    y, states, _ = scan_reference(Stream(*inputs[:4]), first, inputs[4])
+    return y + inputs[5] * inputs[0], states[-1]
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -54,15 +60,16 @@ def test_kernels_are_the_recurrence_in_values_and_gradients(
     inputs, first = draw(size, device, dtype)
     exact = [v.detach().double().requires_grad_() for v in inputs]
     got = by_kernels(inputs, first)
-    y, states, _ = scan_reference(Stream(*exact[:4]), first, exact[4])
-    wanted = (y, states[-1])
+    wanted = by_recurrence(exact, first)
     assert got[0].dtype == dtype and got[1].dtype == torch.float32
     cotangents = [torch.randn_like(v) for v in got]
     grads = torch.autograd.grad(got, inputs, cotangents)
     exact_grads = torch.autograd.grad(wanted, exact, [v.double() for v in cotangents])
     assert [v.dtype for v in grads] == [v.dtype for v in inputs]
     bound = TOLERANCE[how if how in TOLERANCE else dtype]
-    for name, a, b in zip(("y", "state", *"xbca", "d state"), (*got, *grads), (*wanted, *exact_grads), strict=True):
+    for name, a, b in zip(
+        ("y", "state", *"xbca", "d state", "skip"), (*got, *grads), (*wanted, *exact_grads), strict=True
+    ):
         assert relative(a, b) < bound, name
 
 
@@ -93,8 +100,7 @@ def test_one_cotangent_alone(device: str) -> None:
     """Of y or of the state after the last frame; and none for what needs none."""
     inputs, first = draw((70, 1, 2, 16, 16), device, torch.float32)
     exact = [v.detach().double().requires_grad_() for v in inputs]
-    y, states, _ = scan_reference(Stream(*exact[:4]), first, exact[4])
-    for part, wanted in enumerate((y, states[-1])):
+    for part, wanted in enumerate(by_recurrence(exact, first)):
         grads = torch.autograd.grad(by_kernels(inputs, first)[part].sum(), [inputs[0], inputs[3]])
         exact_grads = torch.autograd.grad(wanted.sum(), [exact[0], exact[3]], retain_graph=True)
         assert max(relative(a, b) for a, b in zip(grads, exact_grads, strict=True)) < 5e-6
@@ -111,9 +117,10 @@ def test_kernels_keep_clips_apart(device: str) -> None:
         inputs[3][1, ..., 0], inputs[3][1, ..., 1] = 0.0, -1e-5
     y, last = by_kernels(inputs, first)
     later = [v.detach()[:, 37:].double() for v in inputs[:4]]
-    exact, states, _ = scan_reference(Stream(*later), first[:, 37:], torch.zeros_like(inputs[4]).double())
+    begin, skip = torch.zeros_like(inputs[4]).double(), inputs[5].detach().double()
+    exact, state = by_recurrence([*later, begin, skip], first[:, 37:])
     # in a chunk decays add up to -1280: their differences keep four digits or so
-    assert relative(y[:, 37:], exact) < 1e-4 and relative(last, states[-1]) < 1e-4
+    assert relative(y[:, 37:], exact) < 1e-4 and relative(last, state) < 1e-4
     grads = torch.autograd.grad(y[:, 37:].sum(), inputs[:3])
     assert not any(v[:, :37].any() for v in grads) and all(v.isfinite().all() for v in grads)
 
@@ -172,11 +179,11 @@ def test_a_query_stream_reads_and_leaves_no_trace(device: str, tokens: int, monk
     inputs, first = draw((frames, tokens, 2, 16, 16), device, torch.float32)
     asked, _ = draw((frames, tokens, 2, 16, 16), device, torch.float32)
     at = torch.arange(frames, device=device).expand(3, -1)
-    found = scan(Stream(*inputs[:4]), first, inputs[4], query=Stream(*asked[:4]), at=at)
+    found = scan(Stream(*inputs[:4]), first, inputs[4], query=Stream(*asked[:4]), at=at, skip=inputs[5])
     assert found.query is not None and found.at is not None
     exact, exactly = ([v.detach().double().requires_grad_() for v in part] for part in (inputs, asked))
     y, states, query_y = scan_reference(Stream(*exact[:4]), first, exact[4], Stream(*exactly[:4]))
-    wanted = (y, query_y, states[-1])
+    wanted = (y + exact[5] * exact[0], query_y + exact[5] * exactly[0], states[-1])
     for a, b in zip((found.y, found.query, found.state, found.at), (*wanted, torch.stack(states, 1)), strict=True):
         assert relative(a, b) < 5e-6
     cotangents = [torch.randn_like(v) for v in (found.y, found.query, found.state)]
@@ -193,7 +200,7 @@ def test_compiled_and_under_autocast(device: str, half: torch.dtype, monkeypatch
     inputs, first = draw((70, 2, 2, 16, 16), device, torch.float32)
 
     def loss(*inputs: Tensor) -> Tensor:
-        out = scan(Stream(*inputs[:4]), first, inputs[4])
+        out = scan(Stream(*inputs[:4]), first, inputs[4], skip=inputs[5])
         assert out.y.dtype == torch.float32
         return out.y.square().sum() + out.state.square().sum()
 
