@@ -11,12 +11,14 @@ from worldmodel.dynamics import Dynamics, State
 from worldmodel.model import WorldModel
 
 
-def compile_layers(dynamics: Dynamics) -> None:
-    """Have the layers of M compiled for clips (`Dynamics.forward`); single frames are not. Layers that differ in their
-    weights alone share what is compiled."""
+def compile_clips(dynamics: Dynamics) -> None:
+    """Have M compiled for clips (`Dynamics.forward`), layer by layer, and what comes before and behind them; single
+    frames are not. Layers that differ in their weights alone share what is compiled."""
     torch._dynamo.config.recompile_limit = 64  # block sides, times lengths of clips, times with and without gradient
     for layer in dynamics.stack:
         layer.compile(dynamic=False)
+    for name in ("enter", "leave"):
+        setattr(dynamics, name, torch.compile(getattr(dynamics, name), dynamic=False))
 
 
 class CompiledDreams:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from agent.compiled import compile_layers
+from agent.compiled import compile_clips
 from agent.config import Config
 from agent.graphs import GraphedUpdate
 from envs.contract import EnvSpec, UserError
@@ -55,7 +55,8 @@ class Learner:
             "model": Part((p for m in model_parts for p in m.parameters()), learn.model_rate, learn.clip),
         }
         if config.compiled and self.device.type == "cuda":
-            compile_layers(self.model.dynamics)
+            compile_clips(self.model.dynamics)
+            self.parts["model"].compile()
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -190,6 +191,11 @@ class Part:
             capturable=self.fused,
         )
         self.rate, self.clip = rate, clip
+        self.bound: Callable[[list[Tensor], list[Tensor], float], Tensor] = bound
+
+    def compile(self) -> None:
+        """Have the bounding of gradients compiled, which is a small kernel for each weight otherwise."""
+        self.bound = torch.compile(bound, dynamic=False, fullgraph=True)
 
     def _rate(self, rate: float) -> Any:
         return torch.tensor(rate, device=self.parameters[0].device) if self.fused else rate
@@ -223,20 +229,24 @@ class Part:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         pairs = [(p, p.grad) for p in self.parameters if p.grad is not None]
-        grads = [g for _, g in pairs]
-        sizes = torch._foreach_norm(grads)
-        norm = torch.stack(sizes).norm()
+        norm = self.bound([p.detach() for p, _ in pairs], [g for _, g in pairs], self.clip)
         ok = torch.isfinite(norm) & torch.isfinite(loss.detach())
-        bounds = torch._foreach_clamp_min(torch._foreach_norm([p.detach() for p, _ in pairs]), 1e-3)
-        torch._foreach_mul_(bounds, self.clip)
-        factors = torch._foreach_div(bounds, torch._foreach_clamp_min(sizes, 1e-8))
-        torch._foreach_mul_(grads, torch._foreach_clamp_max(factors, 1.0))
         if self.fused:
             setattr(self.optimiser, "found_inf", (~ok).float())  # noqa: B010  (what a GradScaler tells it)
             self.optimiser.step()
         elif ok:
             self.optimiser.step()
         return ok, norm
+
+
+def bound(weights: list[Tensor], grads: list[Tensor], clip: float) -> Tensor:
+    """Make each gradient at most `clip` times as large as its weight; returns the norm of all of them before."""
+    sizes = torch._foreach_norm(grads)
+    bounds = torch._foreach_clamp_min(torch._foreach_norm(weights), 1e-3)
+    torch._foreach_mul_(bounds, clip)
+    factors = torch._foreach_div(bounds, torch._foreach_clamp_min(sizes, 1e-8))
+    torch._foreach_mul_(grads, torch._foreach_clamp_max(factors, 1.0))
+    return torch.stack(sizes).norm()
 
 
 class _OnItsWay:

@@ -39,6 +39,15 @@ class Heads(NamedTuple):
     v: Tensor
 
 
+class Turned(NamedTuple):
+    """What attention computes with: queries `(B, T, N, H, P)`, keys and values `(B, held + T, N, H, P)` behind those of
+    a cache; queries and keys turned by the phases of their frames."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 class Cache(NamedTuple):
     """Keys and values of the last frames, `(B, reach, N, H, P)` or fewer where it grows, oldest first; age `(B,)`: how
     many of them are valid."""
@@ -155,38 +164,39 @@ class Sight(NamedTuple):
 
 
 def sight_of(first: Tensor, cache: Cache) -> Sight:
-    """The sight of `attend_kernels`; first `(B, T)` bool and the cache as for `attend`."""
+    """What `attend_kernels` needs beside the heads; first `(B, T)` bool and the cache as for `attend`."""
     held = cache.k.shape[1]
     segment = key_segments(first, cache.age, held)
     where = torch.arange(segment.shape[1], device=first.device)
     return Sight(segment.int(), phases_of(where, cache.k.shape[-1]))
 
 
+def turned(heads: Heads, cache: Cache | None, phases: Tensor) -> Turned:
+    """Heads behind a cache, if there is one; phases `(held + T, 2, P // 2)` of all these frames."""
+    q, k, v = heads
+    if cache is not None:
+        k, v = torch.cat([cache.k, k], 1), torch.cat([cache.v, v], 1)
+    return Turned(rotate(q, phases[len(phases) - q.shape[1] :]), rotate(k, phases), v)
+
+
 def attend_kernels(
-    clean: Heads, cache: Cache, sight: Sight, reach: int, query: Heads | None = None, chunk: int = 1
+    clean: Turned, segment: Tensor, reach: int, query: Turned | None = None, chunk: int = 1
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` and `attend_far` by kernels for CUDA (attention_triton.py), where `kernels.fit`.
 
     Args:
-        clean, cache, query, chunk: as for `attend`; heads may be of any size up to `kernels.MOST` channels.
-        sight: `sight_of` this clip and cache. reach: frames before its chunk that a query sees, at least those held.
+        clean: of a clip and what came before it; heads may be of any size up to `kernels.MOST` channels. query: of a
+            query stream alone. segment: the frames' episodes (`Sight`).
+        reach: frames before its chunk that a query sees, at least those held. chunk: c.
 
     Returns:
-        y `(B, T, N, H, P)` and, with a query stream, its y; under autocast in its precision, else like clean.v.
+        y `(B, T, N, H, P)`, like clean.q, and, with a query stream, its y.
     """
     assert kernels is not None
-    held, kind = cache.k.shape[1], precision(clean.v)
-    # under autocast what comes next takes in half precision anyway
-    out = kind if torch.is_autocast_enabled(clean.v.device.type) else clean.v.dtype
-    keys, values = (torch.cat([cache.k, clean.k], 1), torch.cat([cache.v, clean.v], 1).to(kind))
-    # contiguous here, where the compiler can make it so for nothing
-    q, k = (rotate(*pair).to(kind).contiguous() for pair in ((clean.q, sight.phases[held:]), (keys, sight.phases)))
-    y = kernels.attention(q, k, values, None, sight.segment, reach, chunk).to(out)
+    y = kernels.attention(*clean, None, segment, reach, chunk)
     if query is None:
         return y, None
-    q, own = (rotate(v, sight.phases[held:]).to(kind).contiguous() for v in (query.q, query.k))
-    beside = own, query.v.to(kind).contiguous()
-    return y, kernels.attention(q, k, values, beside, sight.segment, reach, chunk).to(out)
+    return y, kernels.attention(query.q, clean.k, clean.v, (query.k, query.v), segment, reach, chunk)
 
 
 def flex_sight_of(first: Tensor, cache: Cache, reach: int, query: bool, chunk: int = 1) -> Sight:
@@ -223,15 +233,14 @@ def attend_flex(clean: Heads, cache: Cache, sight: Sight, query: Heads | None = 
     """`attend` and `attend_far` as one call of FlexAttention, which skips the blocks of tokens that nothing sees
     (Dong et al. 2024, arXiv 2412.05496); the cache as when `flex_sight_of` looked. Compiled, on CUDA, for heads of 16
     channels or more; elsewhere its slow form, without gradient."""
-    held, turn = cache.k.shape[1], sight.phases
     assert sight.clean is not None
-    keys, values = rotate(torch.cat([cache.k, clean.k], 1), turn), torch.cat([cache.v, clean.v], 1)
-    y = _flex(rotate(clean.q, turn[held:]), keys, values, sight.clean)
+    q, k, v = turned(clean, cache, sight.phases)
+    y = _flex(q, k, v, sight.clean)
     if query is None:
         return y, None
     assert sight.query is not None
-    keys, values = torch.cat([keys, rotate(query.k, turn[held:])], 1), torch.cat([values, query.v], 1)
-    return y, _flex(rotate(query.q, turn[held:]), keys, values, sight.query)
+    own = turned(query, None, sight.phases[cache.k.shape[1] :])
+    return y, _flex(own.q, torch.cat([k, own.k], 1), torch.cat([v, own.v], 1), sight.query)
 
 
 def attend_step(heads: Heads, cache: Cache, phases: Tensor | None = None) -> Tensor:
@@ -266,14 +275,14 @@ def cache_at(clean: Heads, first: Tensor, cache: Cache, at: Tensor, reach: int) 
 
 
 def cache_after(clean: Heads, first: Tensor, cache: Cache, reach: int) -> Cache:
-    """The cache after the last frame of a clip; see `cache_at`."""
+    """The cache after the last frame of a clip; see `cache_at`. Of clean, the last `reach` frames will do."""
     held = cache.k.shape[1]
     reach = min(reach, held + first.shape[1])
-    start = held + first.shape[1] - reach
     # a view would keep the whole clip in memory
-    k, v = (torch.cat(pair, 1)[:, start:].clone() for pair in ((cache.k, clean.k), (cache.v, clean.v)))
+    k, v = (torch.cat(pair, 1) for pair in ((cache.k, clean.k), (cache.v, clean.v)))
+    k, v = (t[:, t.shape[1] - reach :].clone() for t in (k, v))
     segment = key_segments(first, cache.age, held)
-    return Cache(k, v, (segment[:, start:] == segment[:, -1:]).sum(-1))
+    return Cache(k, v, (segment[:, segment.shape[1] - reach :] == segment[:, -1:]).sum(-1))
 
 
 def attend_reference(

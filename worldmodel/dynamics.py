@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from worldmodel.attention import Cache, Sight
 from worldmodel.heads import mlp
 from worldmodel.mixers import Layer, Past
+from worldmodel.residual import Flow, fused, precision
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class State(NamedTuple):
 
 class Output(NamedTuple):
     """Of `forward`. feat: `(B, T, F)` of the clean stream; pred: `(B, T, N, D)`, of the query stream if there is one,
-    else of the clean one; state after the last frame; at: states after the asked-for frames, `(B * M, ...)`, row by
-    row."""
+    else of the clean one; state after the last frame, without gradient; at: states after the asked-for frames, `(B * M,
+    ...)`, row by row."""
 
     feat: Tensor
     pred: Tensor
@@ -234,16 +235,17 @@ class Dynamics(nn.Module):
             )
         if at is not None and at.numel():
             self._one_by_one("a state after any frame")
-        u, cond = self._enter(z, prev_action, level, is_first, None if query else fineness)
-        uq, cond_q = self._enter(query[0], prev_action, query[1], is_first, fineness) if query else (None, None)
+        u, cond = self.enter(z, prev_action, level, is_first, None if query else fineness)
+        uq, cond_q = self.enter(query[0], prev_action, query[1], is_first, fineness) if query else (None, None)
         ends, ats, pasts = [], [], state.parts(self.stack)
         sight = self._sight(is_first, pasts, query is not None)
+        flow, flow_q = _flow(u), None if uq is None else _flow(uq)
         for layer, past in zip(self.stack, pasts, strict=True):
-            u, uq, end, each = layer(u, cond, is_first, past, uq, cond_q, at, sight)
+            flow, flow_q, end, each = layer(flow, cond, is_first, past, flow_q, cond_q, at, sight)
             ends.append(end)
             ats.append(each)
         known = z * level[..., None, None]  # a noised frame is no ground to build on
-        end, starts = State.of(ends, known[:, -1].clone()), None  # a view would keep the whole clip in memory
+        end, starts = State.of(ends, known[:, -1].detach().clone()), None  # a view would keep the clip in memory
         if at is not None:
             rows = torch.arange(len(z), device=z.device)[:, None]
             starts = State.of(ats, known[rows, at].flatten(0, 1).detach())
@@ -254,13 +256,8 @@ class Dynamics(nn.Module):
             last = torch.where(inside[:, None, None], own, last)
         going_on = ~is_first[..., None]
         last, led = last * going_on[..., None], prev_action * going_on
-        u = self.norm(u)
-        return Output(
-            self._feature(u, z),
-            self._leave(u if uq is None else self.norm(uq), last, led),
-            end,
-            starts,
-        )
+        feat, pred = self.leave(flow, cond, flow_q, cond_q, z, last, led)
+        return Output(feat, pred, end, starts)
 
     def predict(
         self, state: State, z_noisy: Tensor, prev_action: Tensor, level: Tensor, fineness: Tensor | None = None
@@ -273,7 +270,7 @@ class Dynamics(nn.Module):
         u, cond = self._enter(z_noisy[:, None], prev_action[:, None], level[:, None], None, fineness)
         for layer, past in zip(self.stack, state.parts(self.stack), strict=True):
             u = layer.peek(u, cond, past)
-        return self._leave(self.norm(u)[:, 0], state.last, prev_action)
+        return self._predicted(self.norm(u)[:, 0], state.last, prev_action)
 
     def commit(
         self, state: State, z: Tensor, prev_action: Tensor, is_first: Tensor | None, level: Tensor | None = None
@@ -335,7 +332,29 @@ class Dynamics(nn.Module):
         shapes = [tuple(t.shape[1:]) for t in (*state.ssm, *state.k, *state.v, state.last)]
         return [shape[1:] for shape in shapes] if self.config.mixer == "causal" else shapes
 
-    def _leave(self, u: Tensor, last: Tensor, action: Tensor) -> Tensor:
+    def enter(
+        self, z: Tensor, prev_action: Tensor, level: Tensor, first: Tensor, fineness: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What comes before the layers over a clip; see `_enter`."""
+        return self._enter(z, prev_action, level, first, fineness)
+
+    def leave(
+        self,
+        flow: Flow,
+        cond: Tensor,
+        flow_q: Flow | None,
+        cond_q: Tensor | None,
+        z: Tensor,
+        last: Tensor,
+        action: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What comes behind the layers over a clip: features, and the predictions of the query stream or else of the
+        only one. last, action: as for `_predicted`."""
+        u = self.norm(flow.end(cond))
+        uq = u if flow_q is None or cond_q is None else self.norm(flow_q.end(cond_q))
+        return self._feature(u, z), self._predicted(uq, last, action)
+
+    def _predicted(self, u: Tensor, last: Tensor, action: Tensor) -> Tensor:
         """Normed tokens `(..., N, W)`, the frame before `(..., N, D)` and the action since `(..., A)` to predicted
         latents (or logits of them)."""
         pred = self.out(u)
@@ -373,6 +392,11 @@ class Dynamics(nn.Module):
             maps = u.flatten(0, 1).transpose(1, 2).unflatten(-1, (self.grid, self.grid))
             u = F.adaptive_avg_pool2d(maps, self.feature_grid).flatten(2).transpose(1, 2).unflatten(0, u.shape[:2])
         return u.flatten(2)
+
+
+def _flow(u: Tensor) -> Flow:
+    """The stream that layers carry; by kernels in the precision of their products."""
+    return Flow(u.to(precision(u)) if fused(u) else u)
 
 
 LEVEL_FEATURES = 4

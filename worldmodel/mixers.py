@@ -26,6 +26,7 @@ from worldmodel.attention import (
     Cache,
     Heads,
     Sight,
+    Turned,
     attend,
     attend_far,
     attend_flex,
@@ -40,8 +41,14 @@ from worldmodel.attention import (
     push,
     sight_of,
 )
+from worldmodel.residual import Flow, Residual
 from worldmodel.scan import Stream, scan, scan_query_step, scan_step
 from worldmodel.types import named
+
+try:
+    from worldmodel import gate_triton, heads_triton
+except ModuleNotFoundError:  # builds of torch without CUDA come without Triton
+    gate_triton = heads_triton = None
 
 if TYPE_CHECKING:
     from worldmodel.dynamics import DynamicsConfig
@@ -100,8 +107,8 @@ class Past(NamedTuple):
 class LayerOut(NamedTuple):
     """Of a clip: both streams, the past after it, and after the frames asked for, `(B * M, ...)`."""
 
-    u: Tensor
-    uq: Tensor | None
+    flow: Flow
+    flow_q: Flow | None
     end: Past
     at: Past
 
@@ -116,7 +123,6 @@ class Layer(nn.Module):
         self.attention = Attention(config) if local else None
         hidden = matched_hidden(config, self) if config.matched else 4 * width
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.offset = nn.Parameter(torch.tensor([1.0, 0.0, 1.0] * 3)[:, None].repeat(1, width))  # scale, shift, gate
 
     def initial(self, batch: int, tokens: int, device: torch.device | str) -> Past:
@@ -126,74 +132,66 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        u: Tensor,
+        flow: Flow,
         cond: Tensor,
         first: Tensor,
         past: Past,
-        uq: Tensor | None,
+        flow_q: Flow | None,
         cond_q: Tensor | None,
         at: Tensor | None,
         sight: Sight | None,
     ) -> LayerOut:
-        """u, uq `(B, T, N, W)`; cond, cond_q `(B, T, 1, 9, W)`; sight: of the attention. See Dynamics.forward."""
-        mods = self._mods(cond)
-        mods_q = None if cond_q is None else self._mods(cond_q)
+        """Both streams `(B, T, N, W)`; cond, cond_q `(B, T, 1, 9, W)`; sight: of the attention. See
+        Dynamics.forward."""
+        streams = [Residual(flow, cond, self.offset, clip=True)]
+        if flow_q is not None and cond_q is not None:
+            streams.append(Residual(flow_q, cond_q, self.offset, clip=True))
         mix_end, mix_at, cache_end, cache_at = None, None, None, None
         if self.mix is not None:
             assert past.mix is not None
-            hq = None if uq is None or mods_q is None else self._in(uq, mods_q, 0)
-            y, yq, mix_end, states = self.mix(self._in(u, mods, 0), first, past.mix, hq, at)
+            h, *hq = (stream.into(0) for stream in streams)
+            y, yq, mix_end, states = self.mix(h, first, past.mix, hq[0] if hq else None, at)
             mix_at = None if at is None else states
-            u = self._add(u, y, mods, 0)
-            uq = uq if mods_q is None or uq is None or yq is None else self._add(uq, yq, mods_q, 0)
+            _give(streams, 0, y, yq)
         if self.attention is not None:
             assert past.cache is not None
-            heads = self.attention.heads_of(self._in(u, mods, 1))
-            heads_q = None if uq is None or mods_q is None else self.attention.heads_of(self._in(uq, mods_q, 1))
-            y, yq = self.attention(heads, first, past.cache, heads_q, sight)
-            cache_end = cache_after(heads, first, past.cache, self.attention.reach)
-            if at is not None:
-                kept = Heads(*(v.detach() for v in heads))
-                cache_at = self.attention.cache_at(kept, first, past.cache, at)
-            u = self._add(u, self.attention.out(y.flatten(-2)), mods, 1)
-            if uq is not None and mods_q is not None and yq is not None:
-                uq = self._add(uq, self.attention.out(yq.flatten(-2)), mods_q, 1)
-        u = self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2)
-        if uq is not None and mods_q is not None:
-            uq = self._add(uq, self.mlp(self._in(uq, mods_q, 2)), mods_q, 2)
-        return LayerOut(u, uq, Past(mix_end, cache_end), Past(mix_at, cache_at))
+            h, *hq = (stream.into(1) for stream in streams)
+            y, yq, cache_end, cache_at = self.attention(h, first, past.cache, hq[0] if hq else None, at, sight)
+            _give(streams, 1, y, yq)
+        for stream in streams:
+            stream.give(2, self.mlp(stream.into(2)))
+        flow, *flows_q = (stream.flow for stream in streams)
+        # a gradient that nobody asks for would cost one as large as the clip, of zeros
+        mix_end = None if mix_end is None else mix_end.detach()
+        return LayerOut(flow, flows_q[0] if flows_q else None, Past(mix_end, cache_end), Past(mix_at, cache_at))
 
     def step(self, u: Tensor, cond: Tensor, past: Past) -> tuple[Tensor, Past]:
         """One frame (T = 1) that is remembered."""
-        mods, (state, cache) = self._mods(cond), past
+        stream, (state, cache) = Residual(Flow(u), cond, self.offset), past
         if self.mix is not None and state is not None:
-            y, state = self.mix.step(self._in(u, mods, 0), state)
-            u = self._add(u, y, mods, 0)
+            y, state = self.mix.step(stream.into(0), state)
+            stream.give(0, y)
         if self.attention is not None and cache is not None:
-            heads = self.attention.heads_of(self._in(u, mods, 1))
-            u = self._add(u, self.attention.out(self.attention.step(heads, cache).flatten(-2)), mods, 1)
-            cache = push(cache, heads.k, heads.v, self.attention.reach)
-        return self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2), Past(state, cache)
+            y, cache = self.attention.step(stream.into(1), cache)
+            stream.give(1, y)
+        stream.give(2, self.mlp(stream.into(2)))
+        return stream.flow.u, Past(state, cache)
 
     def peek(self, u: Tensor, cond: Tensor, past: Past) -> Tensor:
         """One frame (T = 1) that is not."""
-        mods = self._mods(cond)
+        stream = Residual(Flow(u), cond, self.offset)
         if self.mix is not None and past.mix is not None:
-            u = self._add(u, self.mix.peek(self._in(u, mods, 0), past.mix), mods, 0)
+            stream.give(0, self.mix.peek(stream.into(0), past.mix))
         if self.attention is not None and past.cache is not None:
-            y = self.attention.step(self.attention.heads_of(self._in(u, mods, 1)), past.cache)
-            u = self._add(u, self.attention.out(y.flatten(-2)), mods, 1)
-        return self._add(u, self.mlp(self._in(u, mods, 2)), mods, 2)
+            stream.give(1, self.attention.step(stream.into(1), past.cache)[0])
+        stream.give(2, self.mlp(stream.into(2)))
+        return stream.flow.u
 
-    def _mods(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """Scale, shift and gate of the three parts, nine times `(B, T, 1, W)`."""
-        return (cond + self.offset).unbind(-2)
 
-    def _in(self, u: Tensor, mods: tuple[Tensor, ...], part: int) -> Tensor:
-        return torch.addcmul(mods[3 * part + 1], self.norm(u), mods[3 * part])
-
-    def _add(self, u: Tensor, y: Tensor, mods: tuple[Tensor, ...], part: int) -> Tensor:
-        return torch.addcmul(u, y, mods[3 * part + 2])
+def _give(streams: list[Residual], part: int, *ys: Tensor | None) -> None:
+    for stream, y in zip(streams, ys, strict=False):  # without a query stream there is none of it either
+        if y is not None:
+            stream.give(part, y)
 
 
 def mixer(config: DynamicsConfig, grid: int, block: int) -> tuple[Mixer | None, bool]:
@@ -276,8 +274,8 @@ class ScanMixer(nn.Module):
         states_at = h.new_zeros(0)
         if out.at is not None:
             states_at = out.at.unflatten(0, (-1, tubes)).transpose(1, 2).flatten(0, 1)
-        y = self._finish(out.y, gate)
-        yq = None if out.query is None or gate_q is None else self._finish(out.query, gate_q)
+        y = self._out(out.y, gate)
+        yq = None if out.query is None or gate_q is None else self._out(out.query, gate_q)
         return y, yq, out.state.unflatten(0, (-1, tubes)), states_at
 
     def step(self, h: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,6 +299,12 @@ class ScanMixer(nn.Module):
             b, c = F.relu(b).square(), F.relu(c).square()
         b, c = ((F.rms_norm(v, (self.size,)) * self.size**-0.5).to(x.dtype) for v in (b, c))
         return Stream(*(self._to_tubes(v) for v in (x, b, c, a))), gate
+
+    def _out(self, y: Tensor, gate: Tensor) -> Tensor:
+        """`_finish` of a clip, by kernels where they fit."""
+        if gate_triton is not None and gate_triton.fit(y):
+            return self.out(gate_triton.gated(y, gate, self.norm.weight, self.side))
+        return self._finish(y, gate)
 
     def _finish(self, y: Tensor, gate: Tensor) -> Tensor:
         y = self._from_tubes(y).flatten(-2).to(gate.dtype)
@@ -360,27 +364,63 @@ class Attention(nn.Module):
         return None
 
     def forward(
-        self, clean: Heads, first: Tensor, cache: Cache, query: Heads | None, sight: Sight | None
+        self, h: Tensor, first: Tensor, cache: Cache, hq: Tensor | None, at: Tensor | None, sight: Sight | None
+    ) -> tuple[Tensor, Tensor | None, Cache, Cache | None]:
+        """A clip in parallel, and a query stream beside it if there is one.
+
+        Args:
+            h, hq: `(B, T, N, W)`, normed tokens. first, cache: see `attend`. sight: of this clip (`sight`).
+            at: `(B, M)`, frames after which the cache is wanted as well.
+
+        Returns:
+            y and yq `(B, T, N, W)`; without gradient, the cache after the clip, and after the frames `at`: k, v
+            `(B * M, ...)`, age `(B * M,)`.
+        """
+        qkv, qkv_q = self._project(h), None if hq is None else self._project(hq)
+        if sight is not None and sight.clean is None:
+            y, yq = self._by_kernels(qkv, cache, sight, qkv_q)
+        else:
+            clean, query = self._heads(qkv), None if qkv_q is None else self._heads(qkv_q)
+            if sight is not None:
+                y, yq = attend_flex(clean, cache, sight, query)
+            elif self.far:
+                y, yq = attend_far(clean, first, cache, self.reach, query, chunk=self.chunk)
+            else:
+                y, yq = attend(clean, first, cache, query, chunk=self.chunk, phases=self.phases)
+        with torch.no_grad():
+            frames = h.shape[1]
+            needed = qkv if at is not None and at.numel() else qkv[:, max(0, frames - self.reach) :]
+            kept, room = self._heads(needed.detach()), Cache(cache.k.detach(), cache.v.detach(), cache.age)
+            end, ats = cache_after(kept, first, room, self.reach), None
+            if at is not None:
+                ats = Cache(*(v.flatten(0, 1) for v in cache_at(kept, first, room, at, self.reach)))
+        return self._finish(y, h), None if yq is None else self._finish(yq, h), end, ats
+
+    def step(self, h: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """One frame `(B, 1, N, W)`: y like it, and the cache after it."""
+        heads = self._heads(self._project(h))
+        y = attend_step(heads, cache, None if self.far else self.phases)
+        return self._finish(y, h), push(cache, heads.k, heads.v, self.reach)
+
+    def _by_kernels(
+        self, qkv: Tensor, cache: Cache, sight: Sight, qkv_q: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """See `attend`."""
-        if sight is not None and sight.clean is not None:
-            return attend_flex(clean, cache, sight, query)
-        if sight is not None:
-            return attend_kernels(clean, cache, sight, self.reach, query, self.chunk)
-        if self.far:
-            return attend_far(clean, first, cache, self.reach, query, chunk=self.chunk)
-        return attend(clean, first, cache, query, chunk=self.chunk, phases=self.phases)
+        assert heads_triton is not None
+        kind, held = precision(qkv), cache.k.shape[1]
+        norms, none = (self.q_norm.weight, self.k_norm.weight), cache.k[:, :0]
+        clean, query = Turned(*heads_triton.turned(qkv, *norms, cache.k, cache.v, sight.phases, kind)), None
+        if qkv_q is not None:
+            query = Turned(*heads_triton.turned(qkv_q, *norms, none, none, sight.phases[held:], kind))
+        return attend_kernels(clean, sight.segment, self.reach, query, self.chunk)
 
-    def step(self, heads: Heads, cache: Cache) -> Tensor:
-        """See `attend_step`."""
-        return attend_step(heads, cache, None if self.far else self.phases)
+    def _project(self, h: Tensor) -> Tensor:
+        """`(B, T, N, W)` to what queries, keys and values are made of, `(B, T, N, 3, H, P)`."""
+        return self.qkv(h).unflatten(-1, (3, self.heads, -1))
 
-    def cache_at(self, clean: Heads, first: Tensor, cache: Cache, at: Tensor) -> Cache:
-        """Caches after the frames `at` `(B, M)`: k, v `(B * M, ...)`, age `(B * M,)`."""
-        return Cache(*(v.flatten(0, 1) for v in cache_at(clean, first, cache, at, self.reach)))
-
-    def heads_of(self, h: Tensor) -> Heads:
-        """`(B, T, N, W)` to queries, keys, values `(B, T, N, H, P)`."""
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+    def _heads(self, qkv: Tensor) -> Heads:
+        q, k, v = qkv.unbind(-3)
         k = self.k_norm(k)
         return Heads(self.q_norm(q), k, v.to(k.dtype))  # under autocast norms are exact, and what is kept is too
+
+    def _finish(self, y: Tensor, h: Tensor) -> Tensor:
+        return self.out(y.flatten(-2).to(h.dtype))

@@ -79,7 +79,6 @@ def scan_kernels(
         `(B, K, H, S, P)`; log decays from a chunk's beginning `(B, H, K * CHUNK)` float32, inclusive; how many
         episodes began in a token's chunk until then, the token included, `(B, K * CHUNK)` int32.
     """
-    skip = state.new_zeros(x.shape[3], 1) if skip is None else skip
     return _scan(x, b, c, a, first, state, skip, exact_states)
 
 
@@ -170,8 +169,8 @@ def _join_kernel(
 
 @triton.jit
 def _output_kernel(
-    x, b, c, cum, episode, states, skip, y, length, chunks, heads, P: tl.constexpr, S: tl.constexpr,
-    CHUNK: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    x, b, c, cum, episode, states, skip, y, length, chunks, heads, SKIPS: tl.constexpr, P: tl.constexpr,
+    S: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of a chunk, of all heads."""
     k, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
@@ -185,7 +184,6 @@ def _output_kernel(
         decay = tl.load(cum + ((row * heads + h) * chunks + k) * CHUNK + i)
         weight = match * tl.exp(tl.minimum(decay[:, None] - decay[None, :], 0.0))
         since = tl.exp(tl.where(part == 0, decay, float("-inf")))
-        beside = tl.load(skip + h)
         channels = (token * heads + h) * P
         of_head = ((row * chunks + k) * heads + h) * S * P
         for begin in tl.static_range(0, P, HEAD):
@@ -194,14 +192,16 @@ def _output_kernel(
             values = load(x + channels, i, p, heads * P, left, P)
             out = since[:, None] * tl.dot(queries, state, input_precision=PRECISION)
             out += tl.dot(weight.to(values.dtype), values, input_precision=PRECISION)
-            out += beside * values.to(tl.float32)
+            if SKIPS:
+                out += tl.load(skip + h) * values.to(tl.float32)
             store(y + channels, i, p, heads * P, left, P, out)
 
 
 @triton.jit
 def _columns_kernel(
-    x, b, c, cum, episode, skip, dy, after, dx, db, between, dcum, d_skip, length, chunks, heads, P: tl.constexpr,
-    S: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    x, b, c, cum, episode, skip, dy, after, dx, db, between, dcum, d_skip, length, chunks, heads, SKIPS: tl.constexpr,
+    P: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the tokens of a chunk wrote: gradients of x and b, from the gradients `dy` of y and `after` of the state
     after the chunk; and in `d_skip` `(B, K, H)` what they add to that of skip.
@@ -237,7 +237,7 @@ def _columns_kernel(
         d_decay = tl.sum(flow, 0) - tl.sum(flow, 1)
         weight = match * tl.exp(tl.minimum(decay[None, :] - decay[:, None], 0.0))
         until = tl.exp(tl.where(part == cuts, total - decay, float("-inf")))
-        beside, to_skip = tl.load(skip + h), tl.zeros((CHUNK,), tl.float32)
+        to_skip = tl.zeros((CHUNK,), tl.float32)
         kept = tl.zeros((CHUNK,), tl.float32)
         for begin in tl.static_range(0, P, HEAD):
             p = begin + tl.arange(0, HEAD)
@@ -248,12 +248,14 @@ def _columns_kernel(
             written = until[:, None] * tl.dot(keys, d_state, input_precision=PRECISION)
             kept += tl.sum(values * written, 1)
             written += tl.dot(weight.to(d_out.dtype), d_out, input_precision=PRECISION)
-            written += beside * d_out.to(tl.float32)
-            to_skip += tl.sum(values.to(tl.float32) * d_out.to(tl.float32), 1)
+            if SKIPS:
+                written += tl.load(skip + h) * d_out.to(tl.float32)
+                to_skip += tl.sum(values.to(tl.float32) * d_out.to(tl.float32), 1)
             store(dx + channels, i, p, heads * P, left, P, written)
         d_decay += tl.where(i == CHUNK - 1, tl.sum(kept, 0), 0.0) - kept
         tl.store(dcum + sums + i, d_decay)
-        tl.store(d_skip + (row * chunks + k) * heads + h, tl.sum(to_skip, 0))
+        if SKIPS:
+            tl.store(d_skip + (row * chunks + k) * heads + h, tl.sum(to_skip, 0))
     queries = load(c + token * S, i, s, S, left, S)
     seen = (part[:, None] == part[None, :]) & (i[:, None] <= i[None, :])
     d_match = tl.where(seen, d_match, 0.0).to(queries.dtype)
@@ -348,7 +350,7 @@ def _carry(
 
 @torch.library.custom_op("longdream::scan", mutates_args=())
 def _scan(
-    x: Tensor, b: Tensor, c: Tensor, a: Tensor, first: Tensor, state: Tensor, skip: Tensor, exact_states: bool
+    x: Tensor, b: Tensor, c: Tensor, a: Tensor, first: Tensor, state: Tensor, skip: Tensor | None, exact_states: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, b, c, a, state = (v.contiguous() for v in (x, b, c, a, state))
     y, _, states, cum, episode = _scan_shapes(x, b, c, a, first, state, skip, exact_states)
@@ -363,15 +365,15 @@ def _scan(
         )  # fmt: skip
         end = _carry(x, b, cum, episode, state, states, False)
         _output_kernel[grid](
-            x, b, c, cum, episode, states, skip, y, length, chunks, heads, CHUNK=chunk, HEAD=min(HEAD, padded(head)),
-            **_options(x, b, "output"),
+            x, b, c, cum, episode, states, cum if skip is None else skip, y, length, chunks, heads,
+            SKIPS=skip is not None, CHUNK=chunk, HEAD=min(HEAD, padded(head)), **_options(x, b, "output"),
         )  # fmt: skip
     return y, end, states, cum, episode
 
 
 @_scan.register_fake
 def _scan_shapes(
-    x: Tensor, b: Tensor, c: Tensor, a: Tensor, first: Tensor, state: Tensor, skip: Tensor, exact_states: bool
+    x: Tensor, b: Tensor, c: Tensor, a: Tensor, first: Tensor, state: Tensor, skip: Tensor | None, exact_states: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Empty tensors of what comes out."""
     rows, frames, tokens, heads, head = x.shape
@@ -397,7 +399,7 @@ def _scan_backward(
     states: Tensor,
     cum: Tensor,
     episode: Tensor,
-    skip: Tensor,
+    skip: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dy, d_end, x, b, c = (v.contiguous() for v in (dy, d_end, x, b, c))
     rows, chunks, heads, _, head = states.shape
@@ -405,13 +407,13 @@ def _scan_backward(
     dx, db, dc, da = (v.new_empty(v.shape) for v in (x, b, c, a))
     after = torch.empty_like(states, dtype=x.dtype)
     between, dcum = x.new_empty(rows, chunks, chunk, chunk), torch.empty_like(cum)
-    d_skip = cum.new_empty(rows, chunks, x.shape[3])
+    d_skip = cum.new_empty(rows, chunks, 0 if skip is None else x.shape[3])
     grid, channels = (rows * chunks,), min(HEAD, padded(head))
     with torch.cuda.device_of(x), without_wgmma():
         d_begin = _carry(dy, c, cum, episode, d_end, after, True)
         _columns_kernel[grid](
-            x, b, c, cum, episode, skip, dy, after, dx, db, between, dcum, d_skip, length, chunks, heads, CHUNK=chunk,
-            HEAD=channels, **_options(x, b, "columns"),
+            x, b, c, cum, episode, cum if skip is None else skip, dy, after, dx, db, between, dcum, d_skip, length,
+            chunks, heads, SKIPS=skip is not None, CHUNK=chunk, HEAD=channels, **_options(x, b, "columns"),
         )  # fmt: skip
         _rows_kernel[grid](
             b, c, cum, episode, states, dy, after, between, dcum, dc, da, length, chunks, heads, CHUNK=chunk,
@@ -422,7 +424,8 @@ def _scan_backward(
 
 @_scan_backward.register_fake
 def _(dy, d_end, x, b, c, a, states, cum, episode, skip):
-    return tuple(v.new_empty(v.shape) for v in (x, b, c, a, d_end, skip))
+    d_skip = cum.new_empty(0 if skip is None else x.shape[3], 1)
+    return (*(v.new_empty(v.shape) for v in (x, b, c, a, d_end)), d_skip)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -438,7 +441,7 @@ def _gradients(ctx, dy, d_end, *_):
     if d_end is None:
         d_end = x.new_zeros(states[:, 0].shape, dtype=torch.float32)
     dx, db, dc, da, d_begin, d_skip = _scan_backward(dy, d_end, x, b, c, a, states, cum, episode, skip)
-    return dx, db, dc, da, None, d_begin, d_skip, None
+    return dx, db, dc, da, None, d_begin, None if skip is None else d_skip, None
 
 
 _scan.register_autograd(_gradients, setup_context=_keep)

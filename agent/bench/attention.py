@@ -15,6 +15,7 @@ from worldmodel.attention import (
     Cache,
     Heads,
     Sight,
+    Turned,
     attend,
     attend_far,
     attend_flex,
@@ -22,7 +23,9 @@ from worldmodel.attention import (
     attend_reference,
     flex_sight_of,
     kernels,
+    precision,
     sight_of,
+    turned,
 )
 
 ON_CUDA = {"batch": 16, "frames": 256, "tokens": 16, "heads": 8, "head": 64}
@@ -137,7 +140,9 @@ def path_of(path: str, reach: int | None, chunk: int) -> Callable[[Heads, Tensor
                 sights[first.shape] = flex_sight_of(first, cache, far, False, chunk)
             return attend_flex(clean, cache, sights[first.shape])[0]
         if path == "triton":
-            return attend_kernels(clean, cache, sight_of(first, cache), far, None, chunk)[0]
+            segment, phases = sight_of(first, cache)[:2]
+            heads = Turned(*(v.to(precision(v)).contiguous() for v in turned(clean, cache, phases)))
+            return attend_kernels(heads, segment, far, None, chunk)[0].to(clean.v.dtype)
         if reach is None:
             return attend_far(clean, first, cache, first.shape[1])[0]
         return attend(clean, first, cache, None, chunk=chunk)[0]

@@ -6,17 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from worldmodel import residual
 from worldmodel.attention import (
     Cache,
     Heads,
+    Turned,
     attend_kernels,
     attend_reference,
     kernels,
     key_segments,
     precision,
     sight_of,
+    turned,
 )
 from worldmodel.dynamics import Dynamics, DynamicsConfig
+from worldmodel.mixers import gate_triton
 
 ROWS = 3
 # Frames, tokens a frame, heads, channels, window, chunk, cached frames (None: the window's): tiles of 64 tokens that
@@ -52,6 +56,19 @@ def draw(size: tuple, device: str, dtype: torch.dtype) -> tuple[Heads, Heads, Ca
     return clean, query, cache, first.to(device), reach, chunk
 
 
+def by_kernels(
+    clean: Heads, cache: Cache, first: Tensor, reach: int, query: Heads | None, chunk: int
+) -> tuple[Tensor, Tensor | None]:
+    segment, phases = sight_of(first, cache)[:2]
+
+    def given(heads: Heads, cache: Cache | None, phases: Tensor) -> Turned:
+        return Turned(*(v.to(precision(heads.v)).contiguous() for v in turned(heads, cache, phases)))
+
+    own = None if query is None else given(query, None, phases[cache.k.shape[1] :])
+    y, query_y = attend_kernels(given(clean, cache, phases), segment, reach, own, chunk)
+    return y.to(clean.v.dtype), None if query_y is None else query_y.to(clean.v.dtype)
+
+
 def exactly(clean: Heads, query: Heads, cache: Cache) -> tuple[Heads, Heads, Cache]:
     clean, query = (Heads(*(v.detach().double().requires_grad_() for v in part)) for part in (clean, query))
     return clean, query, Cache(*(v.detach().double().requires_grad_() for v in cache[:2]), cache.age)
@@ -74,7 +91,7 @@ def test_kernels_are_the_masked_softmax_in_values_and_gradients(
     inputs = [*clean, *query, *cache[:2]]
     exact = exactly(clean, query, cache)
     exact_inputs = [*exact[0], *exact[1], *exact[2][:2]]
-    got = attend_kernels(clean, cache, sight_of(first, cache), reach, query, chunk)
+    got = by_kernels(clean, cache, first, reach, query, chunk)
     wanted = [attend_reference(exact[0], first, exact[2], stream, chunk, reach) for stream in (None, exact[1])]
     assert got[1] is not None and got[0].dtype == dtype
     cotangents = [torch.randn_like(v) for v in got]
@@ -87,7 +104,7 @@ def test_kernels_are_the_masked_softmax_in_values_and_gradients(
     bound = TOLERANCE[how if kind == torch.float32 else kind]
     for a, b in zip((*got, *grads), (*wanted, *exact_grads), strict=True):
         assert relative(a, b) < bound
-    alone = attend_kernels(clean, cache, sight_of(first, cache), reach, None, chunk)
+    alone = by_kernels(clean, cache, first, reach, None, chunk)
     assert alone[1] is None and torch.equal(alone[0], got[0])
 
 
@@ -103,7 +120,7 @@ def test_what_is_not_seen_has_no_part(device: str) -> None:
             v[:, :9] = 1e4
         cache.k.fill_(1e30)
         cache.v.fill_(1e30)
-    y, query_y = attend_kernels(clean, cache, sight_of(first, cache), reach, query, chunk)
+    y, query_y = by_kernels(clean, cache, first, reach, query, chunk)
     assert query_y is not None
     grads = torch.autograd.grad(y[:, 9:].sum() + query_y[:, 9:].sum(), [*clean, *query, *cache[:2]])
     assert y[:, 9:].isfinite().all() and query_y[:, 9:].isfinite().all()
@@ -116,7 +133,7 @@ def test_no_cotangent_of_one_stream(device: str) -> None:
     clean, query, cache, first, reach, chunk = draw((9, 4, 1, 16, 3, 1, None), device, torch.float32)
     torch.set_float32_matmul_precision("highest")
     exact = exactly(clean, query, cache)
-    got = attend_kernels(clean, cache, sight_of(first, cache), reach, query, chunk)
+    got = by_kernels(clean, cache, first, reach, query, chunk)
     for y, stream in zip(got, (None, exact[1]), strict=True):
         wanted = attend_reference(exact[0], first, exact[2], stream, chunk, reach)
         assert y is not None
@@ -127,10 +144,9 @@ def test_no_cotangent_of_one_stream(device: str) -> None:
 
 def test_the_same_bits_twice(device: str, half: torch.dtype) -> None:
     clean, query, cache, first, reach, chunk = draw((33, 4, 2, 32, 5, 1, None), device, half)
-    sight = sight_of(first, cache)
 
     def run() -> tuple[Tensor, ...]:
-        y, query_y = attend_kernels(clean, cache, sight, reach, query, chunk)
+        y, query_y = by_kernels(clean, cache, first, reach, query, chunk)
         assert query_y is not None
         return torch.autograd.grad(y.float().square().sum() + query_y.float().square().sum(), [*clean, *query])
 
@@ -156,10 +172,10 @@ def test_compiled_and_under_autocast(device: str, half: torch.dtype) -> None:
     """One graph without breaks, the same values and gradients."""
     clean, query, cache, first, reach, chunk = draw((11, 4, 2, 16, 3, 1, None), device, torch.float32)
     torch.set_float32_matmul_precision("highest")
-    inputs, sight = [*clean, *query], sight_of(first, cache)
+    inputs = [*clean, *query]
 
     def loss(*inputs: Tensor) -> Tensor:
-        y, query_y = attend_kernels(Heads(*inputs[:3]), cache, sight, reach, Heads(*inputs[3:]), chunk)
+        y, query_y = by_kernels(Heads(*inputs[:3]), cache, first, reach, Heads(*inputs[3:]), chunk)
         assert query_y is not None and y.dtype == query_y.dtype == torch.float32
         return y.square().sum() + query_y.square().sum()
 
@@ -171,8 +187,9 @@ def test_compiled_and_under_autocast(device: str, half: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("mixer", "together"), [("hybrid", 1), ("causal", 1), ("window", 2)])
 def test_m_takes_them(device: str, mixer: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In both streams and from a state on; what it makes of clips is what the rectangles make of them."""
-    assert kernels is not None
+    """In both streams and from a state on; what it makes of clips by kernels, those around the attention included, is
+    what torch makes of them."""
+    assert kernels is not None and gate_triton is not None and residual.kernels is not None
     if device == "cpu":
         monkeypatch.setattr(kernels, "fit", lambda v, dtype: True)
     torch.set_float32_matmul_precision("highest")
@@ -183,6 +200,8 @@ def test_m_takes_them(device: str, mixer: str, together: int, monkeypatch: pytes
     first[1, 3] = True
     found: list[list[Tensor]] = []
     for path in ("triton", "sdpa"):
+        for other in (gate_triton, residual.kernels):
+            monkeypatch.setattr(other, "fit", lambda v, fits=path == "triton": fits)
         torch.manual_seed(0)
         config = DynamicsConfig(mixer, width=16, heads=2, state_size=8, window=4, frames_together=together)
         m = Dynamics(replace(config, attention=path), 2, 3, 2).to(device)  # type: ignore[arg-type]

@@ -125,6 +125,17 @@ def test_kernels_keep_clips_apart(device: str) -> None:
     assert not any(v[:, :37].any() for v in grads) and all(v.isfinite().all() for v in grads)
 
 
+def test_without_a_skip_it_is_as_with_none_of_x(device: str) -> None:
+    assert kernels is not None
+    inputs, first = draw((70, 2, 2, 16, 16), device, torch.float32)
+    none = torch.zeros_like(inputs[5]).requires_grad_()
+    found = []
+    for skip in (None, none):
+        got = kernels.scan_kernels(*inputs[:4], first, inputs[4], skip)[:2]
+        found.append([*got, *torch.autograd.grad(got, inputs[:5], [torch.ones_like(v) for v in got])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_same_bits_twice(device: str) -> None:
     inputs, first = draw((90, 1, 3, 32, 16), device, torch.float32)
     once, again = (torch.autograd.grad(by_kernels(inputs, first)[0].square().sum(), inputs) for _ in range(2))
