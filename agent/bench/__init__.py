@@ -22,6 +22,7 @@ from agent.bench import (
     remote,
     scan,
     temperature,
+    update,
     world_model,
 )
 from envs.contract import UserError
@@ -39,6 +40,7 @@ BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "remote": remote.measure,
     "scan": scan.measure,
     "temperature": temperature.measure,
+    "update": update.measure,
     "world-model": world_model.measure,
 }
 """Name and function of each measurement: prints what it found, and returns it as JSON values."""

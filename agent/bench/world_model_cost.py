@@ -27,6 +27,28 @@ def recorder(model: WorldModel, device: torch.device) -> type[Graphed] | None:
     return Graphed if fit and dynamics.config.frames_together == 1 else None
 
 
+def random_clips(learner: ClipLearner, count: int, frames: int) -> dict[str, Tensor]:
+    """Latents, actions and first frames (none), such as `update_ms` takes."""
+    dynamics, device = learner.model.dynamics, learner.device
+    z = torch.randn(count, frames, dynamics.tokens, dynamics.channels, device=device).clamp(-1, 1)
+    action = torch.randn(count, frames, dynamics.actions, device=device)
+    return {"z": z, "action": action, "first": torch.zeros(count, frames, dtype=torch.bool, device=device)}
+
+
+def update_ms(learner: ClipLearner, clips: dict[str, Tensor], rounds: int) -> float:
+    """The median of so many: milliseconds of an update of M as in training, its optimiser's step included, V's part
+    not."""
+    model, part = learner.model, learner.parts["model"]
+
+    def learn(fields: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        with learner.half_precision():
+            loss = model.objective.run(model.dynamics, fields["z"], fields["action"], fields["first"], 0).loss
+        return {}, part.step(loss)[0]
+
+    update = learner.recording(learn)
+    return median_ms(lambda: update(clips), learner.device, rounds)
+
+
 def cost_of(learner: ClipLearner, context: int) -> dict[str, Any]:
     """Medians over ROUNDS of milliseconds a frame: `train_ms_per_frame` of an update of M as in training, its
     optimiser's step included and V's part not, on as many clips of `context` frames as `video.frames` holds, at least
@@ -37,19 +59,11 @@ def cost_of(learner: ClipLearner, context: int) -> dict[str, Any]:
     chunk = dynamics.config.frames_together
     context = -(-context // chunk) * chunk
     count = max(1, learner.config.video.frames // context)
-    z = torch.randn(count, context, dynamics.tokens, dynamics.channels, device=device).clamp(-1, 1)
-    action = torch.randn(count, context, dynamics.actions, device=device)
-    first = torch.zeros(count, context, dtype=torch.bool, device=device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-    def learn(fields: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        with learner.half_precision():
-            loss = objective.run(dynamics, fields["z"], fields["action"], fields["first"], 0).loss
-        return {}, learner.parts["model"].step(loss)[0]
-
-    update, fields = learner.recording(learn), {"z": z, "action": action, "first": first}
-    trained = median_ms(lambda: update(fields), device, ROUNDS) / (count * context)
+    clips = random_clips(learner, count, context)
+    trained = update_ms(learner, clips, ROUNDS) / (count * context)
+    z, action, first = clips.values()
     with torch.compiler.set_stance("force_eager"):  # what is compiled is for training
         feat, state = take_in(dynamics, z[:1], action[:1], first[:1])
     ahead = torch.randn(1, FRAMES * chunk, dynamics.actions, device=device)

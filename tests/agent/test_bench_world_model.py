@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from agent import cli
+from agent import cli, options
 from agent.similarity import Similarity
+from worldmodel.dynamics import Dynamics
 
 TINY = {
     "video.size": 16, "video.lengths": [4, 8], "video.frames": 16, "video.context": 4, "video.horizon": 4,
@@ -86,3 +87,20 @@ def test_similarity_of_pictures() -> None:
     np.testing.assert_allclose(same["ssim"], 1, atol=1e-5)
     assert (same["psnr"] == 60).all() and (off["ssim"] < 1).all() and off["ssim"].shape == (2, 3)
     assert "lpips" not in same and similarity.without
+
+
+def test_an_update_of_m_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--settings", json.dumps(TINY), "--clips", "2", "--frames", "8", "--repeats", "3", "--device", "cpu"]
+    assert cli.main(["bench", "update", *size, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["frames_per_s"] == pytest.approx(2 * 8 / found["update_ms"] * 1e3)
+    assert (found["clips"], found["frames"], found["device"], found["peak_bytes"]) == (2, 8, "cpu", None)
+    more = options.update(options.load("video-world-model"), TINY)
+    m = Dynamics(more.worldmodel, more.encoder.grid, more.encoder.channels, 20)
+    assert found["parameters"] == sum(p.numel() for p in m.parameters())
+
+
+def test_an_update_of_chunks_is_of_whole_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.dumps(TINY | {"worldmodel.frames_together": 2})
+    assert cli.main(["bench", "update", "--settings", told, "--frames", "7", "--device", "cpu"]) == 2
+    assert "--frames 7: must be a multiple of worldmodel.frames_together = 2" in capsys.readouterr().err
