@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from worldmodel.attention import Cache, Sight
 from worldmodel.heads import mlp
 from worldmodel.mixers import Layer, Past
-from worldmodel.residual import Flow, fused, precision
+from worldmodel.residual import Flow, fused, product_dtype
 
 
 @dataclass(frozen=True)
@@ -396,7 +396,7 @@ class Dynamics(nn.Module):
 
 def _flow(u: Tensor) -> Flow:
     """The stream that layers carry; by kernels in the precision of their products."""
-    return Flow(u.to(precision(u)) if fused(u) else u)
+    return Flow(u.to(product_dtype(u)) if fused(u) else u)
 
 
 LEVEL_FEATURES = 4

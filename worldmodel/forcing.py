@@ -208,8 +208,7 @@ class Forcing(nn.Module):
         end = None
         if carried:  # in stream one it has seen noised frames, and what is carried has to be clean
             with torch.no_grad():
-                seen = out.state if self.config.stream == "two" else dynamics(z, prev_action, ones, first, state).state
-                end = seen.map(Tensor.detach)
+                end = out.state if self.config.stream == "two" else dynamics(z, prev_action, ones, first, state).state
         return Pass(loss, {"prediction": loss.detach()}, out.feat, clean, at, out.at, end)
 
     def prefixes(self, batch: int, frames: int, chunk: int, starts: int, device: torch.device) -> Tensor:
@@ -398,7 +397,7 @@ class Teacher(nn.Module):
         pred = self._logits(before, prev_action * ~first[..., None], z)
         loss = categorical_nats(pred, z, self.classes).mean()
         assert out.at is not None
-        end = out.state.map(Tensor.detach) if carried else None
+        end = out.state if carried else None
         return Pass(loss, {"prediction": loss.detach()}, out.feat, ones.bool(), at, out.at, end)
 
     def sample(

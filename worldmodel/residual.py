@@ -61,7 +61,7 @@ class Residual:
         assert kernels is not None
         y, gate, opened = (None, at, self.offset[at]) if given is None else given
         offset = torch.cat([opened[None], self.offset[at : at + 2]])
-        u, h = kernels.join(u, y, self.cond[..., gate, :], self.cond[..., at : at + 2, :], offset, precision(u))
+        u, h = kernels.join(u, y, self.cond[..., gate, :], self.cond[..., at : at + 2, :], offset, product_dtype(u))
         self.flow = Flow(u)
         return h
 
@@ -79,7 +79,7 @@ def fused(u: Tensor) -> bool:
     return kernels is not None and kernels.fit(u)
 
 
-def precision(u: Tensor) -> torch.dtype:
-    """Of the matrix products to come."""
+def product_dtype(u: Tensor) -> torch.dtype:
+    """In which matrix products take their operands where u comes in."""
     kind = u.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else u.dtype
