@@ -297,7 +297,9 @@ class ScanMixer(nn.Module):
         b, c = (v.to(exact) for v in (b, c))
         if self.keyed:
             b, c = F.relu(b).square(), F.relu(c).square()
-        b, c = ((F.rms_norm(v, (self.size,)) * self.size**-0.5).to(x.dtype) for v in (b, c))
+        # squared keys may be so small that the norm's smallest divisor counts: let it be the same in every precision
+        least = torch.finfo(torch.float32).eps
+        b, c = ((F.rms_norm(v, (self.size,), eps=least) * self.size**-0.5).to(x.dtype) for v in (b, c))
         return Stream(*(self._to_tubes(v) for v in (x, b, c, a))), gate
 
     def _out(self, y: Tensor, gate: Tensor) -> Tensor:

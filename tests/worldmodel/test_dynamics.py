@@ -19,6 +19,7 @@ KINDS = [
     ("ssm", 2, (1,)),
     ("ssm+local, change", 2, (1,)),
     ("causal", 2, (1,)),
+    ("hybrid, keyed", 2, (1, 2)),
 ]
 
 
@@ -27,6 +28,8 @@ def build(mixer="hybrid", grid=1, blocks=(1,), dtype=torch.float64, **options) -
     shape = {"layers": 2, "width": 21, "heads": 3, "state_size": 5, "window": 3, "chunk": 5}
     if mixer.endswith(", change"):  # predict changes, also by motion, and see latents
         mixer, options = mixer.partition(",")[0], {"change": True, "motion": 7, "see_latents": True} | options
+    if mixer.endswith(", keyed"):
+        mixer, options = mixer.partition(",")[0], {"keyed": True} | options
     config = DynamicsConfig(mixer=mixer, blocks=blocks, **(shape | options))
     model = Dynamics(config, grid, CHANNELS, ACTIONS).to(dtype)
     with torch.no_grad():
