@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from controller.distributions import Distribution, distribution, outputs
-from controller.returns import ReturnScale, lambda_returns
-from controller.types import ControllerConfig
-from worldmodel.dream import Clip, Dream
-from worldmodel.heads import TwoHot, mlp
-from worldmodel.types import Loss
+from longdream.controller.distributions import Distribution, distribution, outputs
+from longdream.controller.returns import ReturnScale, lambda_returns
+from longdream.controller.types import ControllerConfig
+from longdream.worldmodel.dream import Clip, Dream
+from longdream.worldmodel.heads import TwoHot, mlp
+from longdream.worldmodel.types import Loss
 
 
 class ActorCritic(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldmodel.heads import draw
+from longdream.worldmodel.heads import draw
 
 
 def draw_factors(probs: Sequence[Tensor]) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from controller.distributions import Categoricals, likeliest_factors
-from controller.types import ControllerConfig
-from worldmodel.dream import Dream, Dreamer, Starts, imagine
-from worldmodel.types import Loss
+from longdream.controller.distributions import Categoricals, likeliest_factors
+from longdream.controller.types import ControllerConfig
+from longdream.worldmodel.dream import Dream, Dreamer, Starts, imagine
+from longdream.worldmodel.types import Loss
 
 LARGE = 1_000
 """Weights from which on the search keeps a variance for each instead of all covariances: a matrix of them is too

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from controller.actor_critic import ActorCritic
-from controller.distributions import draw_factors, likeliest_factors
-from controller.types import ControllerConfig
-from worldmodel.dream import Clip, Dream, Dreamer, Starts, imagine
-from worldmodel.dynamics import State
-from worldmodel.types import Loss
+from longdream.controller.actor_critic import ActorCritic
+from longdream.controller.distributions import draw_factors, likeliest_factors
+from longdream.controller.types import ControllerConfig
+from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts, imagine
+from longdream.worldmodel.dynamics import State
+from longdream.worldmodel.types import Loss
 
 FLOOR = 0.1
 """What is left of uncertainty: deviation of boxes, and share of a uniform distribution over classes. Without some, the

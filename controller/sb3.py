@@ -18,9 +18,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from controller.types import ControllerConfig
-from worldmodel.dream import Dream, Dreamer, Starts
-from worldmodel.types import Loss
+from longdream.controller.types import ControllerConfig
+from longdream.worldmodel.dream import Dream, Dreamer, Starts
+from longdream.worldmodel.types import Loss
 
 TAKES = {
     spaces.Discrete: "PPO, A2C, DQN",

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from controller.actor_critic import ActorCritic
-from controller.distributions import Categoricals
-from controller.types import ControllerConfig
-from worldmodel.dream import Dreamer
-from worldmodel.dynamics import State
+from longdream.controller.actor_critic import ActorCritic
+from longdream.controller.distributions import Categoricals
+from longdream.controller.types import ControllerConfig
+from longdream.worldmodel.dream import Dreamer
+from longdream.worldmodel.dynamics import State
 
 MOST_ACTIONS = 256
 

@@ -8,9 +8,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from worldmodel.dream import Clip, Dream, Dreamer, Starts
-from worldmodel.dynamics import State
-from worldmodel.types import Loss
+from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts
+from longdream.worldmodel.dynamics import State
+from longdream.worldmodel.types import Loss
 
 
 class Controller(Protocol):

@@ -1,6 +1,6 @@
 """Real worlds and the contract they are seen through. Importing it registers the project's own environments."""
 
-from envs.make import World, register
+from longdream.envs.make import World, register
 
 __all__ = ["World", "register"]
 

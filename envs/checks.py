@@ -20,9 +20,9 @@ from gymnasium.envs.registration import EnvSpec as Registration
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.utils.env_checker import data_equivalence
 
-from envs.contract import EnvError, UserError, env_spec
-from envs.make import World, find
-from envs.text import without_text
+from longdream.envs.contract import EnvError, UserError, env_spec
+from longdream.envs.make import World, find
+from longdream.envs.text import without_text
 
 SEED = 7
 

@@ -179,7 +179,9 @@ def _obs_spec(key: str, space: spaces.Space) -> ObsSpec:
     if isinstance(space, spaces.Tuple):
         raise UserError(f"{where} is a Tuple: use a flat Dict with a name for each entry")
     if isinstance(space, spaces.Text):
-        raise UserError(f"{where} is text, in a vector environment of your own: show envs.text.embed of it, a Box")
+        raise UserError(
+            f"{where} is text, in a vector environment of your own: show longdream.envs.text.embed of it, a Box"
+        )
     if not isinstance(space, spaces.Box):
         mend = "use Box or Discrete, for instance with gymnasium.wrappers.FlattenObservation"
         raise UserError(f"{where} is a {type(space).__name__} space: {mend}")

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from envs.contract import OneCopy
+from longdream.envs.contract import OneCopy
 
 ACTIONS = 5
 PHASES = 7

@@ -10,7 +10,7 @@ import ctypes.util
 import os
 from collections.abc import Callable
 
-from envs.contract import UserError
+from longdream.envs.contract import UserError
 
 EGL_OPENGL_API = 0x30A2
 EGL_PLATFORM_DEVICE = 0x313F

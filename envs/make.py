@@ -21,11 +21,11 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState
 
-from envs.contract import EnvError, Row, UserError, env_spec
-from envs.memory_maze.sizes import SIZES
-from envs.minerl.controls import CONTROLS
-from envs.remote import FAULTS, registration
-from envs.text import without_text
+from longdream.envs.contract import EnvError, Row, UserError, env_spec
+from longdream.envs.memory_maze.sizes import SIZES
+from longdream.envs.minerl.controls import CONTROLS
+from longdream.envs.remote import FAULTS, registration
+from longdream.envs.text import without_text
 
 REPLAYED_STEPS_PER_TIMEOUT = 100  # restoring a copy steps through its episode; it is given a time-out for each so many
 
@@ -34,21 +34,21 @@ def register() -> None:
     """Put the project's environments into Gymnasium's registry; calling it again changes nothing."""
     for name, module in {"Recall": "recall", "Counting": "counting"}.items():
         if (env_id := f"longdream/{name}-v0") not in gym.registry:
-            entry = f"envs.{module}:{name}"
+            entry = f"longdream.envs.{module}:{name}"
             gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv")
     if (env_id := "longdream/Remote-v0") not in gym.registry:
-        gym.register(env_id, entry_point="envs.remote:RemoteEnv")
+        gym.register(env_id, entry_point="longdream.envs.remote:RemoteEnv")
     for size in SIZES:
         if (env_id := f"longdream/MemoryMaze-{size}x{size}-v0") not in gym.registry:
-            gym.register(env_id, entry_point="envs.memory_maze.env:MemoryMazeEnv", kwargs={"size": size})
+            gym.register(env_id, entry_point="longdream.envs.memory_maze.env:MemoryMazeEnv", kwargs={"size": size})
         if (env_id := f"longdream/FastMemoryMaze-{size}x{size}-v0") not in gym.registry:
-            entry = "envs.fast_memory_maze.env:FastMemoryMaze"
+            entry = "longdream.envs.fast_memory_maze.env:FastMemoryMaze"
             gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv", kwargs={"size": size})
     for task in CONTROLS:
         if (env_id := f"longdream/MineRL-{task}-v0") not in gym.registry:
-            gym.register(env_id, entry_point="envs.minerl.env:MineRLEnv", kwargs={"task": task})
+            gym.register(env_id, entry_point="longdream.envs.minerl.env:MineRLEnv", kwargs={"task": task})
     if (env_id := "longdream/Dream-v0") not in gym.registry:
-        entry = "agent.dream_env:Dream"  # a word until somebody makes one: nothing of ours is imported here
+        entry = "longdream.agent.dream_env.env:Dream"  # a name alone: nothing is imported here
         gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv")
 
 

@@ -16,7 +16,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from envs.contract import OneCopy, UserError
+from longdream.envs.contract import OneCopy, UserError
 
 COLOURS = np.array(
     [(230, 30, 30), (30, 200, 50), (40, 80, 250), (245, 220, 30), (220, 40, 220), (30, 220, 225)], dtype=np.uint8

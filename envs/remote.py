@@ -26,8 +26,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec as Registration
 
-from envs import remote_server
-from envs.contract import EnvError, UserError
+from longdream.envs import remote_server
+from longdream.envs.contract import EnvError, UserError
 
 FAULTS = "remote_faults"
 """Key of an info: how many faults this call has survived; "remote_fault" beside it tells of the last."""

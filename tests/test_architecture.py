@@ -49,7 +49,8 @@ def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
 
 def wrong_way(tree: ast.AST, package: str) -> list[str]:
     allowed = MAY_IMPORT[package.split(".")[0]]
-    tops = [(line, name.split(".")[0]) for line, name in imports(tree, package)]
+    names = [(line, name.split(".")) for line, name in imports(tree, f"longdream.{package}")]
+    tops = [(line, parts[1]) for line, parts in names if parts[0] == "longdream" and len(parts) > 1]
     return [f"line {line} imports {top}" for line, top in tops if top in MAY_IMPORT and top not in allowed]
 
 
@@ -95,10 +96,10 @@ def test_imports_point_one_way(package: str) -> None:
 @pytest.mark.parametrize(
     ("package", "source"),
     [
-        ("envs", "import agent.loop"),
-        ("envs", "def f():\n    from worldmodel import scan"),
-        ("worldmodel", "import importlib\nimportlib.import_module('controller.returns')"),
-        ("controller", "if TYPE_CHECKING:\n    from envs.contract import Row"),
+        ("envs", "import longdream.agent.train"),
+        ("envs", "def f():\n    from longdream.worldmodel import scan"),
+        ("worldmodel", "import importlib\nimportlib.import_module('longdream.controller.returns')"),
+        ("controller", "if TYPE_CHECKING:\n    from longdream.envs.contract import Row"),
     ],
 )
 def test_a_wrong_import_is_seen(package: str, source: str) -> None:
@@ -107,14 +108,14 @@ def test_a_wrong_import_is_seen(package: str, source: str) -> None:
 
 def test_relative_imports_stay_in_their_package() -> None:
     tree = ast.parse("from . import walls\nfrom .walls import Wall\nfrom ..make import World\nfrom .. import agent")
-    names = [name for _, name in imports(tree, "envs.maze")]
-    assert names == ["envs.maze.walls", "envs.maze.walls.Wall", "envs.make.World", "envs.agent"]
+    names = [name for _, name in imports(tree, "longdream.envs.maze")]
+    assert names == [f"longdream.envs.{name}" for name in ("maze.walls", "maze.walls.Wall", "make.World", "agent")]
     assert not wrong_way(tree, "envs.maze")
 
 
 def test_importing_envs_is_light() -> None:
     heavy = ["torch", "mujoco", "dm_control", "memory_maze", "labmaze", "numba", "matplotlib", "tensorboard"]
-    code = f"import sys, envs; print(*[name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, longdream.envs; print(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
@@ -145,7 +146,7 @@ def test_unpickling_is_seen(source: str) -> None:
 
 
 def test_no_test_folder_is_a_package() -> None:
-    # tests/agent as a package would be imported as `agent`, in place of the one it tests.
+    # a folder of tests with an __init__.py would be imported by its bare name, in place of a user's own package
     assert sorted((ROOT / "tests").rglob("__init__.py")) == []
 
 
@@ -157,7 +158,7 @@ def test_files_are_short() -> None:
 def test_dependencies_are_those_that_are_imported() -> None:
     trees = [(ast.parse(path.read_text()), package_of(path)) for path in sources(*MAY_IMPORT)]
     names = {name for tree, package in trees for _, name in imports(tree, package)}
-    tops = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - set(MAY_IMPORT)
+    tops = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"longdream"}
     imported = {canonicalize_name(DISTRIBUTION_OF.get(top, top)) for top in tops}
     imported |= {dist for dist, user in NEEDED_BY.items() if any(name.startswith(user) for name in names)}
     assert imported - declared() == set(), "imported but not declared in pyproject.toml"

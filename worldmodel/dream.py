@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from worldmodel.dynamics import State
+from longdream.worldmodel.dynamics import State
 
 
 class Dreamer(Protocol):

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.attention import Cache, Sight
-from worldmodel.heads import mlp
-from worldmodel.mixers import Layer, Past
-from worldmodel.residual import Flow, fused, product_dtype
+from longdream.worldmodel.heads import mlp
+from longdream.worldmodel.kernels.adaln import Flow, fused, product_dtype
+from longdream.worldmodel.kernels.attention import Cache, Sight
+from longdream.worldmodel.mixers.base import Layer, Past
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class DynamicsConfig:
     mixer: str = "hybrid"
     """hybrid: scan and frame-local attention. window: frame-local attention alone, so nothing older than it is
     remembered. ssm, ssm+local, causal, or a dotted path `package.module:Class` to a Mixer of your own: see
-    worldmodel/mixers.py."""
+    worldmodel/mixers/base.py."""
     layers: int = 2
     width: int = 64
     heads: int = 4

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.heads import draw as sample
-from worldmodel.heads import symexp, symlog
-from worldmodel.types import Loss
+from longdream.worldmodel.heads import draw as sample
+from longdream.worldmodel.heads import symexp, symlog
+from longdream.worldmodel.types import Loss
 
 
 class Observed(Protocol):

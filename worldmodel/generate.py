@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from worldmodel.dynamics import Dynamics, State
-from worldmodel.forcing import Forcing, Objective, schedule
+from longdream.worldmodel.dynamics import Dynamics, State
+from longdream.worldmodel.objectives.base import Forcing, Objective, schedule
 
 ORDERS = ("full", "pyramid", "autoregressive")
 Step = Callable[[Tensor, State, Tensor], tuple[Tensor, Tensor, State]]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.types import Loss
+from longdream.worldmodel.types import Loss
 
 
 def symlog(x: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from worldmodel import dream
-from worldmodel.dream import Clip, Starts
-from worldmodel.dynamics import Dynamics, DynamicsConfig, State
-from worldmodel.encoder import Encoder, EncoderConfig, Observed
-from worldmodel.forcing import Flow, ForcingConfig, Mask, Objective, Pass, Teacher
-from worldmodel.heads import Consequence
-from worldmodel.types import Batch, Loss, named
+from longdream.worldmodel import dream
+from longdream.worldmodel.dream import Clip, Starts
+from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig, State
+from longdream.worldmodel.encoder import Encoder, EncoderConfig, Observed
+from longdream.worldmodel.heads import Consequence
+from longdream.worldmodel.objectives.base import Flow, ForcingConfig, Mask, Objective, Pass, Teacher
+from longdream.worldmodel.types import Batch, Loss, named
 
 
 @dataclass(frozen=True)

@@ -8,24 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from agent import options
-from agent.bench import (
-    act,
-    attention,
-    controllers,
-    dream,
-    fidelity,
-    loop,
-    maze,
-    memory_maze,
-    objectives,
-    remote,
-    scan,
-    temperature,
-    update,
-    world_model,
-)
-from envs.contract import UserError
+from longdream.agent.bench.agents import act, controllers, dream, loop, temperature
+from longdream.agent.bench.envs import fidelity, maze, memory_maze, remote
+from longdream.agent.bench.model import attention, objectives, scan, update, world_model
+from longdream.agent.config import options
+from longdream.envs.contract import UserError
 
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "act": act.measure,

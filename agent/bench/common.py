@@ -13,9 +13,9 @@ from typing import Literal
 
 import torch
 
-from agent import options
-from agent.config import Config
-from agent.learner import resolve_device
+from longdream.agent.config import options
+from longdream.agent.config.schema import Config
+from longdream.agent.core.learner import resolve_device
 
 Device = Literal["auto", "cpu", "cuda"]
 MB = 1 << 20

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from envs.contract import UserError
+import longdream
+from longdream.envs.contract import UserError
 
 
 def finished(out: Path, name: str, command: Sequence[str]) -> dict[str, Any]:
@@ -28,10 +29,10 @@ def finished(out: Path, name: str, command: Sequence[str]) -> dict[str, Any]:
             what = ["train", "--resume", f"runs/{name}"]
         elif folder.exists():
             folder.rename(next(p for i in range(1, 1000) if not (p := folder.with_name(f"{name}.cut-{i}")).exists()))
-        root = str(Path(__file__).resolve().parents[2])  # importable from `out` too, where it is not installed
+        root = str(Path(longdream.__file__).resolve().parents[1])  # where it is not installed
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
         with open(log, "a") as file:
-            line = [sys.executable, "-m", "agent.cli", *what]
+            line = [sys.executable, "-m", "longdream", *what]
             code = subprocess.run(line, cwd=out, env=environment, stdout=file, stderr=file).returncode
         if code != 0:
             last = log.read_text().strip().rpartition("\n")[2]

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from envs.fast_memory_maze.dialect import digest, load
-from envs.fast_memory_maze.scene import SAMPLES, SPHERE_NUMBERS
+from longdream.envs.fast_memory_maze.dialect import digest, load
+from longdream.envs.fast_memory_maze.scene import SAMPLES, SPHERE_NUMBERS
 
 # No number is ever NaN here, divisions by zero are guarded, and sums may be taken in any order.
 compiled = partial(njit, error_model="numpy", fastmath=True, nogil=True)

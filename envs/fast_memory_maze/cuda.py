@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from envs.fast_memory_maze.dialect import load
-from envs.fast_memory_maze.scene import SAMPLES
-from envs.fast_memory_maze.scene import SPHERE_NUMBERS as _SPHERE_NUMBERS
+from longdream.envs.fast_memory_maze.dialect import load
+from longdream.envs.fast_memory_maze.scene import SAMPLES
+from longdream.envs.fast_memory_maze.scene import SPHERE_NUMBERS as _SPHERE_NUMBERS
 
 SPHERE_NUMBERS = tl.constexpr(_SPHERE_NUMBERS)
 RIGHT_0, RIGHT_1, RIGHT_2, RIGHT_3 = (tl.constexpr(right) for right, _ in SAMPLES)

@@ -14,11 +14,11 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from envs.contract import OneCopy, UserError
-from envs.fast_memory_maze import scene
-from envs.fast_memory_maze.mazes import COLOURS, Mazes
-from envs.fast_memory_maze.textures import texels
-from envs.memory_maze.sizes import ACTIONS, RENDER_SIDE, SIZES, check_options
+from longdream.envs.contract import OneCopy, UserError
+from longdream.envs.fast_memory_maze import scene
+from longdream.envs.fast_memory_maze.mazes import COLOURS, Mazes
+from longdream.envs.fast_memory_maze.textures import texels
+from longdream.envs.memory_maze.sizes import ACTIONS, RENDER_SIDE, SIZES, check_options
 
 BYTES_PER_PIXEL = 16  # of the observation, its copy and what drawing it needs
 
@@ -53,7 +53,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
     Args:
         num_envs: copies.
         size, probes, camera_resolution, top_camera, good_visibility, control_freq, randomize_colors, render_mode: as
-            of the original, envs.memory_maze.env.MemoryMazeEnv.
+            of the original, longdream.envs.memory_maze.env.MemoryMazeEnv.
         device: "cpu", or "cuda" or "cuda:1" and so on (which needs Triton, as CUDA builds of torch bring it).
 
     Raises:
@@ -343,10 +343,10 @@ def _device(name: str) -> torch.device:
 
 def _backend(device: torch.device) -> Any:
     if device.type == "cpu":
-        from envs.fast_memory_maze import cpu
+        from longdream.envs.fast_memory_maze import cpu
 
         return cpu
-    from envs.fast_memory_maze import cuda
+    from longdream.envs.fast_memory_maze import cuda
 
     return cuda
 

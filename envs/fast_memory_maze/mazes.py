@@ -9,9 +9,9 @@ from functools import partial
 import labmaze
 import numpy as np
 
-from envs.fast_memory_maze.scene import WALL
-from envs.fast_memory_maze.textures import CORRIDOR, ROOM, WALLS
-from envs.memory_maze.sizes import SIZES
+from longdream.envs.fast_memory_maze.scene import WALL
+from longdream.envs.fast_memory_maze.textures import CORRIDOR, ROOM, WALLS
+from longdream.envs.memory_maze.sizes import SIZES
 
 COLOURS = np.array(
     [(170, 38, 30), (99, 170, 88), (39, 140, 217), (93, 105, 199), (220, 193, 59), (220, 128, 107)]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from envs.fast_memory_maze.dialect import load
-from envs.fast_memory_maze.scene import SAMPLES, SPHERE_NUMBERS
+from longdream.envs.fast_memory_maze.dialect import load
+from longdream.envs.fast_memory_maze.scene import SAMPLES, SPHERE_NUMBERS
 
 
 @cache

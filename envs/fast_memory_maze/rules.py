@@ -7,7 +7,7 @@ see dialect.py. The body's equations are body.py's.
 # ruff: noqa: F821  -- where, substep, ... are given by the dialect
 # pyright: reportUndefinedVariable=false
 
-from envs.fast_memory_maze.scene import CELL, SPHERE_NUMBERS, TARGET_RADIUS, WALL
+from longdream.envs.fast_memory_maze.scene import CELL, SPHERE_NUMBERS, TARGET_RADIUS, WALL
 
 TOUCH = 0.8  # m, of centres: ball 0.2 and target 0.6
 HEAD_ABOVE, HEAD_RADIUS, HEAD_HALF = 0.33, 0.1, 0.06  # an upright cylinder, above the ball's centre

@@ -12,7 +12,7 @@ Everything here is written in functions of numbers that hold for many pixels at 
 # ruff: noqa: F821  -- where, sqrt, ... are given by the dialect
 # pyright: reportUndefinedVariable=false
 
-from envs.fast_memory_maze.scene import SPHERE_NUMBERS, WALL
+from longdream.envs.fast_memory_maze.scene import SPHERE_NUMBERS, WALL
 
 AMBIENT = 0.3
 DIFFUSE = 0.6

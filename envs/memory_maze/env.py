@@ -14,12 +14,12 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
-from envs import gl
-from envs.contract import UserError
-from envs.memory_maze.sizes import ACTIONS, RENDER_SIDE, check_options
+from longdream.envs import gl
+from longdream.envs.contract import UserError
+from longdream.envs.memory_maze.sizes import ACTIONS, RENDER_SIDE, check_options
 
 if TYPE_CHECKING:
-    from envs.memory_maze.simulation import Simulation
+    from longdream.envs.memory_maze.simulation import Simulation
 
 
 class MemoryMazeEnv(gym.Env):
@@ -116,7 +116,7 @@ def simulation_class(draws: bool = True) -> type[Simulation]:
         gl.choose()
     with upstream_imports():
         try:
-            from envs.memory_maze.simulation import Simulation
+            from longdream.envs.memory_maze.simulation import Simulation
         except (ImportError, RuntimeError, AttributeError) as error:
             raise UserError(f"Memory Maze cannot be imported: {' '.join(str(error).split())}") from error
     return Simulation

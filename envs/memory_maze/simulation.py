@@ -29,8 +29,8 @@ from dm_control.locomotion.arenas import labmaze_textures
 from dm_control.mujoco import Camera
 from memory_maze import maze as upstream
 
-from envs.contract import UserError
-from envs.memory_maze.sizes import ACTION_CONTROLS, SIZES
+from longdream.envs.contract import UserError
+from longdream.envs.memory_maze.sizes import ACTION_CONTROLS, SIZES
 
 CELL = 2.0
 """Side of a cell in metres."""

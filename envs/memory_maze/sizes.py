@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from envs.contract import UserError
+from longdream.envs.contract import UserError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from gymnasium import spaces
 
-from envs.contract import UserError
-from envs.minerl.controls import NONE, Controls
+from longdream.envs.contract import UserError
+from longdream.envs.minerl.controls import NONE, Controls
 
 Kind = Literal["flat", "factored", "vpt"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from envs.contract import UserError
-from envs.remote import Enum
+from longdream.envs.contract import UserError
+from longdream.envs.remote import Enum
 
 NONE = "none"
 """The word of a choice that does nothing."""

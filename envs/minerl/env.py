@@ -15,11 +15,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from envs.contract import UserError
-from envs.images import resize_area
-from envs.minerl.actions import action_set
-from envs.minerl.controls import CONTROLS, Controls
-from envs.remote import Enum, RemoteEnv
+from longdream.envs.contract import UserError
+from longdream.envs.images import resize_area
+from longdream.envs.minerl.actions import action_set
+from longdream.envs.minerl.controls import CONTROLS, Controls
+from longdream.envs.remote import Enum, RemoteEnv
 
 PYTHON = "LONGDREAM_MINERL_PYTHON"
 """The variable that names the interpreter which has MineRL."""
@@ -44,7 +44,7 @@ class MineRLEnv(gym.Env):
     buttons as one-hots, the compass' angle as sine and cosine. `names` says what stands where.
 
     Args:
-        task: one of envs.minerl.controls.CONTROLS.
+        task: one of longdream.envs.minerl.controls.CONTROLS.
         python: the interpreter that has MineRL; "": the environment variable LONGDREAM_MINERL_PYTHON.
         actions: flat, factored or vpt (docs/minerl.md lists them).
         size: side of the image.

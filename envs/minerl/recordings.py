@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from envs.contract import UserError
-from envs.minerl.controls import HUMAN
+from longdream.envs.contract import UserError
+from longdream.envs.minerl.controls import HUMAN
 
 KEYBOARD = {
     "w": "forward",

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from agent import loop, offline, options
+from longdream.agent.config import options
+from longdream.agent.data import npz_episodes as offline
+from longdream.agent.train import online as loop
 
 
 class Cramped:

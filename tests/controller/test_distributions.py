@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import distributions as reference
 
-from controller.distributions import BoundedNormal, Categoricals, distribution, outputs
+from longdream.controller.distributions import BoundedNormal, Categoricals, distribution, outputs
 
 PARTS = [(2,), (5,), (3, 2), (2, 4, 3)]
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from controller import evolution
-from controller.evolution import Evolution
-from controller.types import ControllerConfig, EvolutionConfig, Improving
-from worldmodel.dream import Starts
+from longdream.controller import evolution
+from longdream.controller.evolution import Evolution
+from longdream.controller.types import ControllerConfig, EvolutionConfig, Improving
+from longdream.worldmodel.dream import Starts
 
 CONFIG = ControllerConfig(gamma=0.9)
 

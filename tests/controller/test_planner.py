@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from controller.planner import Planner
-from controller.types import ControllerConfig, PlannerConfig, Planning
+from longdream.controller.planner import Planner
+from longdream.controller.types import ControllerConfig, PlannerConfig, Planning
 
 CONFIG = ControllerConfig(hidden=32, layers=1, bins=81, gamma=0.9)
 

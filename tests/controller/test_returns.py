@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller import returns
-from controller.returns import ReturnScale, lambda_returns
+from longdream.controller import returns
+from longdream.controller.returns import ReturnScale, lambda_returns
 
 sizes, seeds = st.integers(1, 12), st.integers(0, 2**31)
 

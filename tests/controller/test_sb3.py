@@ -9,9 +9,9 @@ from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
-from controller.sb3 import DreamVec, StableBaselines, _space, encode
-from controller.types import ControllerConfig, Improving, Sb3Config
-from worldmodel.dream import Starts
+from longdream.controller.sb3 import DreamVec, StableBaselines, _space, encode
+from longdream.controller.types import ControllerConfig, Improving, Sb3Config
+from longdream.worldmodel.dream import Starts
 
 CONFIG = ControllerConfig(gamma=0.9, horizon=8)
 QUICK = {"n_epochs": 4, "batch_size": 64, "learning_rate": 3e-3, "ent_coef": 0.01}
@@ -143,7 +143,7 @@ def test_bad_input(algorithm, parts, options: dict, problem: str) -> None:
 
 
 def test_what_takes_which_actions_is_said_truly() -> None:
-    from controller.sb3 import TAKES
+    from longdream.controller.sb3 import TAKES
 
     for space, names in TAKES.items():
         parts = {"Discrete": (2,), "MultiDiscrete": (2, 3), "Box": ()}[space.__name__]

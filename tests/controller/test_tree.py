@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from controller.tree import MOST_ACTIONS, Tree, halving
-from controller.types import ControllerConfig, Planning, TreeConfig
+from longdream.controller.tree import MOST_ACTIONS, Tree, halving
+from longdream.controller.types import ControllerConfig, Planning, TreeConfig
 
 CONFIG = ControllerConfig(hidden=32, layers=1, bins=81, gamma=0.9, unimix=0.0)
 
@@ -56,7 +56,7 @@ def random_world(places, states: int, actions: int):
 def test_counts_and_means_are_those_of_the_edges_below(places) -> None:
     """Every tree of a batch, walked by hand: visits add up, children lie where dreaming leads, and the sums are the
     returns of what was dreamt through each edge."""
-    from controller.tree import Search
+    from longdream.controller.tree import Search
 
     torch.manual_seed(3)
     world, after, reward, cont = random_world(places, 7, 3)

@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-from envs.remote import RemoteEnv
+from longdream.envs.remote import RemoteEnv
 
 # Old gym's interface without old gym: `seed`, reset -> obs, 4-tuples, render(mode). Spaces are known by their classes'
 # names. Actions: 1 ends the episode, 2 runs into its time limit, others misbehave.

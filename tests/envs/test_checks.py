@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from envs.checks import check
-from envs.contract import UserError
+from longdream.envs.checks import check
+from longdream.envs.contract import UserError
 
 
 class Right(gym.Env):

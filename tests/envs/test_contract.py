@@ -8,7 +8,7 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, create_empty_array, iterate
 
-from envs.contract import ActionSpec, EnvError, EnvSpec, ObsSpec, UserError, env_spec
+from longdream.envs.contract import ActionSpec, EnvError, EnvSpec, ObsSpec, UserError, env_spec
 
 N = 4
 ACTIONS = [
@@ -136,7 +136,7 @@ REFUSED = {
     "tuple": (spaces.Tuple([spaces.Discrete(2)]), "flat Dict"),
     "bits": (spaces.MultiBinary(4), "FlattenObservation"),
     "many": (spaces.MultiDiscrete([2, 2]), "FlattenObservation"),
-    "text": (spaces.Text(5), "show envs.text.embed of it"),
+    "text": (spaces.Text(5), "show longdream.envs.text.embed of it"),
     "bool": (spaces.Box(0, 1, (3,), np.bool_), "float or integer"),
 }
 

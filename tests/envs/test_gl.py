@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from envs import gl
-from envs.contract import UserError
+from longdream.envs import gl
+from longdream.envs.contract import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def chosen(**environment: str) -> tuple[str, str]:
     """What `choose` says in an environment without other variables about OpenGL, and MUJOCO_GL then."""
-    code = "import os\nfrom envs import gl\nfrom envs.contract import UserError\n"
+    code = "import os\nfrom longdream.envs import gl\nfrom longdream.envs.contract import UserError\n"
     code += "try: print(gl.choose(), os.environ['MUJOCO_GL'])\nexcept UserError as error: print('UserError', error)"
     clean = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
     done = subprocess.run(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from envs.images import resize_area
+from longdream.envs.images import resize_area
 
 
 def slow(image: np.ndarray, height: int, width: int) -> np.ndarray:

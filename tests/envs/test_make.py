@@ -8,12 +8,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-import envs
-from envs import World
-from envs.contract import EnvError, UserError
-from envs.counting import CountingVecEnv
-from envs.make import derive_seed
-from envs.recall import RecallVecEnv
+import longdream.envs as envs
+from longdream.envs import World
+from longdream.envs.contract import EnvError, UserError
+from longdream.envs.counting import CountingVecEnv
+from longdream.envs.make import derive_seed
+from longdream.envs.recall import RecallVecEnv
 
 # Acts up when told: action 1 raises, 2 hangs, 3 ends the process, 4 ends the episode. Workers import it by its name.
 FAULTY = """

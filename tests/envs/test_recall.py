@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import envs  # noqa: F401  (registers)
-from envs.contract import UserError
-from envs.recall import RecallEnv, RecallVecEnv, chance_and_optimum
+import longdream.envs as envs  # noqa: F401  (registers)
+from longdream.envs.contract import UserError
+from longdream.envs.recall import RecallEnv, RecallVecEnv, chance_and_optimum
 
 WALK = 0
 

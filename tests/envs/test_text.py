@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from agent import options
-from agent.agent import Agent
-from envs.checks import check
-from envs.contract import UserError, env_spec
-from envs.make import World
-from envs.text import SIZE, embed
+from longdream.agent.config import options
+from longdream.agent.core.agent import Agent
+from longdream.envs.checks import check
+from longdream.envs.contract import UserError, env_spec
+from longdream.envs.make import World
+from longdream.envs.text import SIZE, embed
 
 WORDS = ("fetch the red key", "fetch the blue key", "open the door")
 
@@ -73,7 +73,7 @@ def test_texts_differ_by_their_words_and_by_their_order() -> None:
 
 
 def test_it_is_the_same_in_another_process() -> None:
-    code = f"from envs.text import embed; print(embed({WORDS[0]!r}).tolist())"
+    code = f"from longdream.envs.text import embed; print(embed({WORDS[0]!r}).tolist())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.strip() == str(embed(WORDS[0]).tolist())
 
@@ -106,5 +106,5 @@ def test_an_agent_takes_it_in() -> None:
 
 
 def test_a_space_of_text_by_itself_tells_what_to_do() -> None:
-    with pytest.raises(UserError, match=r"is text, .* show envs.text.embed of it"):
+    with pytest.raises(UserError, match=r"is text, .* show longdream.envs.text.embed of it"):
         env_spec(spaces.Text(5), spaces.Discrete(2))

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from worldmodel.scan import kernels
+from longdream.worldmodel.kernels.scan import kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WHERE = [

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from envs.contract import ObsSpec
-from worldmodel.dynamics import DynamicsConfig
-from worldmodel.encoder import EncoderConfig
-from worldmodel.forcing import ForcingConfig, Pass
-from worldmodel.model import HeadsConfig, WorldModel
-from worldmodel.types import Batch
+from longdream.envs.contract import ObsSpec
+from longdream.worldmodel.dynamics import DynamicsConfig
+from longdream.worldmodel.encoder import EncoderConfig
+from longdream.worldmodel.model import HeadsConfig, WorldModel
+from longdream.worldmodel.objectives.base import ForcingConfig, Pass
+from longdream.worldmodel.types import Batch
 
 B, T, A = 3, 12, 4
 

@@ -4,8 +4,8 @@ code: that is torch's own affair.)"""
 import pytest
 import torch
 
-from worldmodel.dynamics import Dynamics, DynamicsConfig
-from worldmodel.forcing import Flow, ForcingConfig
+from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig
+from longdream.worldmodel.objectives.base import Flow, ForcingConfig
 
 
 @pytest.mark.parametrize(

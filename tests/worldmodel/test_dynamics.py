@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worldmodel.dynamics import Dynamics, DynamicsConfig, Output, State
+from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig, Output, State
 
 BATCH, FRAMES, CHANNELS, ACTIONS = 3, 13, 5, 3
 # Mixer, token grid, scan blocks: every arrangement of tokens into scans, and none; sizes are odd where they may be.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worldmodel.encoder import Encoder, EncoderConfig, RunningScale
+from longdream.worldmodel.encoder import Encoder, EncoderConfig, RunningScale
 
 
 class Spec(NamedTuple):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from worldmodel.dynamics import Dynamics, DynamicsConfig, State
-from worldmodel.forcing import Flow, ForcingConfig, Mask, Teacher
-from worldmodel.generate import Step, generate, slope, take_in
+from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig, State
+from longdream.worldmodel.generate import Step, generate, slope, take_in
+from longdream.worldmodel.objectives.base import Flow, ForcingConfig, Mask, Teacher
 
 ACTIONS, CHANNELS = 2, 6
 

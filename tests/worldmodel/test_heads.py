@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worldmodel.heads import Consequence, Gated, TwoHot, mlp, symexp, symlog
+from longdream.worldmodel.heads import Consequence, Gated, TwoHot, mlp, symexp, symlog
 
 numbers = st.floats(-(2.0**23), 2.0**23, width=32)
 

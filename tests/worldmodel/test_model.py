@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldmodel.dream import Starts, imagine
-from worldmodel.dream import follow as follow_features
-from worldmodel.dynamics import DynamicsConfig, State
-from worldmodel.encoder import EncoderConfig
-from worldmodel.forcing import Flow, ForcingConfig, Mask, Teacher
-from worldmodel.model import HeadsConfig, WorldModel, objective_class
-from worldmodel.types import Batch
+from longdream.worldmodel.dream import Starts, imagine
+from longdream.worldmodel.dream import follow as follow_features
+from longdream.worldmodel.dynamics import DynamicsConfig, State
+from longdream.worldmodel.encoder import EncoderConfig
+from longdream.worldmodel.model import HeadsConfig, WorldModel, objective_class
+from longdream.worldmodel.objectives.base import Flow, ForcingConfig, Mask, Teacher
+from longdream.worldmodel.types import Batch
 
 
 class Spec(NamedTuple):
@@ -219,7 +219,7 @@ def test_batches_out_of_arrays() -> None:
 
 OWN = '''
 import torch
-from worldmodel.forcing import Pass
+from longdream.worldmodel.objectives.base import Pass
 
 class Still(torch.nn.Module):
     """Expects that nothing changes."""
@@ -259,12 +259,12 @@ def test_an_objective_of_ones_own(tmp_path, monkeypatch) -> None:
 
 def test_objectives_by_name() -> None:
     assert [objective_class(name) for name in ("flow", "mask", "teacher")] == [Flow, Mask, Teacher]
-    assert objective_class("worldmodel.forcing:Mask") is Mask
+    assert objective_class("longdream.worldmodel.objectives.base:Mask") is Mask
     for name, hint in [
         ("fow", "flow, mask, teacher"),
         ("worldmodel.forcing", "package.module:Class"),
         ("worldmodel.nowhere:Flow", "worldmodel.nowhere"),
-        ("worldmodel.forcing:Fow", "Fow"),
+        ("longdream.worldmodel.objectives.base:Fow", "Fow"),
     ]:
         with pytest.raises(ValueError, match=f"forcing.objective = {name}.*{hint}"):
             objective_class(name)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from worldmodel.forcing import draw_frames
-from worldmodel.model import start_weight
-from worldmodel.types import Batch
+from longdream.worldmodel.model import start_weight
+from longdream.worldmodel.objectives.base import draw_frames
+from longdream.worldmodel.types import Batch
 
 
 def batch(reward: list[list[float]], first: list[list[int]]) -> Batch:
@@ -47,8 +47,8 @@ def test_frames_are_drawn_in_proportion() -> None:
 @pytest.mark.parametrize("objective", ["flow", "mask", "teacher"])
 @pytest.mark.parametrize("stream", ["one", "two"])
 def test_every_objective_begins_where_it_is_asked_to(objective: str, stream: str) -> None:
-    from worldmodel.dynamics import Dynamics, DynamicsConfig
-    from worldmodel.forcing import Flow, ForcingConfig, Mask, Teacher
+    from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig
+    from longdream.worldmodel.objectives.base import Flow, ForcingConfig, Mask, Teacher
 
     torch.manual_seed(0)
     dynamics, config = Dynamics(DynamicsConfig(width=16, heads=2), 1, 8, 2), ForcingConfig(objective, stream)

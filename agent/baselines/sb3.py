@@ -1,0 +1,299 @@
+"""Model-free algorithms of Stable-Baselines3 in the real environment: the rows to compare dreams with."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from longdream.agent.config.schema import EnvConfig
+from longdream.agent.dream_env.spaces import action_space, observation_space
+from longdream.agent.evaluation.policy import WatchedWorld, make_world, play
+from longdream.agent.run import folder as run
+from longdream.agent.run.logger import Logger
+from longdream.agent.run.metrics import Window
+from longdream.agent.run.signals import Signals
+from longdream.controller.sb3 import encode
+from longdream.envs.contract import EnvSpec, Row, UserError
+
+SAVE_SECONDS = 60.0
+ROLLOUT = 2048
+"""Real steps between updates of an on-policy algorithm, over all copies, at most."""
+SHOW = ("train/return", "evaluate/return_mean")
+
+
+def baseline(
+    env: str = "longdream/Recall-v0",
+    algo: str = "stable_baselines3:PPO",
+    steps: int = 20_000,
+    seed: int = 0,
+    name: str | None = None,
+    copies: int = 8,
+    env_kwargs: dict[str, Any] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    evaluate_every: int = 2_000,
+    episodes: int = 50,
+    final_episodes: int = 200,
+) -> dict[str, Any]:
+    """Train a model-free algorithm in the real environment, logged and evaluated as `longdream train` does it.
+
+    Observations and actions are those that an agent would get. The folder holds metrics.jsonl, tensorboard/,
+    summary.json and controller.zip, in SB3's own format, saved every minute. It cannot be resumed.
+
+    examples
+      longdream baseline --env CartPole-v1 --steps 25000
+      longdream baseline --env longdream/Recall-v0 --env_kwargs '{"corridor": 12}' --algo sb3_contrib:RecurrentPPO
+      longdream baseline --env Pendulum-v1 --algo stable_baselines3:SAC --kwargs '{"learning_rate": 1e-3}'
+
+    Args:
+        env: id of the environment, or module:Id.
+        algo: the algorithm, package:Class; RecurrentPPO needs the package sb3-contrib.
+        steps: real steps, over all copies.
+        seed: of everything random.
+        name: of the folder below runs/ (default: ALGORITHM-sSEED-1, or -2, ...).
+        copies: environments side by side.
+        env_kwargs: arguments of the environment, as JSON.
+        kwargs: arguments of the algorithm, as JSON; a policy among them as "policy".
+        evaluate_every: real steps between evaluations; 0 for none before the end.
+        episodes: of each of them.
+        final_episodes: of the last.
+
+    Raises:
+        UserError: no such environment or algorithm, one that cannot take the actions, or a folder in use.
+    """
+    for key, value in (
+        ("steps", steps),
+        ("copies", copies),
+        ("episodes", episodes),
+        ("final_episodes", final_episodes),
+    ):
+        if value < 1:
+            raise UserError(f"--{key} {value} must be at least 1")
+    kind = find(algo)
+    config = EnvConfig(id=env, kwargs=env_kwargs or {}, copies=copies)
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        vec = stack.enter_context(RealVec(config, seed, signals))
+        learner = _make(kind, vec, seed, kwargs or {})
+        folder = run.unused(name, kind.__name__, seed)
+        folder.mkdir(parents=True)
+        told = {
+            "env": env,
+            "algo": algo,
+            "steps": steps,
+            "seed": seed,
+            "copies": copies,
+            "env_kwargs": env_kwargs or {},
+        }
+        run.write(folder / "baseline.json", run.to_json(told | {"kwargs": kwargs or {}}, indent=1) + "\n")
+        logger = stack.enter_context(Logger(folder, True, steps, SHOW))
+        logger.note(f"training {kind.__name__} in {folder}, in {env} itself")
+        record = Record(folder, logger, signals, config, seed, evaluate_every, episodes)
+        try:
+            learner.learn(steps, callback=record)
+        finally:
+            learner.save(folder / "controller.zip")
+        logger.note(f"evaluating over {final_episodes} episodes")
+        player = Player(learner, vec.spec)
+        found = play(cast(Any, player), config, final_episodes, seed, "agent", signals=signals)
+        random = play(cast(Any, player), config, final_episodes, seed, "random", signals=signals)
+        summary = found.to_json() | {"random_mean": random.return_mean, "env": env, "seed": seed}
+        wall = round(time.monotonic() - record.began, 1)
+        summary |= {"env_steps": int(learner.num_timesteps), "algo": algo, "wall_s": wall}
+        run.write(folder / "summary.json", run.to_json(summary, indent=1) + "\n")
+    from longdream.agent.cli import report
+
+    report.summary_table(summary | {"policy": f"{kind.__name__}, greedy"})
+    return summary
+
+
+def find(name: str) -> type[BaseAlgorithm]:
+    """The algorithm behind `package:Class`.
+
+    Raises:
+        UserError: there is none.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute or "?")
+    except ModuleNotFoundError as error:
+        raise UserError(f"--algo {name}: {error}; pip install {module.replace('_', '-')} may mend it") from None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--algo {name}: {error}; give package:Class, as stable_baselines3:PPO") from None
+    if not (isinstance(found, type) and issubclass(found, BaseAlgorithm)):
+        raise UserError(f"--algo {name} is no algorithm of Stable-Baselines3")
+    return found
+
+
+def _make(kind: type[BaseAlgorithm], vec: RealVec, seed: int, kwargs: dict[str, Any]) -> BaseAlgorithm:
+    several = isinstance(vec.observation_space, spaces.Dict)
+    # images as plain numbers: SB3's convolutions need 36 pixels and more, which not every environment has
+    policy = ("MultiInput" if several else "Mlp") + ("LstmPolicy" if "Recurrent" in kind.__name__ else "Policy")
+    given = {"policy": policy, "env": vec, "seed": seed, "device": "cpu"}
+    rollout = inspect.signature(kind.__init__).parameters.get("n_steps")
+    if rollout is not None and rollout.default * vec.num_envs > ROLLOUT:  # SB3's defaults are for one environment
+        given["n_steps"] = max(2, ROLLOUT // vec.num_envs)
+    try:
+        make = cast(Any, kind)
+        return make(**given | kwargs)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{kind.__name__} cannot be made for {vec.id}: {' '.join(str(error).split())[:200]}") from None
+
+
+class RealVec(VecEnv):
+    """Copies of a real environment as SB3 wants them: what is over begins anew in the same step. Each copy is a world
+    of its own, since a world's copies begin anew one step later."""
+
+    def __init__(self, config: EnvConfig, seed: int, signals: Signals):
+        self.id, self.worlds = config.id, []
+        try:
+            for i in range(config.copies):
+                single = EnvConfig(id=config.id, kwargs=config.kwargs, timeout_s=config.timeout_s)
+                seeds = np.random.SeedSequence((seed, i)).generate_state(1)
+                self.worlds.append(make_world(WatchedWorld, single, 1, int(seeds[0]), signals))
+                self.worlds[-1].signals = signals
+        except BaseException:
+            self.close()
+            raise
+        self.spec: EnvSpec = self.worlds[0].spec
+        seen = {key: observation_space(spec) for key, spec in self.spec.obs.items()}
+        space = seen["obs"] if seen.keys() == {"obs"} else spaces.Dict(cast(Any, seen))
+        super().__init__(config.copies, space, action_space(self.spec.action))
+
+    def __enter__(self) -> RealVec:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def reset(self) -> Any:
+        return self._seen([world.reset() for world in self.worlds])
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.actions = self.spec.action.encode(actions)
+
+    def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        rows, infos = [], []
+        for world, action in zip(self.worlds, self.actions, strict=True):
+            row, info = world.step(action[None]), {}
+            rows.append(row)
+            if row.terminated[0] or row.truncated[0]:
+                last = self._seen([row])
+                info["terminal_observation"] = {k: v[0] for k, v in last.items()} if isinstance(last, dict) else last[0]
+                info["TimeLimit.truncated"] = bool(row.truncated[0] and not row.terminated[0])
+            infos.append(info)
+        reward = np.array([row.reward[0] for row in rows], np.float32)
+        over = np.array([row.terminated[0] or row.truncated[0] for row in rows])
+        for i in np.flatnonzero(over):
+            rows[i] = self.worlds[i].step(self.actions[i][None])  # the first row of the next episode
+        return self._seen(rows), reward, over, infos
+
+    def _seen(self, rows: Sequence[Row]) -> Any:
+        return seen(self.spec, {key: np.concatenate([row.obs[key] for row in rows]) for key in self.spec.obs})
+
+    def close(self) -> None:
+        for world in self.worlds:
+            world.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name, None)] * self.num_envs
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError(f"{attr_name}: real environments have no attributes to set from here")
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        raise NotImplementedError(f"{method_name}: real environments have no methods to call from here")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False] * self.num_envs
+
+
+def seen(spec: EnvSpec, obs: dict[str, np.ndarray]) -> Any:
+    """Observations as stored, `(n, *shape)` by key, as members of the space that `RealVec` has."""
+    found = {key: value + spec.obs[key].start if value.dtype == np.int64 else value for key, value in obs.items()}
+    return found["obs"] if found.keys() == {"obs"} else found
+
+
+class Played(NamedTuple):
+    """What a player carries: the observation, its recurrent state, and which copies begin an episode."""
+
+    obs: Any
+    state: Any
+    first: np.ndarray
+
+
+class Player:
+    """An SB3 algorithm in the place of an agent, for evaluation."""
+
+    def __init__(self, learner: BaseAlgorithm, spec: EnvSpec):
+        self.learner, self.spec, self.device = learner, spec, torch.device("cpu")
+        self.state: Any = None
+
+    def initial(self, n: int) -> Played:
+        return Played(None, None, np.ones(n, bool))
+
+    def observe(self, carry: Played, row: Row, measure: bool = False) -> tuple[Played, None]:
+        return Played(seen(self.spec, row.obs), carry.state, row.is_first), None
+
+    def act(self, carry: Played, greedy: bool) -> np.ndarray:
+        chosen, self.state = self.learner.predict(carry.obs, carry.state, carry.first, deterministic=greedy)
+        if not self.spec.action.parts:
+            return self.spec.action.encode(chosen).clip(-1, 1)
+        start = np.ravel(self.spec.action.native["start"])
+        flat = chosen.reshape(len(chosen), -1) - start
+        return encode(flat, self.spec.action.parts).numpy()
+
+    def acted(self, carry: Played, action: np.ndarray) -> Played:
+        return carry._replace(state=self.state)
+
+
+class Record(BaseCallback):
+    """What is logged, evaluated and saved while SB3 learns."""
+
+    def __init__(
+        self, folder: Path, logger: Logger, signals: Signals, env: EnvConfig, seed: int, every: int, episodes: int
+    ):
+        super().__init__()
+        self.folder, self.record, self.signals = folder, logger, signals
+        self.env, self.seed, self.every, self.episodes = env, seed, every, episodes
+        self.began = self.saved = time.monotonic()
+        self.evaluated = 0
+        self.window = Window()
+
+    def _on_training_start(self) -> None:
+        self.total, self.length = np.zeros(self.training_env.num_envs), np.zeros(self.training_env.num_envs)
+
+    def _on_step(self) -> bool:
+        self.signals.check()
+        step = self.num_timesteps
+        self.total += self.locals["rewards"]
+        self.length += 1
+        for i in np.flatnonzero(self.locals["dones"]):
+            ended = {"return": float(self.total[i]), "length": float(self.length[i])}
+            self.record.write(step, {f"episode/{key}": value for key, value in ended.items()})
+            self.window.add({f"train/{key}": value for key, value in ended.items()})
+            self.total[i] = self.length[i] = 0
+        if self.every and step // self.every > self.evaluated:
+            self.evaluated = step // self.every
+            spec = cast(RealVec, self.training_env).spec
+            found = play(
+                cast(Any, Player(self.model, spec)), self.env, self.episodes, self.seed, "agent", signals=self.signals
+            )
+            told = {f"evaluate/{k}": getattr(found, k) for k in ("return_mean", "return_std", "length_mean")}
+            self.record.write(step, told | self.window.means() | {"time/wall": time.monotonic() - self.began})
+            self.window = Window()
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.model.save(self.folder / "controller.zip")
+            self.saved = time.monotonic()
+        return True

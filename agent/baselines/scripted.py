@@ -1,0 +1,202 @@
+"""Scripted policies at play: `longdream evaluate oracle|navigator|random` and `longdream collect`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+
+from longdream.agent.data import npz_episodes as offline
+from longdream.agent.evaluation.rollout import Returns
+from longdream.envs.contract import UserError
+from longdream.envs.make import derive_seed, find
+from longdream.envs.memory_maze import policies as navigate
+from longdream.envs.memory_maze.sizes import references
+
+Name = Literal["oracle", "navigator", "random"]
+NAMES: tuple[Name, ...] = ("oracle", "navigator", "random")
+
+Watch = Callable[[np.ndarray, np.ndarray | None, np.ndarray, dict[str, Any]], None]
+"""Called with observations (n, ...), the actions before them (None after a reset), rewards (n,) and infos."""
+
+
+def evaluate(
+    policy: Name, env: str, env_kwargs: dict[str, Any] | None, episodes: int, seed: int, copies: int | None = None
+) -> dict[str, Any]:
+    """The returns of a scripted policy in whole episodes, and what is known to be reached there.
+
+    Raises:
+        UserError: an environment that cannot be made, or one without the probes that the policy needs.
+    """
+    returns, lengths = np.zeros(episodes), np.zeros(episodes)
+    with closing(_Players(policy, env, env_kwargs or {}, episodes, seed, copies)) as players:
+        for first in range(0, episodes, players.n):
+            total, length = players.play(first)
+            last = min(first + players.n, episodes)
+            returns[first:last], lengths[first:last] = total[: last - first], length[: last - first]
+    found = Returns.of(returns, lengths).to_json()
+    known = references(env, env_kwargs)
+    return {**found, "env": env, "seed": seed, "policy": policy} | ({"references": known} if known else {})
+
+
+def collect(
+    env: str = "longdream/MemoryMaze-9x9-v0",
+    policy: Name = "navigator",
+    episodes: int = 10,
+    out: Path = Path("runs/collected"),
+    first: int = 0,
+    seed: int = 0,
+    copies: int | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write episodes of a scripted policy in Memory Maze, in the layout of the published offline data.
+
+    An episode is one NPZ file of 1,001 rows (docs/memory-maze.md), OUT/episode-000000.npz and so on. What it holds
+    depends on seed, its number and, but for the oracle, on the other episodes played beside it.
+
+    examples
+      longdream collect --episodes 100 --out runs/offline-9x9
+      longdream collect --env longdream/MemoryMaze-15x15-v0 --policy oracle --episodes 20 --out runs/oracle
+      longdream collect --episodes 100 --first 100 --out runs/offline-9x9        # go on with it
+
+    Args:
+        env: a Memory Maze, the real one or the twin
+        policy: who plays
+        episodes: how many
+        out: folder of the files
+        first: number of the first episode
+        seed: of mazes and actions
+        copies: played side by side (default: one per processor)
+        env_kwargs: arguments of the environment, '{"randomize_colors": true}'
+
+    Raises:
+        UserError: a file that exists already, or an environment that cannot be made or does not fit.
+    """
+    if episodes < 1 or first < 0 or seed < 0 or (copies or 1) < 1:
+        raise UserError(f"--episodes {episodes} --first {first} --seed {seed} --copies {copies}: too small")
+    paths = [out / f"episode-{first + i:06d}.npz" for i in range(episodes)]
+    there = [path for path in paths if path.exists()]
+    if there:
+        raise UserError(f"{there[0]} exists already: name another --out, or a --first after the last episode there")
+    out.mkdir(parents=True, exist_ok=True)
+    rewards = []
+    with closing(_Players(policy, env, env_kwargs or {}, episodes, seed, copies, first, probes=True)) as players:
+        if players.vector.single_observation_space.shape != (64, 64, 3):
+            raise UserError(f"{env} shows {players.vector.single_observation_space}: the layout has 64 x 64 pixels")
+        for start in range(0, episodes, players.n):
+            rows: list[list[dict[str, np.ndarray]]] = [[] for _ in range(min(players.n, episodes - start))]
+
+            def keep(
+                obs: np.ndarray, action: np.ndarray | None, reward: np.ndarray, info: dict[str, Any], rows: Any = rows
+            ) -> None:
+                for i, kept in enumerate(rows):
+                    probes = {key: value[i] for key, value in info.items()}
+                    taken = None if action is None else int(action[i])
+                    kept.append(offline.row(np.copy(obs[i]), taken, float(reward[i]), probes))
+
+            total, _ = players.play(start, offline.STEPS, keep)
+            for path, kept, value in zip(paths[start:], rows, total, strict=False):
+                offline.write(path, kept)
+                rewards.append(float(value))
+    mean = float(np.mean(rewards))
+    print(f"{episodes} episodes of {env} by the {policy} in {out}, mean return {mean:.2f}")
+    return {
+        "env": env,
+        "policy": policy,
+        "episodes": episodes,
+        "steps": episodes * offline.STEPS,
+        "return_mean": mean,
+        "out": str(out),
+        "files": [str(path) for path in paths],
+    }
+
+
+class _Players:
+    """A policy in copies of an environment that begin their episodes together, each seeded by its episode's number."""
+
+    def __init__(
+        self,
+        name: Name,
+        env: str,
+        kwargs: dict[str, Any],
+        episodes: int,
+        seed: int,
+        copies: int | None,
+        offset: int = 0,
+        probes: bool = False,
+    ) -> None:
+        if episodes < 1:
+            raise UserError(f"--episodes {episodes}: must be at least 1")
+        self.name, self.env, self.episodes, self.seed, self.offset = name, env, episodes, seed, offset
+        registration = find(env)
+        native = registration.vector_entry_point is not None
+        self.n = min(episodes, copies or (64 if native else os.cpu_count() or 1))
+        if probes or name != "random":
+            kwargs = {**kwargs, "probes": True}
+        mode = "vector_entry_point" if native else "async" if self.n > 1 else "sync"
+        how = {"context": "forkserver"} if mode == "async" else {}
+        try:
+            if mode == "async":  # an argument that is wrong is told by this process, in one line
+                gym.make(registration, **kwargs).close()
+            self.vector: Any = gym.make_vec(registration, self.n, mode, how, **kwargs)
+        except UserError:
+            raise
+        except TypeError as error:
+            hint = f"a scripted policy plays in Memory Maze, which tells it the maze ({' '.join(str(error).split())})"
+            raise UserError(f"{env} cannot be made with {kwargs}: {hint}") from error
+        space = self.vector.single_action_space
+        if not isinstance(space, gym.spaces.Discrete):
+            self.close()
+            raise UserError(f"{env} has actions {space}: scripted policies choose one of several, as in Memory Maze")
+        self.actions = int(space.n)
+        self.began, self.told, self.steps = time.perf_counter(), 0.0, 0
+
+    def play(self, start: int, limit: int | None = None, watch: Watch | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Play episode `start` and those after it, one per copy, to their ends or to `limit` steps.
+
+        Returns:
+            return and length of each, both (n,).
+        """
+        numbers = [self.offset + start + i for i in range(self.n)]
+        seeds: Any = [derive_seed(self.seed, 0, number) for number in numbers]
+        obs, info = self.vector.reset(seed=seeds)
+        rng = np.random.default_rng((self.seed, numbers[0]))
+        policy: navigate.Policy = navigate.Oracle()
+        if self.name != "oracle":
+            policy = navigate.Navigator(rng) if self.name == "navigator" else navigate.Random(rng, self.actions)
+        policy.reset(self.n)
+        total, length, running = np.zeros(self.n), np.zeros(self.n), np.ones(self.n, np.bool_)
+        reward, action = np.zeros(self.n), None
+        while True:
+            if watch is not None:
+                watch(obs, action, reward, info)
+            if not running.any() or (limit is not None and length.max() >= limit):
+                return total, length
+            action = policy.act(info)
+            obs, reward, terminated, truncated, info = self.vector.step(action)
+            total += np.where(running, reward, 0.0)  # a copy that ended earlier goes on unheeded
+            length += running
+            running &= ~(terminated | truncated)
+            self.steps += self.n
+            self._tell(numbers, int(length.max()))
+
+    def close(self) -> None:
+        self.vector.close()
+
+    def _tell(self, numbers: list[int], step: int) -> None:
+        """A line on how far it is: kept up to date on a terminal, now and then elsewhere."""
+        live, now = sys.stderr.isatty(), time.perf_counter()
+        if now - self.told < (0.5 if live else 10.0):
+            return
+        self.told = now
+        last = min(numbers[-1] + 1 - self.offset, self.episodes)
+        rate = self.steps / (now - self.began)
+        line = f"{self.env}: episodes {numbers[0] + 1 - self.offset} to {last} of {self.episodes}, step {step:,}"
+        print(f"{line}, {rate:,.0f} steps/s", end="\r" if live else "\n", file=sys.stderr, flush=True)

@@ -1,0 +1,112 @@
+"""`longdream bench objectives`: the objectives of M, each trained for real and compared."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from longdream.agent.bench import trained
+from longdream.agent.bench.common import Device, config_of
+from longdream.envs.contract import UserError
+
+
+def measure(
+    preset: str = "quickstart",
+    kinds: tuple[str, ...] = ("flow/two", "flow/one", "mask/two", "teacher/one"),
+    seeds: tuple[int, ...] = (1, 2, 3),
+    steps: int | None = None,
+    threshold: float = 0.9,
+    parallel: int = 1,
+    out: Path = Path("runs/objectives"),
+    device: Device | None = None,
+) -> dict[str, Any]:
+    """The objectives of M compared: a preset trained with each of them, over several seeds.
+
+    Every training is a run of its own below OUT, by `longdream train`. One that has finished is not run again and one
+    that was cut short goes on, so the same command continues a comparison that was stopped.
+
+    Args:
+        preset: preset or .yaml file
+        kinds: forcing.objective/forcing.stream of each; teacher forcing noises nothing, there the stream means nothing
+        seeds: of the runs of each kind
+        steps: real steps of each run (default: the preset's)
+        threshold: mean greedy return that is asked for
+        parallel: runs at a time
+        out: folder of the runs and of what they print
+        device: where to compute (default: as in the preset)
+
+    Returns:
+        rows: of each run objective, stream, seed, return_mean, env_steps, updates, wall_s and, from the evaluations on
+        the clock, steps_to_threshold and seconds_to_threshold (null where it was never reached).
+
+    Raises:
+        UserError: a training failed; the message says where to find what it printed.
+    """
+    if parallel < 1 or not seeds or not all("/" in kind for kind in kinds):
+        raise UserError(f"--parallel {parallel}, --seeds {seeds}, --kinds {kinds}: must be like 1, 1,2,3 and flow/two")
+    config_of(preset, device)  # an unknown preset is an error here, not in each of the runs
+    preset = str(Path(preset).resolve()) if Path(preset).suffix else preset
+    flags = [*(("--device", device) if device else ()), *(("--steps", str(steps)) if steps else ())]
+    out.mkdir(parents=True, exist_ok=True)
+
+    def one(job: tuple[str, int]) -> dict[str, Any]:
+        row = _trained(out, preset, flags, threshold, *job)
+        print("{objective} {stream}, seed {seed}: {return_mean:.3f} in {wall_s:.0f} s".format(**row), file=sys.stderr)
+        return row
+
+    with ThreadPoolExecutor(parallel) as pool:
+        rows = list(pool.map(one, [(kind, seed) for kind in kinds for seed in seeds]))
+    print(markdown(rows, threshold))
+    return {"preset": preset, "threshold": threshold, "rows": rows}
+
+
+def _trained(out: Path, preset: str, flags: list[str], threshold: float, kind: str, seed: int) -> dict[str, Any]:
+    """The row of one run, trained now unless it has been."""
+    objective, _, stream = kind.rpartition("/")
+    name = f"{objective}-{stream}-s{seed}"
+    settings = {"seed": seed, "forcing.objective": objective, "forcing.stream": stream}
+    summary = trained.finished(out, name, ["train", preset, *flags, *trained.flags(settings)])
+    steps, seconds = reached_at(out / "runs" / name / "metrics.jsonl", threshold)
+    row = {"objective": objective, "stream": stream, "seed": seed}
+    row |= {key: summary[key] for key in ("return_mean", "env_steps", "updates", "wall_s")}
+    return row | {"steps_to_threshold": steps, "seconds_to_threshold": seconds}
+
+
+def reached_at(record: Path, threshold: float) -> tuple[int, float] | tuple[None, None]:
+    """Real step and seconds of wall-clock at a run's first evaluation on the clock with that mean return, or more."""
+    wall = 0.0
+    for line in record.read_text().splitlines():
+        values = json.loads(line)
+        wall = values.get("time/wall") or wall
+        value = values.get("evaluate/return_mean")
+        if value is not None and value >= threshold:
+            return values["step"], round(wall, 1)
+    return None, None
+
+
+def markdown(rows: Sequence[dict[str, Any]], threshold: float) -> str:
+    """The comparison as two tables: a line per objective, over its seeds, and a line per run."""
+    to = [f"real steps to {threshold:g}", f"seconds to {threshold:g}"]
+    over_seeds = [["objective", "stream", "return, mean", "lowest", "runs that got there", *to, "seconds in all"]]
+    for kind in dict.fromkeys((row["objective"], row["stream"]) for row in rows):
+        group = [row for row in rows if (row["objective"], row["stream"]) == kind]
+        hits = [row for row in group if row["steps_to_threshold"] is not None]
+        returns = [row["return_mean"] for row in group]
+        medians = [
+            f"{statistics.median(row[key] for row in some):,.0f}" if some else "–"
+            for key, some in (("steps_to_threshold", hits), ("seconds_to_threshold", hits), ("wall_s", group))
+        ]
+        got = f"{len(hits)} of {len(group)}"
+        over_seeds.append([*kind, f"{statistics.mean(returns):.3f}", f"{min(returns):.3f}", got, *medians])
+    runs = [["objective", "stream", "seed", "return", *to, "real steps", "updates", "seconds in all"]]
+    for row in rows:
+        keys = ("steps_to_threshold", "seconds_to_threshold", "env_steps", "updates", "wall_s")
+        numbers = ["–" if row[key] is None else f"{row[key]:,.0f}" for key in keys]
+        runs.append([row["objective"], row["stream"], str(row["seed"]), f"{row['return_mean']:.3f}", *numbers])
+    between = "Steps and seconds are medians over runs. Each of them:"
+    return "\n\n".join([trained.table(over_seeds), between, trained.table(runs)])

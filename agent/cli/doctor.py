@@ -1,0 +1,162 @@
+"""Does this machine have what the install promises? `longdream doctor` and `longdream check-env`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from longdream.envs import gl
+from longdream.envs.contract import UserError
+from longdream.envs.minerl.env import PYTHON
+
+STEPS = 100
+ROOM = 5 << 30
+"""Bytes free below which there is a warning: a replay of a million 64 x 64 images takes 12 GB."""
+
+
+def doctor() -> dict[str, Any]:
+    """Report what is installed and works: Python, torch, OpenGL, Memory Maze, disk, MineRL.
+
+    Exit code 1 if something that the install promises does not work.
+
+    examples
+      longdream doctor
+      longdream doctor --json
+
+    Returns:
+        ok, and for each matter: ok (null where nothing was promised), what was found, and values of it.
+    """
+    found: dict[str, Any] = {}
+    checks: dict[str, Callable[[], dict[str, Any]]] = {
+        "python": _python,
+        "torch": _torch,
+        "opengl": _opengl,
+        "memory maze": _memory_maze,
+        "disk": _disk,
+        "minerl": _minerl,
+    }
+    for name, look in checks.items():
+        try:
+            found[name] = look()
+        except Exception as error:  # whatever fails here is what the user came to learn about
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            found[name] = {"ok": False, "found": " ".join(f"{kind}{error}".split())}
+        mark = {True: "ok", False: "FAILS", None: "-"}[found[name]["ok"]]
+        print(f"{name:12} {mark:6} {found[name]['found']}")
+    return {"ok": all(entry["ok"] is not False for entry in found.values()), **found}
+
+
+def check_env(env: str, env_kwargs: dict[str, Any] | None = None, steps: int = 300) -> dict[str, Any]:
+    """Say what is wrong with an environment, and how to mend it. Exit code 1 if something is.
+
+    Gymnasium's own checker; what can be stored; whole rows; determinism; exact continuation from a saved state.
+
+    examples
+      longdream check-env longdream/MemoryMaze-9x9-v0
+      longdream check-env my_package.envs:MyEnv-v0 --env-kwargs '{"size": 5}'
+
+    Args:
+        env: a registered id, or module:Id.
+        env_kwargs: its arguments.
+        steps: of random actions.
+
+    Returns:
+        ok, problems, notes, passed (sentences), and steps_per_s with random actions.
+
+    Raises:
+        UserError: the environment is not registered, or cannot be made.
+    """
+    from longdream.envs import checks
+
+    if steps < 1:
+        raise UserError(f"--steps {steps}: must be at least 1")
+    report = checks.check(env, env_kwargs, steps)
+    for sign, lines in (("ok", report.passed), ("note", report.notes), ("WRONG", report.problems)):
+        for line in lines:
+            print(f"{sign:6} {line}")
+    print(f"{env} is fit for training" if not report.problems else f"{env} is not fit for training yet")
+    return {"env": env, "ok": not report.problems, **vars(report)}
+
+
+def _python() -> dict[str, Any]:
+    fine = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    told = f"{platform.python_version()} at {sys.executable}" + ("" if fine else ": longdream needs 3.11 or 3.12")
+    return {"ok": fine, "found": told}
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    value = float(torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device)).sum())
+    told = f"{torch.__version__}, computes on {device}"
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        told += f" ({torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free)"
+    elif shutil.which("nvidia-smi"):
+        told += ": there is an NVIDIA driver, but this build of torch cannot use it (pytorch.org/get-started)"
+    else:
+        told += f" with {torch.get_num_threads()} threads"
+    return {"ok": value == 512.0, "found": told, "device": device}
+
+
+def _opengl() -> dict[str, Any]:
+    tried = {name: probe() for name, probe in gl.PROBES.items()}
+    told = ", ".join(
+        f"{name} {'works' if reason is None else f'does not ({reason})'}" for name, reason in tried.items()
+    )
+    if "MUJOCO_GL" in os.environ:
+        told = f"MUJOCO_GL={os.environ['MUJOCO_GL']}; {told}"
+    return {"ok": None, "found": f"{told}; used: {gl.choose()}", "tried": tried}
+
+
+def _memory_maze() -> dict[str, Any]:
+    import gymnasium as gym
+
+    env = gym.make("longdream:longdream/MemoryMaze-9x9-v0")
+    began = time.perf_counter()
+    obs, _ = env.reset(seed=0)
+    reset = time.perf_counter() - began
+    if obs.std() < 1:
+        raise RuntimeError("its pictures are of one colour: OpenGL draws nothing")
+    began = time.perf_counter()
+    for t in range(STEPS):
+        env.step(1 + t % 5)
+    rate = STEPS / (time.perf_counter() - began)
+    env.close()
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("memory-maze", "dm-control", "mujoco")
+    )
+    told = f"renders: {rate:.0f} steps/s in this process, a reset takes {reset:.1f} s ({versions})"
+    return {"ok": True, "found": told, "steps_per_s": round(rate, 1), "reset_s": round(reset, 2)}
+
+
+def _disk() -> dict[str, Any]:
+    folder = Path("runs") if Path("runs").is_dir() else Path(".")
+    free = shutil.disk_usage(folder).free
+    told = f"{free / 1e9:.0f} GB free for {folder.resolve()}"
+    return {"ok": None, "found": told if free > ROOM else f"{told}: little for a replay", "free_bytes": free}
+
+
+def _minerl() -> dict[str, Any]:
+    python = os.environ.get(PYTHON, "")
+    if not python:
+        return {"ok": None, "found": f"{PYTHON} names no interpreter that has it (docs/minerl.md)", "version": None}
+    # not imported: that takes seconds, and Minecraft is another matter
+    code = "import importlib.util as u; found = u.find_spec('minerl'); print(found.origin if found else '')"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    where = done.stdout.strip()
+    if done.returncode or not where:
+        said = (done.stderr.strip().splitlines() or ["it is not installed there"])[-1]
+        return {"ok": None, "found": f"not in {python}: {said}", "version": None}
+    code = "import importlib.metadata as m; print(m.version('minerl'))"
+    version = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60).stdout.strip() or None
+    return {"ok": None, "found": f"{version or 'of an unknown version'} in {python}", "version": version}

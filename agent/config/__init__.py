@@ -1,0 +1,1 @@
+"""Configuration: what can be set, read from presets, YAML files and flags."""

@@ -1,0 +1,1 @@
+"""V, M and C composed into one agent, and its updates."""

@@ -1,0 +1,1 @@
+"""What is learned from: replay, episodes on disk, recorded video."""

@@ -1,0 +1,1 @@
+"""What an agent or a world model is worth: returns, open-loop errors, pictures."""

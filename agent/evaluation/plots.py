@@ -1,0 +1,288 @@
+"""Dream against reality, drawn: frames beside each other as a video and as one picture, lines over time for numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from longdream.agent.evaluation.comparison import Comparison
+from longdream.envs.contract import UserError
+
+Picture = np.ndarray
+"""`(height, width, 3)` uint8."""
+Colour = tuple[int, int, int]
+
+BACKGROUND, PANEL, MUTED, TEXT = (13, 17, 23), (48, 54, 61), (139, 148, 158), (230, 237, 243)
+CONTEXT, IMAGINED = (56, 139, 253), (240, 136, 62)
+"""Frames that M was shown, and frames that it dreamt."""
+MARGIN, BORDER = 16, 4
+ENTRIES = 12
+"""Vector entries plotted, at most."""
+
+
+def film(comparison: Comparison, title: str) -> Iterator[Picture]:
+    """The comparison as frames of a video, one per row: panels side by side for images, else plots that unfold."""
+    if comparison.keys(image=True):
+        yield from _panels(comparison, title)
+    else:
+        yield from _unfolding(comparison, title)
+
+
+def sheet(comparison: Comparison, title: str, columns: int = 16) -> Picture:
+    """The comparison as one picture: images as rows of up to `columns` frames, above plots of everything else."""
+    blocks = [_contact(comparison, title, key, columns) for key in comparison.keys(image=True)]
+    if comparison.keys(image=False):
+        blocks.append(_plots(comparison, title)[0])
+    return stack(blocks)
+
+
+def stack(blocks: list[Picture]) -> Picture:
+    """Pictures one below the other, on background."""
+    width = max(block.shape[1] for block in blocks)
+    wide = [_blank(len(block), width) for block in blocks]
+    for canvas, block in zip(wide, blocks, strict=True):
+        canvas[:, : block.shape[1]] = block
+    return np.concatenate(wide)
+
+
+def _panels(comparison: Comparison, title: str) -> Iterator[Picture]:
+    keys, total = comparison.keys(image=True), len(comparison)
+    names = ("reality", "reality through V", "dream", "difference")
+    rows = [[[_sized(v, 192) for v in views] for views in _views(comparison, key)] for key in keys]
+    sizes = [row[0][0].shape[:2] for row in rows]
+    cell = max(width for _, width in sizes) + 2 * BORDER + MARGIN
+    width = MARGIN + 4 * cell
+    height = 44 + sum(tall + 2 * BORDER + 34 for tall, _ in sizes) + 50
+    nearness = comparison.error(keys[0])
+    for t in range(total):
+        canvas = _blank(height + height % 2, width + width % 2)  # yuv420p halves the colour planes
+        imagined = t >= comparison.context
+        colour = IMAGINED if imagined else CONTEXT
+        _write(canvas, title, MARGIN, 10, 13, TEXT)
+        _write(canvas, f"step {t}", width - MARGIN, 10, 13, TEXT, right=True)
+        top = 44
+        for key, row, (tall, wide) in zip(keys, rows, sizes, strict=True):
+            for i, (name, views) in enumerate(zip(names, row, strict=True)):
+                x = MARGIN + i * cell
+                frame = colour if name == "dream" else PANEL
+                canvas[top : top + tall + 2 * BORDER, x : x + wide + 2 * BORDER] = frame
+                canvas[top + BORDER : top + BORDER + tall, x + BORDER : x + BORDER + wide] = views[t]
+                caption = name if len(keys) == 1 else f"{name} ({key})"
+                _write(canvas, caption, x, top + tall + 2 * BORDER + 5, 12, colour if name == "dream" else MUTED)
+            top += tall + 2 * BORDER + 34
+        _timeline(canvas, comparison, t, top)
+        phase = "dreaming under the same actions" if imagined else "context: M is shown real frames"
+        _write(canvas, phase, MARGIN, top + 18, 12, colour)
+        told = f"PSNR {nearness[t]:.0f} dB"
+        if comparison.rewarded:
+            told = f"reward expected {_two(comparison.expected[t])}, real {_two(comparison.reward[t])}     {told}"
+        _write(canvas, told, width - MARGIN, top + 18, 12, MUTED, right=True)
+        yield canvas
+
+
+def _views(comparison: Comparison, key: str) -> tuple[Picture, ...]:
+    """Of one image key, each `(T, H, W, 3)`: reality, reality through V, dream, and where dream and reality differ."""
+    real, kept, dreamt = (_rgb(part[key]) for part in (comparison.real, comparison.kept, comparison.dreamt))
+    gap = np.abs(real.astype(np.int16) - dreamt).mean(-1) / 255
+    heat = (colormaps["inferno"](np.sqrt(gap))[..., :3] * 255).astype(np.uint8)  # the root shows small ones too
+    return real, kept, dreamt, heat
+
+
+def _contact(comparison: Comparison, title: str, key: str, columns: int) -> Picture:
+    names = ("reality", "through V", "dream", "difference")
+    chosen = _chosen(len(comparison), comparison.context, columns)
+    views = [_sized(view[chosen], 96) for view in _views(comparison, key)]
+    tall, wide = views[0].shape[1:3]
+    left, top, edge = MARGIN + 124, 76, 3
+    cell_x, cell_y = wide + 10, tall + 10
+    rewards = [("expected reward", comparison.expected, 2), ("real reward", comparison.reward, 24)]
+    rewards = rewards if comparison.rewarded else []
+    canvas = _blank(top + 4 * cell_y + (54 if rewards else 10), left + len(chosen) * cell_x - 10 + MARGIN)
+    _write(canvas, title if len(comparison.keys(image=True)) == 1 else f"{title} ({key})", MARGIN, 12, 14, TEXT)
+    for i, name in enumerate(names):
+        _write(canvas, name, MARGIN, top + i * cell_y + tall // 2 - 10, 12, IMAGINED if name == "dream" else MUTED)
+    below = top + 4 * cell_y
+    for name, _, y in rewards:
+        _write(canvas, name, MARGIN, below + y, 12, IMAGINED if y == 2 else MUTED)
+    for j, t in enumerate(chosen):
+        x, colour = left + j * cell_x, IMAGINED if t >= comparison.context else CONTEXT
+        _write(canvas, str(t), x, top - 26, 12, colour)
+        for i, view in enumerate(views):
+            y = top + i * cell_y
+            if names[i] == "dream":
+                canvas[y - edge : y + tall + edge, x - edge : x + wide + edge] = colour
+            canvas[y : y + tall, x : x + wide] = view[j]
+        for _, values, y in rewards:
+            _write(canvas, _two(values[t]), x, below + y, 12, TEXT)
+    x = canvas.shape[1] - MARGIN
+    for text, colour in (("dreamt by M alone", IMAGINED), ("shown to M", CONTEXT)):
+        x -= _write(canvas, text, x, 12, 12, MUTED, right=True) + 8
+        canvas[16:26, x - 10 : x] = colour
+        x -= 28
+    return canvas
+
+
+def _chosen(total: int, context: int, columns: int) -> np.ndarray:
+    """Up to `columns` of `total` rows: all, or first and last of the context and an even choice of what was dreamt."""
+    if total <= columns:
+        return np.arange(total)
+    dreamt = np.linspace(context, total - 1, columns - 2).round().astype(int)
+    return np.unique([0, context - 1, *dreamt])
+
+
+def _two(value: Any) -> str:
+    return f"{round(float(value), 2) + 0.0:.2f}"  # + 0.0: no -0.00
+
+
+def _timeline(canvas: Picture, comparison: Comparison, t: int, y: int) -> None:
+    left, width, total = MARGIN, canvas.shape[1] - 2 * MARGIN, len(comparison)
+    for first, last, colour in ((0, comparison.context, CONTEXT), (comparison.context, total, IMAGINED)):
+        start, end, now = (left + round(width * min(max(v, first), last) / total) for v in (first, last, t + 1))
+        canvas[y : y + 6, start:end] = (np.array(colour) * 0.3).astype(np.uint8)
+        canvas[y : y + 6, start:now] = colour
+
+
+def _plots(comparison: Comparison, title: str) -> tuple[Picture, list[tuple[slice, slice, np.ndarray]]]:
+    """All numbers, differences, reward and end over time; and of each plot its rows, columns and steps' columns."""
+    lines = []
+    for key in comparison.keys(image=False):
+        real, dreamt = (part[key].reshape(len(comparison), -1).T for part in (comparison.real, comparison.dreamt))
+        names = [key] if len(real) == 1 else [f"{key}[{i}]" for i in range(len(real))]
+        lines += zip(names, real, dreamt, strict=True)
+    left_out = len(lines) - ENTRIES
+    apart = []
+    for key in comparison.keys(image=False):
+        unit = "1 where wrong" if comparison.spec.obs[key].kind == "discrete" else "rms"
+        apart.append(
+            (f"{key}: difference, {unit} (white: V alone)", comparison.error(key, "kept"), comparison.error(key))
+        )
+    lines = [
+        *lines[:ENTRIES],
+        *apart,
+        ("reward (dream: expected)", comparison.reward, comparison.expected),
+        ("goes on (dream: probability)", comparison.alive, comparison.going_on),
+    ]
+    rows, time, context = ceil(len(lines) / 2), np.arange(len(comparison)), comparison.context
+    background, panel, muted, text, shown, imagined = (
+        f"#{bytes(colour).hex()}" for colour in (BACKGROUND, PANEL, MUTED, TEXT, CONTEXT, IMAGINED)
+    )
+    figure = Figure(figsize=(9.6, 0.6 + 1.7 * rows), dpi=100, facecolor=background)
+    canvas = FigureCanvasAgg(figure)
+    if left_out > 0:
+        title += f"  (the first {ENTRIES} of {ENTRIES + left_out} entries)"
+    figure.text(0.02, 1 - 0.3 / figure.get_figheight(), title, color=text, fontsize=11, va="center")
+    grid = figure.subplots(rows, 2, squeeze=False, sharex=True).ravel()
+    figure.subplots_adjust(0.07, 0.42 / figure.get_figheight(), 0.98, 1 - 0.8 / figure.get_figheight(), 0.15, 0.5)
+    for axes in grid[len(lines) :]:
+        axes.remove()
+    for axes, (name, real, dreamt) in zip(grid, lines, strict=False):
+        axes.set_facecolor(background)
+        axes.set_title(name, color=muted, fontsize=9, loc="left", pad=3)
+        axes.tick_params(colors=muted, labelsize=8, labelbottom=True)
+        axes.spines[:].set_color(panel)
+        axes.axvspan(0, context - 1, color=shown, alpha=0.35, lw=0, label="shown to M")
+        axes.plot(time, real, color=text, lw=1.2, label="reality")
+        axes.plot(time[context - 1 :], dreamt[context - 1 :], color=imagined, lw=1.4, label="dream")
+        axes.margins(x=0)
+    legend = grid[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=8, borderpad=0)
+    for label in legend.get_texts():
+        label.set_color(muted)
+    canvas.draw()
+    picture = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    places = []
+    for axes in grid[: len(lines)]:
+        box = axes.bbox
+        steps = axes.transData.transform(np.stack([time, time], 1))[:, 0].round().astype(int)
+        y = slice(len(picture) - int(box.y1), len(picture) - int(box.y0))
+        places.append((y, slice(int(box.x0), int(box.x1) + 1), steps))
+    return picture[: len(picture) // 2 * 2, : picture.shape[1] // 2 * 2], places
+
+
+def _unfolding(comparison: Comparison, title: str) -> Iterator[Picture]:
+    picture, places = _plots(comparison, title)
+    for t in range(len(comparison)):
+        canvas = picture.copy()
+        for rows, columns, steps in places:
+            ahead = canvas[rows, steps[t] + 1 : columns.stop]
+            ahead[:] = (ahead * 0.25 + np.array(BACKGROUND) * 0.75).astype(np.uint8)
+            colour = IMAGINED if t >= comparison.context else CONTEXT
+            canvas[rows, max(steps[t] - 1, columns.start) : steps[t] + 1] = colour
+        yield canvas
+
+
+def _blank(height: int, width: int) -> Picture:
+    return np.full((height, width, 3), BACKGROUND, np.uint8)
+
+
+def _rgb(images: np.ndarray) -> np.ndarray:
+    """`(..., C)` of 1, 3 or 4 channels to 3."""
+    return images.repeat(3, -1) if images.shape[-1] == 1 else images[..., :3]
+
+
+def _sized(images: np.ndarray, side: int) -> np.ndarray:
+    """`(..., H, W, 3)` enlarged or thinned by a whole factor, so that the longer side is near `side` pixels."""
+    longest = max(images.shape[-3:-1])
+    if longest > side:
+        return images[..., :: ceil(longest / side), :: ceil(longest / side), :]
+    return images.repeat(side // longest, -3).repeat(side // longest, -2)
+
+
+def _write(canvas: Picture, text: str, x: int, y: int, size: int, colour: Colour, right: bool = False) -> int:
+    """Text whose top left (or right) corner is at x, y; its width. What does not fit is cut off."""
+    ink = _ink(text, size)
+    x -= ink.shape[1] if right else 0
+    place = canvas[y : y + len(ink), max(x, 0) : x + ink.shape[1]]
+    ink = ink[: place.shape[0], : place.shape[1], None]
+    place[:] = (place * (1 - ink) + np.array(colour) * ink).astype(np.uint8)
+    return ink.shape[1]
+
+
+@lru_cache(maxsize=4096)
+def _ink(text: str, size: int) -> np.ndarray:
+    """`(height, width)` in 0..1: the text in matplotlib's own font, which is there on every machine."""
+    height, width = round(size * 1.7), (len(text) + 1) * size
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor="black")
+    canvas = FigureCanvasAgg(figure)
+    figure.text(0, 0.3, text, color="white", fontsize=size * 0.72, va="baseline", parse_math=False)
+    canvas.draw()
+    ink = np.asarray(canvas.buffer_rgba())[..., 0] / 255.0
+    return ink[:, : int(np.flatnonzero(ink.any(0)).max(initial=0)) + 1]
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_film(path: Path, frames: Iterable[Picture], fps: float) -> int:
+    """Write frames of one even size as H.264 in yuv420p, which every player knows, or as a GIF; how many they were.
+
+    Raises:
+        UserError: the name ends in neither .mp4 nor .gif.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gif":
+        pictures = list(frames)
+        iio.imwrite(path, pictures, duration=1000 / fps, loop=0)
+        return len(pictures)
+    if path.suffix != ".mp4":
+        raise UserError(f"{path}: videos are written as .mp4 or .gif")
+    count = 0
+    with iio.imopen(path, "w", plugin="pyav") as file:
+        file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
+        for frame in frames:
+            file.write_frame(frame)
+            count += 1
+    return count
+
+
+def save_picture(path: Path, picture: Picture) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, picture)

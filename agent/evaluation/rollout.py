@@ -1,0 +1,78 @@
+"""Evaluation: whole real episodes, and a fair mean of their returns."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from longdream.agent.core.agent import Agent
+from longdream.agent.core.learner import own_randomness
+from longdream.envs.make import World
+
+EVALUATION_SEED = 1_000_003
+"""Added to a run's seed: evaluation sees other episodes than training."""
+
+
+@dataclass(frozen=True)
+class Returns:
+    """Of n episodes: mean, standard deviation, and the 95% interval of the mean (normal approximation)."""
+
+    return_mean: float
+    return_std: float
+    return_ci95: tuple[float, float]
+    episodes: int
+    length_mean: float
+    env_steps: int
+
+    @classmethod
+    def of(cls, returns: np.ndarray, lengths: np.ndarray) -> Returns:
+        mean, std = float(returns.mean()), float(returns.std(ddof=1)) if len(returns) > 1 else 0.0
+        half = 1.96 * std / len(returns) ** 0.5
+        steps = int(lengths.sum())
+        return cls(mean, std, (mean - half, mean + half), len(returns), float(lengths.mean()), steps)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"return_ci95": list(self.return_ci95)}
+
+
+Who = Literal["agent", "without_memory", "random"]
+
+
+def evaluate(agent: Agent, world: World, episodes: int, seed: int, who: Who = "agent", greedy: bool = True) -> Returns:
+    """Play `episodes` whole episodes of a fresh world and sum up their returns.
+
+    Every copy plays the same number of episodes (the last round may be cut short by index, never by length), so that
+    short episodes are not counted more often than long ones.
+
+    Args:
+        who: the agent; the same with M's long memory erased before every step; or uniform random actions.
+        greedy: its likeliest actions, or such as it draws.
+    """
+    rng = np.random.default_rng(seed)
+    quota = np.array([episodes // world.num_envs + (i < episodes % world.num_envs) for i in range(world.num_envs)])
+    done = np.zeros_like(quota)
+    returns, lengths = [], []
+    total, length = np.zeros(world.num_envs), np.zeros(world.num_envs)
+    with own_randomness(seed, agent.device):
+        row, carry = world.reset(), agent.initial(world.num_envs)
+        while (done < quota).any():
+            total += row.reward
+            length += ~row.is_first
+            for i in np.flatnonzero(row.terminated | row.truncated):
+                if done[i] < quota[i]:
+                    returns.append(total[i])
+                    lengths.append(length[i])
+                done[i] += 1
+                total[i] = length[i] = 0
+            if who == "random":
+                action = world.random_action(rng)
+            else:
+                if who == "without_memory":
+                    carry = carry._replace(state=carry.state.without_long_memory())
+                carry, _ = agent.observe(carry, row, measure=False)
+                action = agent.act(carry, greedy)
+                carry = agent.acted(carry, action)
+            row = world.step(action)
+    return Returns.of(np.array(returns), np.array(lengths))

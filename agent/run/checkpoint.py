@@ -1,0 +1,290 @@
+"""Atomic checkpoints that are loaded without running anybody's code.
+
+A checkpoint is a folder `step_000000012345` holding
+
+    weights.safetensors   the tensors under the top-level key "weights"
+    state.safetensors     every other tensor and array (optimizer moments, recurrent states, random state ...)
+    state.json            the tree itself: structure, numbers, strings, and the names of the tensors above
+    manifest.json         format version, step, SHA-256 and size of each file
+
+It is written beside the others under a temporary name, synced to disk and renamed, so at every moment the newest
+folder with a proper name is a whole checkpoint. Older ones go only after the rename.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from longdream.envs.contract import UserError
+
+FORMAT = 1
+FILES = ("weights.safetensors", "state.safetensors", "state.json")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file size limit
+TAG = "$"  # marks a JSON object that stands for something JSON has no word for
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used: says which file, what is wrong with it and what to do."""
+
+
+class NewerFormat(CheckpointError):
+    """A checkpoint of a later version of this program; intact, hence never silently passed over for an older one."""
+
+
+class DiskFull(RuntimeError):
+    """No room left. Raised before anything that was already saved has been touched."""
+
+    def __init__(self, folder: Path, needed: int, cause: OSError):
+        super().__init__(
+            f"disk full: {needed:,} bytes are needed in {folder} ({cause.strerror}); "
+            f"free some space there and resume: what was saved before is intact"
+        )
+        self.folder, self.needed = Path(folder), needed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save(root: Path, step: int, tree: dict, keep: int = 2) -> Path:
+    """Write `tree` as the checkpoint of `step` below `root` and return its folder.
+
+    `tree` is a nested dict / list / tuple of tensors, numpy arrays and scalars, int, float, bool, str and None;
+    it comes back from `load` exactly (tensors on the CPU; dict subclasses as dict; a tensor that occurs several times
+    is stored once and comes back as one tensor). Afterwards the `keep` newest checkpoints up to this one remain;
+    later ones belong to a future that was given up when the run went back to an earlier step, and go as well.
+
+    Raises TypeError (naming the place in the tree) for anything else, DiskFull when there is no room.
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".tmp-*"):  # of a run that was killed while saving
+        shutil.rmtree(leftover)
+
+    packer = _Packer()
+    structure = packer.encode(tree, ())
+    blobs = {
+        "weights.safetensors": safetensors.torch.save(packer.tensors["weights"]),
+        "state.safetensors": safetensors.torch.save(packer.tensors["state"]),
+        "state.json": json.dumps(structure, allow_nan=False, separators=(",", ":")).encode(),
+    }
+    manifest = {
+        "format": FORMAT,
+        "step": int(step),
+        "files": {name: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for name, b in blobs.items()},
+    }
+    manifest["sha256"] = _digest(manifest)
+    blobs["manifest.json"] = json.dumps(manifest, indent=1).encode()
+
+    older = [path for path in _all(root) if _order(path)[0] <= step]
+    temporary = root / f".tmp-{step}-{os.getpid()}"
+    try:
+        temporary.mkdir()
+        for name, blob in blobs.items():
+            with open(temporary / name, "wb") as file:
+                file.write(blob)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync_folder(temporary)
+        # The same step may be saved twice (on the clock, then at the end): a folder cannot be replaced in one move, so
+        # the second gets a name of its own that sorts after the first.
+        repeats = [_order(path)[1] for path in older if _order(path)[0] == step]
+        final = root / (f"step_{step:012d}" + (f".{max(repeats) + 1}" if repeats else ""))
+        temporary.rename(final)
+        _sync_folder(root)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise DiskFull(root, sum(map(len, blobs.values())), error) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    survivors = sorted([*older, final], key=_order)[-max(keep, 1) :]
+    for path in _all(root):
+        if path not in survivors:
+            _remove(path)
+    return final
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under a proper name.
+    doomed = path.with_name(f".tmp-old-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _Packer:
+    """Turns a tree into JSON values, collecting its tensors under readable names."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "state": {}}
+        self.seen: dict[tuple, dict] = {}
+        self.alive: list[torch.Tensor] = []  # keeps the addresses in `seen` from being reused
+
+    def encode(self, value: Any, path: tuple) -> Any:
+        if value is None or type(value) in (bool, int, str):
+            return value
+        if type(value) is float:
+            if math.isfinite(value):
+                return value
+            sign = "-" if math.copysign(1, value) < 0 else ""  # NaN has one, too
+            return {TAG: "float", "v": sign + repr(abs(value))}
+        if isinstance(value, dict):
+            if all(type(key) is str for key in value) and TAG not in value:
+                return {key: self.encode(item, (*path, key)) for key, item in value.items()}
+            pairs = [[self.encode(key, path), self.encode(item, (*path, key))] for key, item in value.items()]
+            return {TAG: "dict", "v": pairs}
+        if type(value) in (list, tuple):
+            items = [self.encode(item, (*path, i)) for i, item in enumerate(value)]
+            return items if type(value) is list else {TAG: "tuple", "v": items}
+        if isinstance(value, torch.Tensor):
+            return self.store("tensor", value.detach(), path)
+        if isinstance(value, np.ndarray | np.generic):
+            kind = "array" if isinstance(value, np.ndarray) else "scalar"
+            try:
+                return self.store(kind, torch.from_numpy(np.array(value, order="C")), path)
+            except TypeError:
+                raise TypeError(f"a checkpoint cannot hold an array of {value.dtype}: {_name(path)}") from None
+        raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}: {_name(path)}")
+
+    def store(self, kind: str, tensor: torch.Tensor, path: tuple) -> dict:
+        identity = (kind, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and identity in self.seen:
+            return self.seen[identity]
+        self.alive.append(tensor)
+        part, path = ("weights", path[1:]) if path[:1] == ("weights",) else ("state", path)
+        names = self.tensors[part]
+        name = _name(path)
+        while name in names:  # {"a.b": ...} beside {"a": {"b": ...}}
+            name += "'"
+        names[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        entry = {TAG: kind, "in": part, "name": name}
+        self.seen[identity] = entry
+        return entry
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path)) or "value"
+
+
+def _digest(manifest: dict) -> str:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def latest(root: Path) -> Path | None:
+    """The newest checkpoint folder below `root`, unverified; None where there is none."""
+    return max(_all(Path(root)), key=_order, default=None)
+
+
+def load(path: Path) -> tuple[dict, int]:
+    """Read a checkpoint and return `(tree, step)`.
+
+    `path` is one checkpoint folder, or the folder of all of them: then the newest intact one is read, with a warning
+    for each damaged one that was passed over. Every file is checked against its SHA-256 before it is decoded.
+
+    Raises CheckpointError for a missing, damaged or newer checkpoint.
+    """
+    path = Path(path)
+    if _order(path) != (-1, -1) or (path / "manifest.json").exists():
+        return _read(path)
+    first: CheckpointError | None = None
+    for candidate in sorted(_all(path), key=_order, reverse=True):
+        try:
+            tree, step = _read(candidate)
+        except NewerFormat:
+            raise
+        except CheckpointError as error:
+            warnings.warn(f"{error}; falling back to the checkpoint before it", RuntimeWarning, stacklevel=2)
+            first = first or error
+        else:
+            return tree, step
+    if first is not None:
+        raise CheckpointError(f"no intact checkpoint in {path}; the newest one: {first}")
+    raise CheckpointError(f"no checkpoint in {path}: give a run that has saved one, or start a new run")
+
+
+def _all(root: Path) -> list[Path]:
+    return [path for path in root.glob("step_*") if _order(path) != (-1, -1)]
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """(step, repeat) of a checkpoint's name; (-1, -1) for any other."""
+    match = re.fullmatch(r"step_(\d{12,})(?:\.(\d+))?", path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, -1)
+
+
+def _read(folder: Path) -> tuple[dict, int]:
+    mend = "delete this folder to go on from an older checkpoint"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such checkpoint")
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        version, step, files = manifest["format"], manifest["step"], manifest["files"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder / 'manifest.json'} is missing; {mend}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / 'manifest.json'} is damaged (not a manifest); {mend}") from None
+    if isinstance(version, int) and version > FORMAT:
+        raise NewerFormat(
+            f"{folder} has checkpoint format {version}, this program reads up to {FORMAT}: update the program"
+        )
+    if manifest.get("sha256") != _digest(manifest):
+        raise CheckpointError(f"{folder / 'manifest.json'} is damaged (checksum differs); {mend}")
+
+    blobs = {}
+    for name in FILES:
+        try:
+            blobs[name] = (folder / name).read_bytes()
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder / name} is missing; {mend}") from None
+        size = files[name]["bytes"]
+        if len(blobs[name]) != size:
+            raise CheckpointError(f"{folder / name} is damaged ({len(blobs[name]):,} of {size:,} bytes); {mend}")
+        if hashlib.sha256(blobs[name]).hexdigest() != files[name]["sha256"]:
+            raise CheckpointError(f"{folder / name} is damaged (checksum differs); {mend}")
+    tensors = {part: safetensors.torch.load(blobs.pop(f"{part}.safetensors")) for part in ("weights", "state")}
+    return _decode(json.loads(blobs["state.json"]), tensors), step
+
+
+def _decode(value: Any, tensors: dict[str, dict[str, torch.Tensor]]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(TAG)
+    if kind is None:
+        return {key: _decode(item, tensors) for key, item in value.items()}
+    if kind == "float":
+        return float(value["v"])
+    if kind == "tuple":
+        return tuple(_decode(item, tensors) for item in value["v"])
+    if kind == "dict":
+        return {_decode(key, tensors): _decode(item, tensors) for key, item in value["v"]}
+    tensor = tensors[value["in"]][value["name"]]
+    if kind == "tensor":
+        return tensor
+    return tensor.numpy() if kind == "array" else tensor.numpy()[()]

@@ -1,0 +1,1 @@
+"""The trainers: online, in imagination, on video."""

@@ -1,0 +1,8 @@
+"""Reinforcement-learning agents that learn inside a learned world that remembers.
+
+Importing it registers the project's environments with Gymnasium: `gym.make("longdream/Recall-v0")`.
+"""
+
+from longdream import envs
+
+__all__ = ["envs"]

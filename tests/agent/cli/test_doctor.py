@@ -1,0 +1,56 @@
+"""`longdream doctor` and `longdream check-env`, as commands."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from longdream.agent.cli import doctor
+from longdream.agent.cli import main as cli
+
+
+def test_the_doctor_finds_what_the_install_promises(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert found["ok"] is True
+    assert list(found) == ["ok", "python", "torch", "opengl", "memory maze", "disk", "minerl"]
+    assert found["memory maze"]["steps_per_s"] > 0 and found["disk"]["free_bytes"] > 0
+    assert set(found["opengl"]["tried"]) == {"egl", "osmesa"} and None in found["opengl"]["tried"].values()
+    assert told.err.count("\n") >= 6 and "FAILS" not in told.err
+
+
+def test_where_minerl_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LONGDREAM_MINERL_PYTHON", raising=False)
+    assert doctor._minerl()["found"].startswith("LONGDREAM_MINERL_PYTHON names no interpreter")
+    monkeypatch.setenv("LONGDREAM_MINERL_PYTHON", sys.executable)
+    assert doctor._minerl()["found"] == f"not in {sys.executable}: it is not installed there"
+    (tmp_path / "minerl").mkdir()
+    (tmp_path / "minerl" / "__init__.py").touch()
+    told = tmp_path / "minerl-0.4.4.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: minerl\nVersion: 0.4.4\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert doctor._minerl() == {"ok": None, "found": f"0.4.4 in {sys.executable}", "version": "0.4.4"}
+
+
+def test_what_fails_ends_in_exit_code_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "off")
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "memory maze  FAILS  MUJOCO_GL=off turns rendering off: unset it" in out
+    assert "python       ok" in out
+
+
+def test_check_env_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check-env", "longdream/Recall-v0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    assert cli.main(["check-env", "Blackjack-v1"]) == 1
+    assert "WRONG  observation 'obs' is a Tuple: use a flat Dict" not in capsys.readouterr().err
+    assert cli.main(["check-env", "Blackjack-v1", "--json"]) == 1
+    assert "Tuple" in json.loads(capsys.readouterr().out)["problems"][0]
+    assert cli.main(["check-env", "longdream/Recal-v0"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+    assert cli.main(["check-env", "longdream/Recall-v0", "--steps", "0"]) == 2
+    assert cli.main(["check-env", "longdream/Recall-v0", "--env-kwargs", '{"corridor": 0}']) == 2

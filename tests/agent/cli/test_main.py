@@ -1,0 +1,296 @@
+"""The command line as its user meets it: help, mistakes in one line, JSON as the last line of stdout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longdream.agent import bench
+from longdream.agent.cli import main as cli
+from longdream.agent.config import options
+from longdream.agent.run import folder as run
+
+ROOT = Path(__file__).resolve().parents[3]
+SHORT = ["--steps", "80", "--learn.warmup", "1", "--evaluate.final_episodes", "2"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a run `runs/short` has been trained from the command line."""
+    folder = tmp_path_factory.mktemp("place")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert cli.main(["train", "tiny", "--name", "short", "--seed", "3", *SHORT]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(place)
+    return place
+
+
+# -- what works -------------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_run(here: Path) -> None:
+    folder = Path("runs/short")
+    assert {
+        "config.yaml",
+        "environment.txt",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "replay",
+        "summary.json",
+    } <= {path.name for path in folder.iterdir()}
+    told = (folder / "environment.txt").read_text()
+    assert "torch: " in told and "python: 3." in told and "commit: " in told
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {
+        "return_mean",
+        "return_std",
+        "return_ci95",
+        "episodes",
+        "random_mean",
+        "without_memory_mean",
+    } <= summary.keys()
+    assert summary["env"] == "longdream/Recall-v0" and summary["seed"] == 3 and summary["episodes"] == 2
+    assert summary["env_steps"] >= 80 and summary["updates"] > 0 and summary["wall_s"] > 0
+    assert run.open_run(folder).config.learn.steps == 80
+
+
+def test_evaluate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "runs/short", "--episodes", "3", "--json"]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert told.out.count("\n") == 1 and "playing 3 episodes" in told.err
+    assert {
+        "return_mean",
+        "return_std",
+        "return_ci95",
+        "episodes",
+        "random_mean",
+        "env",
+        "env_steps",
+        "seed",
+    } <= found.keys()
+    assert found["episodes"] == 3 and found["env_steps"] == run.open_run("runs/short").saved[1]
+    assert cli.main(["evaluate", "runs/short", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    summary = json.loads(Path("runs/short/summary.json").read_text())
+    assert {key: summary[key] for key in again} == again  # by default, what the run itself was judged by
+
+
+def test_evaluate_elsewhere(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--env.kwargs", '{"corridor": 5, "size": 16}', "--episodes", "2", "--seed", "9", "--json"]
+    assert cli.main(["evaluate", "runs/short", *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seed"] == 9 and found["length_mean"] >= 6
+
+
+def test_in_words(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "runs/short", "--episodes", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "95% interval" in out and "random" in out and "real steps" in out
+
+
+def test_envs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["envs", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"longdream/Recall-v0", "longdream/Counting-v0"} <= set(found["own"]) and "CartPole-v1" in found["others"]
+
+
+def test_the_program_itself(here: Path) -> None:
+    """As a process: exit code, streams, and a controller of the user's own beside the current folder."""
+    own = "class Mine(ActorCritic):\n    pass\n"
+    Path("mine.py").write_text(
+        f"from longdream.controller.actor_critic import ActorCritic\n\n\n{own}",
+        encoding="utf-8",
+    )
+    flags = ["--controller.kind", "mine:Mine", "--name", "own", "--json", *SHORT]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "longdream", "train", "tiny", *flags], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == json.loads(Path("runs/own/summary.json").read_text())
+    assert done.stdout.count("\n") == 1 and "step " in done.stderr
+    assert json.loads(Path("runs/short/summary.json").read_text())["seed"] == 3
+
+
+def test_a_run_can_be_run_again_from_its_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "runs/short/config.yaml", "--steps", "72", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seed"] == 3
+    again, before = run.open_run("runs/short-s3-1").config, run.open_run("runs/short").config
+    assert options.update(again, {"learn.steps": 80}) == before
+
+
+def test_flags_reach_the_config() -> None:
+    words = ["--seed=3", "--env", "CartPole-v1", "--learn.encoder-rate", "1e-4", "--worldmodel.blocks", "2", "1"]
+    words += ["--forcing.ramp", "false", "--env.kwargs.a", "1", "--env.kwargs.b", "[x, 2]", "--device", "cpu"]
+    _, flags = options.split(words, options.hint)
+    assert flags is not None
+    config = options.update(options.load("quickstart"), options.from_flags(flags))
+    assert config.seed == 3 and config.env.id == "CartPole-v1" and config.learn.encoder_rate == 1e-4
+    assert config.worldmodel.blocks == (2, 1) and config.forcing.ramp is False and config.device == "cpu"
+    assert config.env.kwargs == {"a": 1, "b": ["x", 2]}
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--help"],
+        ["train"],
+        ["evaluate"],
+        ["dream"],
+        ["envs"],
+        ["check-env"],
+        ["collect"],
+        ["doctor"],
+        ["bench"],
+        ["demo"],
+        *(["bench", b] for b in bench.BENCHES),
+    ],
+)
+def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words if words in ([], ["--help"]) else [*words, "--help"]) == 0
+    told = capsys.readouterr()
+    assert told.err == "" and len(told.out) > 100
+    if words:
+        assert "usage: longdream" in told.out or "longdream train PRESET" in told.out
+
+
+def test_help_on_train_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "quickstart", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert [name for name in options.fields() if f"--{name}" not in out] == []
+    assert all(name in out and text in out for name, text in options.presets().items())
+    flat = " ".join(out.replace("│", " ").split())
+    assert "Replayed rows learned from per real step. (default: 64.0)" in flat  # docstring, default
+    assert "--learn.ratio FLOAT" in flat and "longdream train --resume runs/quickstart-s3-1" in out
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ("trian", "unknown command 'trian': did you mean train?"),
+    ("train", "Name a preset, one of cartpole"),
+    ("train quickstrt", "unknown preset 'quickstrt': did you mean quickstart?"),
+    ("train zzz", "unknown preset 'zzz': there are cartpole"),
+    ("train nothing.yaml", "nothing.yaml: there is no such file"),
+    ("train tiny quickstart", "unexpected 'quickstart': one preset at a time"),
+    ("train tiny --worldmodl.layers 2", "unknown flag --worldmodl.layers: did you mean --worldmodel.layers"),
+    ("train tiny --layers 2", "unknown flag --layers: did you mean --worldmodel.layers or --controller.layers?"),
+    ("train tiny --sed 2", "unknown flag --sed: did you mean --seed?"),
+    ("train tiny --xyzzy 2", "unknown flag --xyzzy: longdream train --help lists them all"),
+    ("train tiny --worldmodel 2", "--worldmodel is a group of settings: name one of --worldmodel.mixer"),
+    ("train tiny -s 2", "unknown flag -s: flags have two dashes"),
+    ("train tiny --seed", "--seed needs a value"),
+    ("train tiny --seed --json", "--seed needs a value"),
+    ("train tiny --seed x", "--seed 'x': should be a valid integer"),
+    ("train tiny --seed 1.5", "--seed '1.5': should be a valid integer"),
+    ("train tiny --seed -1", "seed = -1: must be between 0 and"),
+    ("train tiny --steps 10", "learn.steps = 10: nothing is learned before step 60"),
+    ("train tiny --worldmodel.layers 0", "worldmodel.layers = 0: must be at least 1"),
+    ("train tiny --worldmodel.heads 3", "worldmodel.heads = 3 does not divide worldmodel.width = 16"),
+    ("train tiny --worldmodel.mixer transformer", "worldmodel.mixer = transformer: use one of hybrid, ssm, ssm+local"),
+    ("train tiny --device gpu", "--device 'gpu': should be 'auto', 'cpu' or 'cuda': did you mean cpu?"),
+    ("train tiny --env.kwargs {", "--env.kwargs {: cannot be read; write it like"),
+    ("train tiny --env.kwargs 3", "--env.kwargs 3: should be a valid dictionary"),
+    ("train tiny --env.kwargs.corridr 3", "cannot be made with corridr=3"),
+    ("train tiny --env Recall-v0", "did you mean"),
+    ("train tiny --env nowhere:Env-v0", "cannot import module 'nowhere'"),
+    ("train tiny --env.kwargs.corridor 0", "it needs a corridor of at least 1"),
+    (
+        "train tiny --controller.kind mine",
+        "controller.kind = mine: use one of actor_critic, planner, tree, evolution or package.module:Class",
+    ),
+    ("train tiny --controller.kind nowhere:Mine", "controller.kind = nowhere:Mine: No module named 'nowhere'"),
+    ("train tiny --forcing.objective flwo", "forcing.objective = flwo: use one of flow, mask, teacher"),
+    ("train tiny --replay.capacity 10", "replay.capacity = 10"),
+    ("train tiny --replay.capacity 3", "replay capacity 3 is too small"),
+    ("train tiny --encoder.grid 3", "encoder.grid = 3"),
+    ("train tiny --name short", "runs/short is in use: --resume runs/short goes on with it; --name other starts"),
+    ("train tiny --name ../up", "--name '../up' is no name for a folder"),
+    ("train --resume runs/none", "runs/none: there is no such run"),
+    ("train --resume runs/shrt", "runs/shrt: there is no such run: did you mean runs/short?"),
+    ("train --resume runs", "runs is no run: it holds no config.yaml"),
+    ("train --resume runs/short --seed 4", "--seed cannot change in a run that goes on"),
+    ("train --resume runs/short --name other", "--name cannot change in a run that goes on"),
+    ("train --resume runs/short tiny", "unexpected 'tiny': a run that is resumed has its settings already"),
+    ("evaluate", "needs the folder of a run, runs/NAME"),
+    ("evaluate runs/none", "runs/none: there is no such run"),
+    ("evaluate runs/short more", "unexpected 'more'"),
+    ("evaluate runs/short --episods 3", "unknown flag --episods: did you mean --episodes?"),
+    ("evaluate runs/short --episodes 0", "evaluate.final_episodes = 0: must be at least 1"),
+    ("evaluate runs/short --episodes x", "--episodes 'x': should be a valid integer"),
+    ("evaluate runs/short --env CartPole-v1", "CartPole-v1 does not fit this agent: its 'obs' is a vector"),
+    ("evaluate runs/short --env NoSuch-v0", "unknown environment 'NoSuch-v0'"),
+    ("dream", "needs the folder of a run"),
+    ("dream runs/none", "runs/none: there is no such run"),
+    ("bench", "bench what? Name one of act"),
+    ("bench lop", "unknown bench 'lop': did you mean loop?"),
+    ("bench act --stps 3", "unknown flag --stps: did you mean --steps?"),
+    ("envs everything", "unexpected 'everything'"),
+    ("check-env", "longdream check-env needs env"),
+    ("check-env NoSuch-v0", "unknown environment 'NoSuch-v0'"),
+    ("doctor now", "unexpected 'now'"),
+    ("colect", "unknown command 'colect': did you mean collect?"),
+    ("evaluate oracl", "oracl: there is no such run"),
+]
+
+
+@pytest.mark.parametrize(("line", "told"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_ends_in_one_line(line: str, told: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(Path("runs").iterdir())
+    assert cli.main(line.split(" ")) == 2
+    shown = capsys.readouterr()
+    # only what tells how far it had come may stand before the one line
+    *rest, last = shown.err.splitlines()
+    assert [text for text in rest if not text.startswith("playing")] == []
+    assert last.startswith("longdream: ") and told in last
+    assert sorted(Path("runs").iterdir()) == before
+
+
+def test_a_mistake_with_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "quickstrt", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out) == {"error": "unknown preset 'quickstrt': did you mean quickstart?"}
+
+
+def test_debug_shows_where(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGDREAM_DEBUG", "1")
+    assert cli.main(["train", "quickstrt"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" in told and "options.py" in told
+
+
+def test_a_run_without_a_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.create(Path("runs/empty"), options.load("tiny"))
+    assert cli.main(["evaluate", "runs/empty"]) == 2
+    assert "no checkpoint in runs/empty/checkpoints" in capsys.readouterr().err
+
+
+def test_a_run_of_another_version(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.create(Path("runs/old"), options.load("tiny"))
+    config = Path("runs/old/config.yaml")
+    config.write_text(config.read_text().replace("slow_rate:", "how_slow:"))
+    assert cli.main(["evaluate", "runs/old"]) == 2
+    assert "runs/old/config.yaml: unknown setting controller.how_slow" in capsys.readouterr().err
+
+
+def test_a_reader_who_has_read_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m longdream train --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert told.stderr == "" and told.stdout.startswith("usage: longdream train")
+    assert told.stdout.split()[-1] == "141"

@@ -1,0 +1,56 @@
+"""A folder of recordings: its layout is recognised or named, what is wrong with it is told, a share is held out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longdream.agent.data.video.library import LAYOUTS, open_library
+from longdream.envs.contract import UserError
+
+
+def test_a_folder_that_is_not_recognised(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such folder"):
+        open_library(tmp_path / "none")
+    (tmp_path / "notes.txt").write_text("hello")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    with pytest.raises(UserError) as told:
+        open_library(tmp_path)
+    assert all(f"{name}: {kind.what}" in str(told.value) for name, kind in LAYOUTS.items())
+    assert "\n" not in str(told.value)
+
+
+def test_a_layout_can_be_named(tmp_path: Path, shades, write_maze, write_mp4) -> None:
+    write_maze(tmp_path / "a.npz")
+    write_mp4(tmp_path / "film.mp4", shades(9))
+    assert open_library(tmp_path).layout == "memory-maze"
+    assert open_library(tmp_path, "mp4").recordings[0].name == "film.mp4"
+    with pytest.raises(UserError, match="no recordings of layout teco: NPZ files with entries video and actions"):
+        open_library(tmp_path, "teco")
+
+
+def test_frames_of_mixed_size(tmp_path: Path, shades, write_mp4) -> None:
+    write_mp4(tmp_path / "a.mp4", shades(9))
+    write_mp4(tmp_path / "b.mp4", shades(9, side=48))
+    with pytest.raises(UserError, match=r"frames of mixed size, 32 x 32 in a\.mp4 and 48 x 48 in b\.mp4"):
+        open_library(tmp_path)
+
+
+def test_nothing_that_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"none of the 1 recordings in .* can be read: a\.mp4 is damaged or no video"):
+        open_library(tmp_path)
+
+
+def test_a_share_is_held_out(mazes: Path) -> None:
+    library = open_library(mazes)
+    learned, judged = library.held_out(0.3)
+    assert len(judged) == 2 and len(learned) == 4
+    assert {r.name for r in learned} | {r.name for r in judged} == {r.name for r in library.recordings}
+    assert open_library(mazes).held_out(0.3) == (learned, judged)
+    assert library.held_out(0) == (library.recordings, []) and len(library.held_out(0.01)[1]) == 1
+    assert set(library.held_out(0.5)[1]) >= set(judged)  # a larger share holds the smaller
+    for path in sorted(mazes.iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(UserError, match="holds one recording"):
+        open_library(mazes).held_out(0.1)

@@ -1,0 +1,194 @@
+"""A reader per layout: rows are what the files say, and what they cannot say is told."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longdream.agent.data.video import mp4, npz
+from longdream.agent.data.video.library import Library, open_library
+from longdream.agent.data.video.loader import read_clip
+from longdream.agent.data.video.memory_maze import POSE, pose_code
+from longdream.agent.data.video.reader import Damaged
+from longdream.envs.contract import UserError
+
+
+def only(library: Library, start: int, clip: int, size: int = 32) -> dict[str, np.ndarray]:
+    return read_clip(library, library.recordings[0], start, clip, size)
+
+
+# -- video files ------------------------------------------------------------------------------------------------------
+
+
+def test_frames_are_found_by_their_number(tmp_path: Path, shades, write_mp4) -> None:
+    frames = shades(50)
+    write_mp4(tmp_path / "a.mp4", frames)
+    assert mp4.measure(tmp_path / "a.mp4") == (50, (32, 32))
+    for start, stop in ((0, 1), (0, 50), (17, 23), (49, 50)):
+        found = mp4.decode(tmp_path / "a.mp4", start, stop, 32)
+        assert found.shape == (stop - start, 32, 32, 3) and found.dtype == np.uint8
+        assert np.abs(found.astype(int) - frames[start:stop]).max() <= 2, (start, stop)
+
+
+def test_a_video_that_is_cut_short_is_damaged(tmp_path: Path, write_mp4) -> None:
+    path = tmp_path / "a.mp4"
+    write_mp4(path, np.random.default_rng(0).integers(256, size=(30, 32, 32, 3)).astype(np.uint8))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Damaged, match="is damaged or no video"):
+        mp4.measure(path)
+    path.write_bytes(b"")
+    with pytest.raises(Damaged, match="is damaged or no video"):
+        mp4.measure(path)
+
+
+# -- entries of NPZ files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_rows_of_an_entry(tmp_path: Path, save) -> None:
+    values = np.random.default_rng(0).normal(size=(40, 3, 2))
+    save(tmp_path / "a.npz", values=values, other=np.arange(4))
+    assert npz.entries(tmp_path / "a.npz")["values"] == ((40, 3, 2), np.dtype(float))
+    for start, stop in ((0, 40), (7, 9), (39, 40), (5, 5)):
+        np.testing.assert_array_equal(npz.rows(tmp_path / "a.npz", "values", start, stop), values[start:stop])
+    with pytest.raises(Damaged, match="ends before row 41"):
+        npz.rows(tmp_path / "a.npz", "values", 0, 41)
+    with pytest.raises(Damaged, match="KeyError"):
+        npz.rows(tmp_path / "a.npz", "none")
+
+
+def test_a_changed_byte_is_found_out(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", values=np.zeros((100, 10)))
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[4000] ^= 1
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(Damaged, match="Bad CRC-32"):
+        npz.rows(tmp_path / "a.npz", "values", 50, 100)
+
+
+# -- Memory Maze ------------------------------------------------------------------------------------------------------
+
+
+def test_memory_maze(tmp_path: Path, write_maze) -> None:
+    frames = write_maze(tmp_path / "deep" / "a.npz")
+    library = open_library(tmp_path)
+    assert library.layout == "memory-maze" and library.reader.rewarded and library.reader.action.parts == (6,)
+    assert library.recordings[0].length == 12 and library.recordings[0].name == "deep/a.npz"
+    rows = only(library, 0, 5, 64)
+    np.testing.assert_array_equal(rows["image"], frames[:5])
+    assert rows["action"].argmax(1).tolist() == [1, 2, 3, 4, 5]  # row t holds what was chosen from it
+    assert rows["reward"].tolist() == [0, 1, 2, 3, 4] and rows["before"].tolist() == [0] * 6
+    assert rows["is_first"].tolist() == [True] + [False] * 4 and not rows["truncated"].any()
+    rows = only(library, 7, 5, 64)
+    assert rows["before"].argmax() == 1 and rows["action"][:4].argmax(1).tolist() == [2, 3, 4, 5]
+    assert not rows["action"][4].any() and not rows["is_first"].any()  # nobody knows what was done at the end
+    assert rows["truncated"].tolist() == [False] * 4 + [True] and not rows["terminated"].any()
+
+
+def test_pose_in_place_of_actions(tmp_path: Path, write_maze) -> None:
+    write_maze(tmp_path / "a.npz")
+    library = open_library(tmp_path, condition="pose")
+    assert library.reader.action.parts == () and library.reader.action.size == POSE
+    rows = only(library, 3, 4)
+    # row t holds the pose of row t + 1: M is told it when it predicts that row
+    np.testing.assert_allclose(rows["action"][:, 0], 2 * np.arange(4, 8) / 9 - 1, rtol=1e-6)
+    place, look = np.stack([2 * np.arange(3, 8) / 9 - 1, np.zeros(5)], 1), np.array([[1.0, 0.0]] * 5)
+    told = np.concatenate([rows["before"][None], rows["action"]])
+    np.testing.assert_allclose(told, pose_code(place, look), atol=1e-5)
+    assert not only(library, 8, 4)["action"][3].any()
+
+
+def test_poses_are_told_in_waves() -> None:
+    place, angle = np.array([[0.5, -1.0], [0.03, 0.2]]), np.array([0.0, 2.0])
+    code = pose_code(place, np.stack([np.cos(angle), np.sin(angle)], 1))
+    assert code.shape == (2, POSE) and code.dtype == np.float32 and (np.abs(code) <= 1).all()
+    np.testing.assert_allclose(code[:, :2], place, atol=1e-6)
+    np.testing.assert_allclose(code[0, 2:4], [1, 0], atol=1e-6)  # sin of half a turn's half, of a whole one
+    np.testing.assert_allclose(code[1, -8:-4], np.sin(2.0 * np.arange(1, 5)), atol=1e-6)
+    np.testing.assert_allclose(code[1, -4:], np.cos(2.0 * np.arange(1, 5)), atol=1e-6)
+    near = pose_code(place + np.array([[0, 0], [1 / 9, 0]]), np.stack([np.cos(angle), np.sin(angle)], 1))
+    assert np.abs(near[1] - code[1]).max() > 0.5  # half a cell away is far in the finest waves
+
+
+def test_memory_maze_files_that_are_none(tmp_path: Path, write_maze) -> None:
+    write_maze(tmp_path / "a.npz")
+    episode = dict(np.load(tmp_path / "a.npz"))
+    np.savez(tmp_path / "b.npz", **episode | {"reward": np.zeros(3)})
+    np.savez(tmp_path / "c.npz", **{key: value for key, value in episode.items() if key != "targets_pos"})
+    (tmp_path / "d.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:500])
+    library = open_library(tmp_path)
+    assert [recording.name for recording in library.recordings] == ["a.npz"]
+    assert "'reward' has shape (3,), not (12)" in library.damaged["b.npz"]
+    assert "has no targets_pos" in library.damaged["c.npz"] and "BadZipFile" in library.damaged["d.npz"]
+    np.savez(tmp_path / "a.npz", **episode | {"action": np.ones((12, 6))})
+    with pytest.raises(UserError, match=r"a\.npz: 'action' is no one-hot in row 2"):
+        only(open_library(tmp_path), 2, 4)
+    np.savez(tmp_path / "a.npz", **episode | {"agent_pos": np.full((12, 2), 99.0)})
+    with pytest.raises(UserError, match=r"a\.npz: a pose in rows 2 to 6 lies outside the maze"):
+        only(open_library(tmp_path, condition="pose"), 2, 4)
+
+
+# -- TECO -------------------------------------------------------------------------------------------------------------
+
+
+def test_teco(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(256, size=(10, 24, 32, 3)).astype(np.uint8)
+    np.savez_compressed(tmp_path / "a.npz", video=frames, actions=np.arange(10) % 4)
+    library = open_library(tmp_path)
+    assert library.layout == "teco" and not library.reader.rewarded and library.reader.action.parts == (4,)
+    assert library.recordings[0].size == (24, 32)
+    rows = only(library, 2, 4, 16)
+    assert rows["image"].shape == (4, 16, 16, 3) and rows["action"].argmax(1).tolist() == [3, 0, 1, 2]
+    assert rows["before"].argmax() == 2 and not rows["reward"].any()
+    with pytest.raises(UserError, match=r"a\.npz: action 3 in row 3 is out of range: there are 3, 0 to 2"):
+        only(open_library(tmp_path, choices=3), 0, 6)
+    with pytest.raises(UserError, match="tells no poses"):
+        open_library(tmp_path, condition="pose")
+    np.savez(tmp_path / "b.npz", video=frames, actions=np.zeros(9, int))
+    np.savez(tmp_path / "c.npz", video=frames[..., 0], actions=np.zeros(10, int))
+    damaged = open_library(tmp_path).damaged
+    assert "'actions' of shape (9,)" in damaged["b.npz"] and "'video' of shape (10, 24, 32)" in damaged["c.npz"]
+
+
+# -- a folder of mp4 --------------------------------------------------------------------------------------------------
+
+
+def test_videos_without_actions(tmp_path: Path, shades, write_mp4) -> None:
+    write_mp4(tmp_path / "a.mp4", shades(12))
+    library = open_library(tmp_path)
+    assert library.layout == "mp4" and library.reader.action.size == 1
+    rows = only(library, 4, 6, 16)
+    assert rows["action"].shape == (6, 1) and not rows["action"].any()
+    assert np.abs(rows["image"].astype(int) - shades(6, 16, 4)).max() <= 2
+
+
+def test_videos_with_actions(tmp_path: Path, shades, write_mp4) -> None:
+    for name, n in (("a", 12), ("b", 8)):
+        write_mp4(tmp_path / f"{name}.mp4", shades(n))
+        np.save(tmp_path / f"{name}.npy", np.arange(n) % 5)
+    library = open_library(tmp_path)
+    assert library.reader.action.parts == (5,)
+    rows = only(library, 2, 4)
+    assert rows["action"].argmax(1).tolist() == [2, 3, 4, 0] and rows["before"].argmax() == 1
+    assert open_library(tmp_path, choices=7).reader.action.parts == (7,)
+    np.save(tmp_path / "a.npy", np.arange(12) % 5 - 1)
+    with pytest.raises(UserError, match=r"a\.npy: action -1 in row 5 is out of range"):
+        only(open_library(tmp_path), 2, 4)
+    np.save(tmp_path / "a.npy", np.zeros((12, 2)))
+    with pytest.raises(UserError, match=r"b\.mp4 are not of the same kind as those of .*a\.mp4"):
+        open_library(tmp_path)
+    np.save(tmp_path / "b.npy", np.linspace(0, 1.5, 14).reshape(7, 2))  # one less than there are frames
+    library = open_library(tmp_path)
+    assert library.reader.action.parts == () and library.reader.action.size == 2
+    with pytest.raises(UserError, match=r"b\.npy: the action in row 4 is out of range: numbers must lie in -1 to 1"):
+        read_clip(library, library.recordings[1], 3, 4, 32)
+    np.save(tmp_path / "b.npy", np.zeros((5, 2)))
+    with pytest.raises(UserError, match=r"b\.mp4 has 8 frames and 5 actions"):
+        open_library(tmp_path)
+    np.save(tmp_path / "b.npy", np.array(["left"] * 8))
+    with pytest.raises(UserError, match=r"b\.npy holds <U4 of shape \(8,\): actions are whole numbers"):
+        open_library(tmp_path)
+    (tmp_path / "b.npy").unlink()
+    with pytest.raises(UserError, match=r"b\.npy is missing, .*a\.npy is there"):
+        open_library(tmp_path)

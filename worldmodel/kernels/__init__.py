@@ -1,0 +1,1 @@
+"""Scan, attention and normalisation: plain references, and kernels for CUDA beside them."""

@@ -1,0 +1,1 @@
+"""What carries memory from frame to frame."""

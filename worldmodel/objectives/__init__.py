@@ -1,0 +1,1 @@
+"""How M is trained to predict, and how it is sampled."""
