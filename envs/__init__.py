@@ -1,4 +1,4 @@
-"""Real worlds and the contract they are seen through. Importing it registers the project's own environments."""
+"""Real environments and their common interface. Importing this package registers the project's own environments."""
 
 from longdream.envs.make import World, register
 

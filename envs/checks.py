@@ -1,7 +1,7 @@
-"""What is wrong with an environment, and how to mend it: `longdream check-env`.
+"""Checks of an environment, each problem with a way to fix it: `longdream check-env`.
 
-Beside Gymnasium's own checker: whether the project can store what the environment shows, whether rows in time hold
-what they should (envs/contract.py), and whether it depends on seed and actions alone, which resuming rests on.
+In addition to Gymnasium's checker, they test whether the project supports the environment's spaces, whether its rows
+are valid (envs/contract.py), and whether it depends only on its seed and actions, as resuming requires.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SEED = 7
 
 
 class Report:
-    """What a check found: problems, each with a way to mend it, and notes on what may be meant."""
+    """The result of a check: problems, each with a way to fix it; notes on what may be intended; and checks passed."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -42,12 +42,14 @@ class Report:
 
 
 def check(env_id: str, kwargs: dict[str, Any] | None = None, steps: int = 300) -> Report:
-    """Make the environment and try it for `steps` steps of random actions in each of several ways.
+    """Make the environment and run several checks, each for up to `steps` steps of random actions.
 
     Raises:
-        UserError: it is not registered, or cannot be made.
+        UserError: the environment is not registered, or cannot be made.
     """
-    registration, kwargs, report = find(env_id), kwargs or {}, Report()
+    registration = find(env_id)
+    kwargs = kwargs or {}
+    report = Report()
     if registration.entry_point is None:
         report.notes.append("it has a vector form only: the checks of single environments are left out")
     else:
@@ -59,14 +61,14 @@ def check(env_id: str, kwargs: dict[str, Any] | None = None, steps: int = 300) -
             raise UserError(f"{env_id} cannot be made with {kwargs or 'no arguments'}: {_one_line(error)}") from error
         try:
             if _spaces(envs[0], report):
-                seen, done = copy.deepcopy((envs[0].observation_space, envs[0].action_space))
+                initial_spaces = copy.deepcopy((envs[0].observation_space, envs[0].action_space))
                 _gymnasium(envs[0], report)
                 if _rows(envs[0], steps, report):
                     _determinism(envs[0], envs[1], steps, report)
-                _constant(envs[0], seen, done, report)
+                _constant(envs[0], initial_spaces, report)
                 if not report.problems:
                     _infos(registration, kwargs, min(steps, 60), report)
-        except Exception as error:  # it is the environment that raised: what it does is what is asked for
+        except Exception as error:  # an exception of the environment is a finding of the check, not a failure of it
             report.problem(f"reset or step raised {_one_line(error)} ({_where(error)})")
         finally:
             for env in envs:
@@ -77,7 +79,7 @@ def check(env_id: str, kwargs: dict[str, Any] | None = None, steps: int = 300) -
 
 
 def _spaces(env: gym.Env, report: Report) -> bool:
-    """Whether the project can store what is seen and done."""
+    """Whether the project supports the observation and action spaces."""
     try:
         env_spec(env.observation_space, env.action_space)
     except UserError as error:
@@ -88,7 +90,7 @@ def _spaces(env: gym.Env, report: Report) -> bool:
 
 
 def _gymnasium(env: gym.Env, report: Report) -> None:
-    """Gymnasium's checker; what it asserts is a problem, what it warns of a note."""
+    """Run Gymnasium's checker. A failed assertion is reported as a problem, a warning as a note."""
     before = len(report.problems)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -105,16 +107,19 @@ def _gymnasium(env: gym.Env, report: Report) -> None:
 
 
 def _rows(env: gym.Env, steps: int, report: Report) -> bool:
-    """Whether observations, rewards and flags of whole episodes are what rows need."""
-    before, ended, length, at_limit = len(report.problems), 0, 0, 0
+    """Whether the observations, rewards and flags of whole episodes are valid in rows."""
+    before = len(report.problems)
+    ended = 0
+    length = 0
+    at_limit = 0
     limit = env.spec.max_episode_steps if env.spec else None
     env.action_space.seed(SEED)
     obs, _ = env.reset(seed=SEED)
-    _observed(env, obs, "reset", report)
-    began = time.perf_counter()
+    _check_observation(env, obs, "reset", report)
+    start = time.perf_counter()
     for t in range(steps):
         obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-        _observed(env, obs, f"step {t + 1}", report)
+        _check_observation(env, obs, f"step {t + 1}", report)
         value = np.asarray(reward)
         if value.shape != () or value.dtype.kind not in "fiub":
             report.problem(f"step {t + 1} returned the reward {reward!r}: return one number, float(reward)")
@@ -124,32 +129,34 @@ def _rows(env: gym.Env, steps: int, report: Report) -> bool:
             if not isinstance(flag, bool | np.bool_):
                 report.problem(f"step {t + 1} returned {name} = {flag!r}: return a bool, bool({name})")
         if terminated and truncated:
-            report.notes.append("an end was both terminated and truncated: it counts as terminated, a real end")
+            report.notes.append("an episode was both terminated and truncated: it counts as terminated, a real end")
         if len(report.problems) > before:
             return False
         length += 1
         if terminated or truncated:
             at_limit += bool(terminated) and length == limit
-            ended, length = ended + 1, 0
+            ended = ended + 1
+            length = 0
             obs, _ = env.reset()
-            _observed(env, obs, "reset after an episode", report)
-    report.steps_per_s = round(steps / (time.perf_counter() - began), 1)
+            _check_observation(env, obs, "reset after an episode", report)
+    report.steps_per_s = round(steps / (time.perf_counter() - start), 1)
     if at_limit and at_limit == ended:
         report.problem(
-            f"every episode ended as terminated at its time limit of {limit} steps: M would learn that the world ends"
-            " there; leave the limit to max_episode_steps, which truncates, and terminate at real ends alone"
+            f"every episode ended as terminated at its time limit of {limit} steps: M would learn that the task ends"
+            " there; leave the limit to max_episode_steps, which truncates, and terminate only at real ends of the task"
         )
         return False
     if not ended:
         report.notes.append(
-            f"no episode ended within {steps} steps: if none ever does, give it a time limit (register with"
+            f"no episode ended within {steps} steps: if none ever does, give it a time limit (register it with"
             " max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit), which truncates and does not terminate"
         )
     report.passed.append(f"{steps} rows, {ended} ends of episodes")
     return True
 
 
-def _observed(env: gym.Env, obs: Any, where: str, report: Report) -> None:
+def _check_observation(env: gym.Env, obs: Any, where: str, report: Report) -> None:
+    """Report an observation that is not finite or not in its space; `where` names the call that returned it."""
     if env.observation_space.contains(obs):
         parts = obs.items() if isinstance(obs, dict) else [("obs", obs)]
         for name, value in parts:
@@ -162,46 +169,50 @@ def _observed(env: gym.Env, obs: Any, where: str, report: Report) -> None:
         pairs = [(name, obs[name], space) for name, space in spaces.items()]
     for name, value, space in pairs:
         if not space.contains(value):
-            told = f"{getattr(value, 'dtype', type(value).__name__)} of shape {np.shape(value)}"
+            description = f"{getattr(value, 'dtype', type(value).__name__)} of shape {np.shape(value)}"
             if isinstance(value, np.ndarray) and value.shape == space.shape and value.dtype == space.dtype:
-                told += f" with values from {value.min()} to {value.max()}"
-            report.problem(f"{where} returned {name!r} as {told}, its space is {space}: make one fit the other")
+                description += f" with values from {value.min()} to {value.max()}"
+            report.problem(f"{where} returned {name!r} as {description}, its space is {space}: make one fit the other")
 
 
 def _determinism(one: gym.Env, two: gym.Env, steps: int, report: Report) -> None:
-    """Equal seeds and actions give equal rows: in two copies, and in one that has played before."""
-    before, steps = len(report.problems), min(steps, 100)
-    first, second = _played(one, SEED, steps), _played(two, SEED, steps)
-    mend = "draw everything random from self.np_random, which super().reset(seed=seed) seeds, and use no clock"
+    """Whether equal seeds and actions give equal rows: in two copies, and in one copy before and after an episode."""
+    before = len(report.problems)
+    steps = min(steps, 100)
+    first = _play(one, SEED, steps)
+    second = _play(two, SEED, steps)
+    fix = "draw everything random from self.np_random, which super().reset(seed=seed) seeds, and use no clock"
     for t, (a, b) in enumerate(zip(first, second, strict=False)):
         if not data_equivalence(a, b):
-            report.problem(f"two copies with the same seed and actions differ at row {t}: {mend}")
+            report.problem(f"two copies with the same seed and actions differ at row {t}: {fix}")
             break
     else:
-        for t, (a, b) in enumerate(zip(first, _played(one, SEED, steps), strict=False)):
+        for t, (a, b) in enumerate(zip(first, _play(one, SEED, steps), strict=False)):
             if not data_equivalence(a, b):
-                report.problem(f"the same seed and actions differ, at row {t}, after an episode was played: {mend}")
+                report.problem(f"with the same seed and actions, row {t} differs after an episode was played: {fix}")
                 break
-    if all(data_equivalence(first, _played(two, SEED + i, steps)) for i in range(1, 6)):
+    if all(data_equivalence(first, _play(two, SEED + i, steps)) for i in range(1, 6)):
         report.notes.append(
-            "another seed changes nothing: if something is meant to be random, the seed does not reach it"
+            "another seed changes nothing: if the environment is meant to be random, it does not use the seed"
         )
     if len(report.problems) == before:
         report.passed.append("same seed and actions, same rows")
 
 
-def _constant(env: gym.Env, seen: gym.Space, done: gym.Space, report: Report) -> None:
-    """Spaces are those that training was begun with."""
-    for name, before, now in (("observation", seen, env.observation_space), ("action", done, env.action_space)):
+def _constant(env: gym.Env, initial: tuple[gym.Space, gym.Space], report: Report) -> None:
+    """Whether the observation and action spaces are still the initial ones."""
+    for name, before, now in zip(
+        ("observation", "action"), initial, (env.observation_space, env.action_space), strict=True
+    ):
         if now != before:
             report.problem(
-                f"{name}_space changed from {before} to {now} while it was played: set it once, in __init__, as large"
-                " as it can become"
+                f"{name}_space changed from {before} to {now} while it was played: set it once, in __init__, as"
+                " large as it can become"
             )
 
 
 def _infos(registration: Registration, kwargs: dict[str, Any], steps: int, report: Report) -> None:
-    """Whether Gymnasium's vector environments can put the infos of two copies together; training reads none."""
+    """Whether Gymnasium's vector environments can combine the infos of two copies. Training does not use infos."""
 
     def make() -> gym.Env:
         return without_text(gym.make(registration, disable_env_checker=True, **kwargs))
@@ -214,13 +225,13 @@ def _infos(registration: Registration, kwargs: dict[str, Any], steps: int, repor
                 both.step(both.action_space.sample())
     except Exception as error:
         report.notes.append(
-            f"two copies in Gymnasium's SyncVectorEnv raised {_one_line(error)} (training here is not touched): give"
-            " every entry of info one type and shape that never change, and leave out what is not known"
+            f"two copies in Gymnasium's SyncVectorEnv raised {_one_line(error)} (training here is not affected): give"
+            " every entry of info one type and shape that never change, and leave out entries without a value"
         )
 
 
-def _played(env: gym.Env, seed: int, steps: int) -> list[Any]:
-    """Rows (obs, reward, terminated, truncated) of one episode, its first `steps` at most; the actions are the same."""
+def _play(env: gym.Env, seed: int, steps: int) -> list[Any]:
+    """Rows (obs, reward, terminated, truncated) of one episode of up to `steps` steps. The actions are fixed."""
     env.action_space.seed(SEED)
     obs, _ = env.reset(seed=seed)
     rows: list[Any] = [(np.copy(obs) if isinstance(obs, np.ndarray) else obs, 0.0, False, False)]
@@ -234,20 +245,21 @@ def _played(env: gym.Env, seed: int, steps: int) -> list[Any]:
 
 
 def _world(env_id: str, kwargs: dict[str, Any], steps: int, report: Report) -> None:
-    """Two copies as training has them: each its own stream, and continued exactly where its state was taken."""
+    """Whether two copies run as in training, and continue exactly from a saved state."""
     rng = np.random.default_rng(SEED)
     try:
-        with closing(World(env_id, 2, SEED, kwargs)) as world, closing(World(env_id, 2, SEED, kwargs)) as again:
+        with closing(World(env_id, 2, SEED, kwargs)) as world, closing(World(env_id, 2, SEED, kwargs)) as restored:
             world.reset()
             actions = [world.random_action(rng) for _ in range(2 * steps)]
             for action in actions[:steps]:
                 world.step(action)
-            again.set_state(world.get_state())
+            restored.set_state(world.get_state())
             for t, action in enumerate(actions[steps:]):
-                a, b = world.step(action), again.step(action)
+                a = world.step(action)
+                b = restored.step(action)
                 if not data_equivalence(vars(a), vars(b)):
                     report.problem(
-                        f"continued from a saved state, row {t} differs: resumed runs will not be exact; the"
+                        f"after restoring a saved state, row {t} differs: resumed runs will not be exact; the"
                         " environment must depend on nothing but its seed and actions"
                     )
                     return

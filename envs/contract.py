@@ -1,8 +1,8 @@
-"""The contract between environments and everything that learns: rows in time, observations, actions.
+"""The interface between environments and agents: time steps (rows), observations and actions.
 
-Row t is ``(obs, is_first, reward, terminated, truncated | action)``: reward and flags arrive *with* obs_t and were
+Row t is ``(obs, is_first, reward, terminated, truncated | action)``. Reward and flags arrive *with* obs_t and were
 caused by action_{t-1}; action_t is chosen *from* obs_t. This is Gymnasium's ``NEXT_STEP`` autoreset: the final
-observation of an episode is a row of its own, whose action is ignored, and the next row is the reset one.
+observation of an episode has its own row, whose action is ignored, and the next row holds the reset observation.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ IMAGE_CHANNELS = (1, 3, 4)
 
 
 class UserError(ValueError):
-    """A mistake its user can mend. The message is one line: what is wrong, and how to put it right."""
+    """An error that the user can fix. The message is one line: what is wrong, and how to fix it."""
 
 
 class EnvError(RuntimeError):
-    """An environment failed while running: it raised, hung or died.
+    """An environment failed while it was running: it raised an exception, did not answer, or its process died.
 
     Args:
-        message: one line that names the worker and what it was doing.
-        worker: index of the copy that failed, None where it is not known.
-        trace: text of the original traceback, shown below the message.
+        message: one line that names the worker and the call that failed.
+        worker: index of the copy that failed; None if it is unknown.
+        trace: text of the original traceback, printed below the message.
     """
 
     def __init__(self, message: str, worker: int | None = None, trace: str = "") -> None:
         super().__init__(f"{message}\n{trace}".rstrip())
-        self.message, self.worker, self.trace = message, worker, trace
+        self.message = message
+        self.worker = worker
+        self.trace = trace
 
     def __reduce__(self) -> tuple[type[EnvError], tuple[str, int | None, str]]:
         return EnvError, (self.message, self.worker, self.trace)
@@ -40,7 +42,15 @@ class EnvError(RuntimeError):
 
 @dataclass
 class Row:
-    """One time step of n copies. obs: each (n, ...) as its ObsSpec stores it; the others (n,), reward float32."""
+    """One time step of n copies of an environment.
+
+    Attributes:
+        obs: each observation, (n, ...), in the type and shape of its ObsSpec.
+        is_first: (n,) bool, true for the first row of an episode.
+        reward: (n,) float32.
+        terminated: (n,) bool.
+        truncated: (n,) bool.
+    """
 
     obs: dict[str, np.ndarray]
     is_first: np.ndarray
@@ -53,8 +63,11 @@ class Row:
 class ObsSpec:
     """How one observation is stored.
 
-    kind "image": uint8, shape (H, W, C); "vector": float32, shape (n,); "discrete": int64 in 0..n-1, shape ().
-    start is the smallest native value of a discrete observation; it is subtracted when packing.
+    Attributes:
+        kind: "image": uint8, shape (H, W, C); "vector": float32, shape (n,); "discrete": int64 in 0..n-1, shape ().
+        shape: of a single observation.
+        n: number of values of a discrete observation.
+        start: smallest native value of a discrete observation; `pack` subtracts it.
     """
 
     kind: Literal["image", "vector", "discrete"]
@@ -67,7 +80,7 @@ class ObsSpec:
         return np.dtype({"image": np.uint8, "vector": np.float32, "discrete": np.int64}[self.kind])
 
     def pack(self, batch: Any) -> np.ndarray:
-        """(n, *native shape) in the environment's type -> (n, *shape) in the stored one."""
+        """Convert a batch (n, *native shape) of the environment to (n, *shape) in the stored type."""
         values = np.asarray(batch)
         if self.kind == "discrete":
             values = values - self.start
@@ -76,11 +89,13 @@ class ObsSpec:
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """How an action is encoded as a float32 vector of length A = ``size``, the only form the project uses.
+    """How an action is encoded as a float32 vector of length A = ``size``. Agents only use the encoded form.
 
-    parts: sizes of the categorical factors, encoded as one-hots side by side: Discrete(n) -> (n,), MultiDiscrete ->
-    nvec. Empty for a Box, which is flattened and scaled from [low, high] to [-1, 1].
-    native: what restores the native value: kind ("discrete", "multi_discrete", "box"), start, shape, dtype.
+    Attributes:
+        parts: numbers of values of the categorical factors, which are encoded as concatenated one-hot vectors:
+            Discrete(n) gives (n,), MultiDiscrete gives nvec. Empty for a Box.
+        low, high: bounds of a Box, which is flattened and scaled from [low, high] to [-1, 1].
+        native: what `decode` needs: kind ("discrete", "multi_discrete", "box"), start, shape, dtype.
     """
 
     parts: tuple[int, ...]
@@ -94,12 +109,13 @@ class ActionSpec:
         return sum(self.parts) if self.parts else len(self.low)
 
     def encode(self, native: Any) -> np.ndarray:
-        """Native batched action, (n, *native shape) -> (n, A) float32."""
+        """Encode a batch of native actions, (n, *native shape), as (n, A) float32."""
         values = np.asarray(native)
         if not self.parts:
-            low, high = np.array(self.low), np.array(self.high)
-            width = np.where(high > low, high - low, 1.0)
-            scaled = 2.0 * (values.reshape(len(values), -1).astype(np.float64) - low) / width - 1.0
+            low = np.array(self.low)
+            high = np.array(self.high)
+            value_range = np.where(high > low, high - low, 1.0)
+            scaled = 2.0 * (values.reshape(len(values), -1).astype(np.float64) - low) / value_range - 1.0
             return np.where(high > low, scaled, 0.0).astype(np.float32)
         choice = values.reshape(len(values), -1).astype(np.int64) - np.array(self.native["start"]).reshape(-1)
         encoded = np.zeros((len(choice), self.size), np.float32)
@@ -108,12 +124,15 @@ class ActionSpec:
         return encoded
 
     def decode(self, encoded: np.ndarray) -> np.ndarray:
-        """(n, A) -> native batched action for ``VectorEnv.step``: the largest entry of each one-hot; Box values are
-        clipped to their bounds."""
+        """Decode (n, A) to a batch of native actions for ``VectorEnv.step``.
+
+        A categorical factor takes the index of its largest entry. Box values are clipped to their bounds."""
         encoded = np.asarray(encoded)
-        dtype, shape = np.dtype(self.native["dtype"]), (len(encoded), *self.native["shape"])
+        dtype = np.dtype(self.native["dtype"])
+        shape = (len(encoded), *self.native["shape"])
         if not self.parts:
-            low, high = np.array(self.low), np.array(self.high)
+            low = np.array(self.low)
+            high = np.array(self.high)
             values = low + (encoded.astype(np.float64) + 1.0) * 0.5 * (high - low)
             if dtype.kind in "iu":
                 values = np.rint(values)
@@ -122,7 +141,7 @@ class ActionSpec:
         return (choice + np.array(self.native["start"]).reshape(-1)).reshape(shape).astype(dtype)
 
     def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """n uniform random actions, encoded: (n, A) float32."""
+        """Draw n encoded actions uniformly at random: (n, A) float32."""
         if not self.parts:
             return rng.uniform(-1.0, 1.0, (n, self.size)).astype(np.float32)
         return np.concatenate([np.eye(k, dtype=np.float32)[rng.integers(k, size=n)] for k in self.parts], axis=1)
@@ -130,18 +149,18 @@ class ActionSpec:
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """What is seen and what can be done; a single observation space has the key "obs"."""
+    """The observations and the action of an environment. An observation space that is no Dict has the key "obs"."""
 
     obs: dict[str, ObsSpec]
     action: ActionSpec
 
     def pack_obs(self, batch: Any) -> dict[str, np.ndarray]:
-        """Batched observation of a vector environment -> {key: (n, *shape) in the stored type}."""
+        """Convert a batched observation of a vector environment to {key: (n, *shape) in the stored type}."""
         batch = batch if isinstance(batch, dict) else {"obs": batch}
         return {key: spec.pack(batch[key]) for key, spec in self.obs.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types, from which ``from_json`` makes an equal spec."""
+        """Convert to JSON types; ``from_json`` restores an equal spec."""
         return {
             "obs": {key: _plain(asdict(spec)) for key, spec in self.obs.items()},
             "action": _plain(asdict(self.action)),
@@ -156,10 +175,10 @@ class EnvSpec:
 
 
 def env_spec(observation_space: spaces.Space, action_space: spaces.Space) -> EnvSpec:
-    """The spec of an environment with these (single, not batched) spaces.
+    """The spec of an environment with these spaces (of a single copy, not batched).
 
     Raises:
-        UserError: a space that cannot be handled; the message names its key and says how to mend it.
+        UserError: a space is not supported; the message names its key and says how to fix it.
     """
     if isinstance(observation_space, spaces.Dict):
         if not observation_space.spaces:
@@ -180,11 +199,12 @@ def _obs_spec(key: str, space: spaces.Space) -> ObsSpec:
         raise UserError(f"{where} is a Tuple: use a flat Dict with a name for each entry")
     if isinstance(space, spaces.Text):
         raise UserError(
-            f"{where} is text, in a vector environment of your own: show longdream.envs.text.embed of it, a Box"
+            f"{where} is text, which a vector environment must convert itself: return longdream.envs.text.embed(text),"
+            " which has a Box space"
         )
     if not isinstance(space, spaces.Box):
-        mend = "use Box or Discrete, for instance with gymnasium.wrappers.FlattenObservation"
-        raise UserError(f"{where} is a {type(space).__name__} space: {mend}")
+        fix = "use Box or Discrete, for instance with gymnasium.wrappers.FlattenObservation"
+        raise UserError(f"{where} is a {type(space).__name__} space: {fix}")
     shape = tuple(int(s) for s in space.shape)
     if space.dtype is None or space.dtype.kind not in "fiu":
         raise UserError(f"{where} has dtype {space.dtype}: use uint8 for images, a float or integer type for vectors")
@@ -212,15 +232,13 @@ def _image_shape(where: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         )
     raise UserError(
         f"{where} is uint8 of shape {shape}: an image is (height, width) or (height, width, channels) with 1, 3 or 4"
-        " channels; give anything else a float or wider integer type and it is read as a vector"
+        " channels; for other data use a float type or a wider integer type, which is read as a vector"
     )
 
 
 def _looks_like_image(shape: tuple[int, ...]) -> bool:
-    last, first = (
-        shape[-1] in IMAGE_CHANNELS and min(shape[:2]) >= 16,
-        shape[0] in IMAGE_CHANNELS and min(shape[1:]) >= 16,
-    )
+    last = shape[-1] in IMAGE_CHANNELS and min(shape[:2]) >= 16
+    first = shape[0] in IMAGE_CHANNELS and min(shape[1:]) >= 16
     return last or first
 
 
@@ -232,11 +250,12 @@ def _action_spec(space: spaces.Space) -> ActionSpec:
         native = {"kind": "multi_discrete", "start": space.start.tolist(), "shape": list(space.shape)}
         return ActionSpec(tuple(space.nvec.ravel().tolist()), native={**native, "dtype": str(space.dtype)})
     if not isinstance(space, spaces.Box):
-        mend = "use Discrete, MultiDiscrete or Box"
+        fix = "use Discrete, MultiDiscrete or Box"
         if isinstance(space, spaces.MultiBinary):
-            mend = f"use MultiDiscrete([2] * {int(np.prod(space.shape))})"
-        raise UserError(f"the action space is a {type(space).__name__} space: {mend}")
-    low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
+            fix = f"use MultiDiscrete([2] * {int(np.prod(space.shape))})"
+        raise UserError(f"the action space is a {type(space).__name__} space: {fix}")
+    low = space.low.astype(np.float64).ravel()
+    high = space.high.astype(np.float64).ravel()
     if not low.size:
         raise UserError(f"the action space is an empty Box (shape {space.shape}): give it at least one value")
     if max(np.abs(low).max(), np.abs(high).max()) >= np.finfo(np.float32).max:
@@ -253,9 +272,9 @@ def _plain(data: dict[str, Any]) -> dict[str, Any]:
 
 
 class OneCopy(gym.Env):
-    """The single-environment form of a native vector environment that was made with one copy.
+    """A single environment that wraps a vector environment with one copy.
 
-    No autoreset here: ``step`` after the end of an episode is left undefined, as in every Gymnasium environment.
+    There is no autoreset: as in every Gymnasium environment, ``step`` after the end of an episode is undefined.
     """
 
     def __init__(self, vector: gym.vector.VectorEnv) -> None:

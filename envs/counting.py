@@ -1,4 +1,4 @@
-"""``longdream/Counting-v0``: counts its own steps, so that a test can tell what every row must hold."""
+"""``longdream/Counting-v0``: counts its own steps, so that tests can compute the exact content of every row."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ STATE = ("index", "episode", "time", "last_action", "ended")
 
 
 def episode_length(index: Any, episode: Any) -> Any:
-    """Steps in that episode of that copy, 3 to 13; its rows are one more, times 0 to this. Scalars or arrays."""
+    """Number of steps in this episode of this copy, 3 to 13. There is one row more, for time 0. Scalars or arrays."""
     return 3 + (5 * index + 4 * episode) % 11
 
 
 def is_terminal(index: Any, episode: Any) -> Any:
-    """True where that episode terminates, False where it is truncated. Scalars or arrays."""
+    """True if the episode terminates, False if it is truncated. Scalars or arrays."""
     return (index + episode) % 2 == 0
 
 
 def expected_reward(time: Any, action: Any) -> Any:
-    """What arrives with the row at time >= 1, caused by ``action`` in the row before; at time 0 it is 0."""
+    """Reward in the row at time >= 1, caused by ``action`` in the previous row. The reward at time 0 is 0."""
     return time + 0.001 * action
 
 
 class CountingVecEnv(gym.vector.VectorEnv):
     """num_envs counters with NEXT_STEP autoreset. Nothing is random; episodes differ in length and in how they end.
 
-    Observation: Dict of "time", float32 (4,): steps since the episode began, number of the episode, index of the copy,
-    action received in the row before (-1 at time 0); and "phase", Discrete(7): the first of these modulo 7.
-    Action: Discrete(5). ``reset`` with a seed starts again at episode 0, without one begins the next episode.
+    Observation: a Dict. "time", float32 (4,): steps since the episode began, index of the episode, index of the copy,
+    and the action taken in the previous row (-1 at time 0). "phase", Discrete(7): the first of these modulo 7.
+    Action: Discrete(5). ``reset`` with a seed starts again at episode 0; without a seed it begins the next episode.
 
     Args:
-        num_envs: copies.
+        num_envs: number of copies.
         first_index: index of the first copy; the others follow.
-        render_mode: accepted for the sake of the interface; there is nothing to see.
+        render_mode: ignored, because nothing is drawn; part of Gymnasium's interface.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
 
     def __init__(self, num_envs: int = 1, first_index: int = 0, render_mode: str | None = None) -> None:
-        self.num_envs, self.render_mode = num_envs, render_mode
+        self.num_envs = num_envs
+        self.render_mode = render_mode
         self.single_observation_space = spaces.Dict(
             {"time": spaces.Box(-1, np.inf, (4,), np.float32), "phase": spaces.Discrete(PHASES)}
         )
@@ -70,18 +71,19 @@ class CountingVecEnv(gym.vector.VectorEnv):
     def step(
         self, actions: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        fresh = self.ended.copy()
+        starting = self.ended.copy()
         self.time += 1
         self.last_action[:] = actions
-        reward = np.where(fresh, 0.0, expected_reward(self.time, self.last_action))
-        self.ended = ~fresh & (self.time >= episode_length(self.index, self.episode))
+        reward = np.where(starting, 0.0, expected_reward(self.time, self.last_action))
+        self.ended = ~starting & (self.time >= episode_length(self.index, self.episode))
         terminal = is_terminal(self.index, self.episode)
-        terminated, truncated = self.ended & terminal, self.ended & ~terminal
-        self._begin(fresh)
+        terminated = self.ended & terminal
+        truncated = self.ended & ~terminal
+        self._begin(starting)
         return self._obs(), reward, terminated, truncated, {}
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """Everything that the future depends on, arrays (num_envs,)."""
+        """The complete state of the environment: arrays (num_envs,)."""
         return {key: getattr(self, key).copy() for key in STATE}
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
@@ -100,7 +102,7 @@ class CountingVecEnv(gym.vector.VectorEnv):
 
 
 class CountingEnv(OneCopy):
-    """One counter, for ``gym.make``; ``index`` is that of its copy."""
+    """A single counter, for ``gym.make``. ``index`` is the index of the copy."""
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 

@@ -1,4 +1,4 @@
-"""From the id of an environment to rows: registration, vectorisation, seeds, failures, exact continuation."""
+"""Registering, finding and running environments: vectorisation, seeding, failures, saving and restoring state."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from longdream.envs.minerl.controls import CONTROLS
 from longdream.envs.remote import FAULTS, registration
 from longdream.envs.text import without_text
 
-REPLAYED_STEPS_PER_TIMEOUT = 100  # restoring a copy steps through its episode; it is given a time-out for each so many
+REPLAYED_STEPS_PER_TIMEOUT = 100  # restoring a copy replays its episode; the time limit grows by one timeout_s per this
 
 
 def register() -> None:
-    """Put the project's environments into Gymnasium's registry; calling it again changes nothing."""
+    """Register the project's environments with Gymnasium. Repeated calls have no effect."""
     for name, module in {"Recall": "recall", "Counting": "counting"}.items():
         if (env_id := f"longdream/{name}-v0") not in gym.registry:
             entry = f"longdream.envs.{module}:{name}"
@@ -48,17 +48,18 @@ def register() -> None:
         if (env_id := f"longdream/MineRL-{task}-v0") not in gym.registry:
             gym.register(env_id, entry_point="longdream.envs.minerl.env:MineRLEnv", kwargs={"task": task})
     if (env_id := "longdream/Dream-v0") not in gym.registry:
-        entry = "longdream.agent.dream_env.env:Dream"  # a name alone: nothing is imported here
+        entry = "longdream.agent.dream_env.env:Dream"  # only a name: nothing is imported here
         gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv")
 
 
 def find(env_id: str) -> Registration:
-    """Gymnasium's registration of "Id" or "module:Id"; the module is imported first, from the current folder too.
+    """Gymnasium's registration of "Id" or "module:Id".
 
-    "remote:PYTHON:ENV" is longdream/Remote-v0 with these arguments.
+    The module is imported first; it may lie in the current folder. "remote:PYTHON:ENV" is longdream/Remote-v0 with
+    these arguments.
 
     Raises:
-        UserError: the module cannot be imported or the id is not registered, with the closest ids that are.
+        UserError: the module cannot be imported, or the id is not registered; the message suggests similar ids.
     """
     if env_id.startswith("remote:"):
         return registration(env_id)
@@ -79,31 +80,33 @@ def find(env_id: str) -> Registration:
 
 
 def makes_tensors(env_id: str) -> bool:
-    """Whether the environment's native vector form can keep its rows on a device, with `reset_tensors(seed)` and
-    `step_tensors(actions)`, as envs/fast_memory_maze does."""
+    """Whether the environment's own vector class can keep its rows on a device.
+
+    It then has `reset_tensors(seed)` and `step_tensors(actions)`, as envs/fast_memory_maze does."""
     entry: Any = find(env_id).vector_entry_point
     entry = load_env_creator(entry) if isinstance(entry, str) else entry
     return hasattr(entry, "step_tensors") and hasattr(entry, "reset_tensors")
 
 
 class World:
-    """num_envs copies of an environment, seen as rows (see envs.contract).
+    """num_envs copies of an environment, whose time steps are rows (see envs.contract).
 
-    An environment whose registration has a native vector form with NEXT_STEP autoreset and get_state/set_state runs
-    in that form; of any other, single copies run in this process ("sync") or in a process each ("async"). Copy i of
-    episode e is seeded from (seed, i, e), so what a copy does depends on nothing but these and its actions.
+    If the environment's registration has a vector class with NEXT_STEP autoreset, get_state and set_state, that class
+    is used. Otherwise single copies run in this process ("sync") or in one process each ("async"). Episode e of single
+    copy i is seeded from (seed, i, e), so a copy's behaviour depends only on these and on its actions.
 
     Args:
-        env_id: a registered id, or "module:Id".
-        num_envs: copies.
+        env_id: a registered id, "module:Id", or "remote:PYTHON:ENV".
+        num_envs: number of copies.
         seed: root of all seeds, not negative.
         kwargs: arguments of the environment.
         mode: "sync" or "async".
-        timeout_s: seconds that a copy in a process of its own may take for a step or a reset.
+        timeout_s: time limit in seconds for a step or a reset of a copy that runs in its own process.
 
     Raises:
-        UserError: no such environment, or one that cannot be made or handled.
-        EnvError: here or in any method, when a copy raises, hangs (async only) or dies. The world is closed then.
+        UserError: the environment does not exist, cannot be made, or has a space that is not supported.
+        EnvError: (also in every method) a copy raised an exception, did not answer in time (async only), or its process
+            died. The world is then closed.
     """
 
     def __init__(
@@ -121,8 +124,12 @@ class World:
             )
         if mode not in ("sync", "async"):
             raise UserError(f"unknown mode {mode!r} of {env_id}: use 'sync' or 'async'")
-        self.env_id, self.num_envs, self.seed, self.timeout_s = env_id, num_envs, seed, timeout_s
-        registration, kwargs = find(env_id), kwargs or {}
+        self.env_id = env_id
+        self.num_envs = num_envs
+        self.seed = seed
+        self.timeout_s = timeout_s
+        registration = find(env_id)
+        kwargs = kwargs or {}
         native = _native(registration, num_envs, kwargs)
         self.native = native is not None
         self.vector: VectorEnv = native or self._single_copies(registration, kwargs, mode)
@@ -133,23 +140,30 @@ class World:
         except UserError:
             self.close()
             raise
-        self.row: Row | None = None  # the last one handed out
-        self.faults = 0  # that copies have survived (longdream/Remote-v0 does)
+        self.row: Row | None = None  # the last row returned
+        self.faults = 0  # number of faults that copies have recovered from (longdream/Remote-v0 does)
 
     def reset(self) -> Row:
-        """The first row of every copy. Always starts over from episode 0, as if the world were new."""
-        seeds: list[int | None] = [self.seed] * self.num_envs  # a copy of ours derives its own
+        """The first row of every copy. Always starts again from episode 0, as in a new World."""
+        seeds: list[int | None] = [self.seed] * self.num_envs  # a `Copy` derives its own seeds from this root
         if self.native:
             seeds = [derive_seed(self.seed, i, 0) for i in range(self.num_envs)]
         obs, info = self._ask("reset", self.timeout_s, seed=seeds)
         self.faults += int(np.sum(info.get(FAULTS, 0)))
-        no = np.zeros(self.num_envs, np.bool_)
-        self.row = Row(self.spec.pack_obs(obs), ~no, np.zeros(self.num_envs, np.float32), no, no.copy())
+        self.row = Row(
+            self.spec.pack_obs(obs),
+            is_first=np.ones(self.num_envs, np.bool_),
+            reward=np.zeros(self.num_envs, np.float32),
+            terminated=np.zeros(self.num_envs, np.bool_),
+            truncated=np.zeros(self.num_envs, np.bool_),
+        )
         return self.row
 
     def step(self, action: np.ndarray) -> Row:
-        """The next row of every copy after these encoded actions, (n, A). Where the row before ended an episode,
-        the action is ignored and the row is the first one of the next."""
+        """Apply encoded actions (n, A) and return the next row of every copy.
+
+        Where the previous row ended an episode, the action is ignored and the new row is the first of the next
+        episode."""
         if self.row is None:
             raise RuntimeError("World.step before World.reset")
         if action.shape != (self.num_envs, self.spec.action.size):
@@ -168,8 +182,9 @@ class World:
         return self.row
 
     def _check_finite(self, row: Row) -> None:
-        """An observation that is not a number would stay in M's state: name its source. (Of rewards, updates are
-        skipped.)"""
+        """Raise EnvError for an observation that is not finite: it would stay in the world model's state.
+
+        Rewards are not checked here: the learner skips an update that is not finite."""
         for name, values in row.obs.items():
             if values.dtype.kind != "f":
                 continue
@@ -181,14 +196,15 @@ class World:
                 raise EnvError(message, int(bad[0]))
 
     def random_action(self, rng: np.random.Generator) -> np.ndarray:
-        """Uniform random actions, encoded: (n, A)."""
+        """Encoded actions (n, A), drawn uniformly at random."""
         return self.spec.action.sample(rng, self.num_envs)
 
     def get_state(self) -> dict[str, Any]:
-        """What set_state of an equal world needs to continue exactly: scalars, strings, lists, dicts, numpy arrays.
+        """The state from which `set_state` of an equal World continues exactly.
 
-        A copy of ours is its episode number and the actions of that episode, which is as exact as the environment is
-        well seeded: one that depends on more than its seed and actions (a clock, another process) will differ.
+        It consists of scalars, strings, lists, dicts and numpy arrays. The state of a single copy is the index of its
+        episode and the actions taken in it. Restoring is exact if the environment depends only on its seed and its
+        actions; one that also depends on a clock or on another process will differ.
         """
         if self.row is None:
             raise RuntimeError("World.get_state before World.reset")
@@ -196,26 +212,26 @@ class World:
         return {"copies": copies if self.native else list(copies), "row": dict(vars(self.row))}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue where get_state was called; ``row`` is again the last one handed out then."""
+        """Continue from where get_state was called. ``row`` is again the row that was current then."""
         copies = state["copies"]
         if self.native:
             self._ask("set_state", self.timeout_s, state=copies)
         else:
-            # a pending autoreset is known to the vector environment alone: have none, ours do their own
+            # reset first: it clears any autoreset that the vector environment still has pending
             self._ask("reset", self.timeout_s)
             longest = max(len(copy["actions"]) for copy in copies)
-            patience = self.timeout_s * (1 + longest // REPLAYED_STEPS_PER_TIMEOUT)
-            self._ask("set_state", patience, states=copies)
+            timeout_s = self.timeout_s * (1 + longest // REPLAYED_STEPS_PER_TIMEOUT)
+            self._ask("set_state", timeout_s, states=copies)
         self.row = Row(**state["row"])
 
     def render(self, i: int = 0) -> Any:
-        """The picture of copy i (H, W, 3) uint8, or None; needs kwargs={"render_mode": "rgb_array"}."""
+        """The rendered image of copy i, (H, W, 3) uint8. None unless kwargs has {"render_mode": "rgb_array"}."""
         return None if self.vector.render_mode is None else self._ask("render", self.timeout_s)[i]
 
     def close(self) -> None:
-        """End every copy; harmless when done already."""
+        """Close every copy. Repeated calls have no effect."""
         if isinstance(self.vector, AsyncVectorEnv) and self.vector._state is not AsyncState.DEFAULT:
-            self._end()  # interrupted in the middle of a call
+            self._end()  # a call was interrupted
         self.vector.close()
 
     def _single_copies(self, registration: Registration, kwargs: dict[str, Any], mode: str) -> VectorEnv:
@@ -234,70 +250,79 @@ class World:
                 f"an environment worker of {self.env_id} died at its start, for a reason shown above"
             ) from error
 
-    def _ask(self, name: str, patience: float, **kwargs: Any) -> Any:
-        """Call a method of the vector environment, or one of all its copies; every failure becomes an EnvError."""
+    def _ask(self, name: str, timeout_s: float, **kwargs: Any) -> Any:
+        """Call a method of the vector environment, or of every copy. Every failure is raised as an EnvError."""
         try:
             if isinstance(self.vector, AsyncVectorEnv):
-                return self._ask_workers(self.vector, name, patience, **kwargs)
+                return self._ask_workers(self.vector, name, timeout_s, **kwargs)
             if isinstance(self.vector, SyncVectorEnv) and name not in ("reset", "step"):
                 return self.vector.call(name, **kwargs)
             return getattr(self.vector, name)(**kwargs)
         except EnvError as error:
             self._end()
-            # a worker's error arrives as type(error)(error)
+            # Gymnasium raises a worker's error as type(error)(error), so the EnvError may be nested
             raise (error.message if isinstance(error.message, EnvError) else error) from None
         except Exception as error:
             self._end()
             message = f"environment {self.env_id} raised in {name}: {_one_line(error)}"
             raise EnvError(message, trace=traceback.format_exc()) from None
 
-    def _ask_workers(self, vector: AsyncVectorEnv, name: str, patience: float, **kwargs: Any) -> Any:
-        # Gymnasium logs a worker's traceback before raising, %-formatted, which fails on a "%" in it; we show it once
-        level, logger.min_level = logger.min_level, logger.ERROR + 1
+    def _ask_workers(self, vector: AsyncVectorEnv, name: str, timeout_s: float, **kwargs: Any) -> Any:
+        # Silence Gymnasium's logger: it logs a worker's traceback with %-formatting, which fails on a "%" in the text,
+        # and our EnvError already contains it.
+        level = logger.min_level
+        logger.min_level = logger.ERROR + 1
         try:
             if name in ("reset", "step"):
                 getattr(vector, f"{name}_async")(**kwargs)
-                return getattr(vector, f"{name}_wait")(timeout=patience)
+                return getattr(vector, f"{name}_wait")(timeout=timeout_s)
             vector.call_async(name, **kwargs)
-            return vector.call_wait(timeout=patience)
+            return vector.call_wait(timeout=timeout_s)
         except (EOFError, OSError):
-            wait([process.sentinel for process in vector.processes], timeout=1.0)  # the pipe closes a moment earlier
+            wait([process.sentinel for process in vector.processes], timeout=1.0)  # the pipe closes before the process
             dead = [i for i, process in enumerate(vector.processes) if not process.is_alive()]
             message = f"environment {_workers(dead)} of {self.env_id} died in {name}"
             raise EnvError(message, min(dead, default=None)) from None
         except multiprocessing.TimeoutError:
             silent = [i for i, pipe in enumerate(vector.parent_pipes) if not pipe.poll(0)]
-            message = f"environment {_workers(silent)} of {self.env_id} gave no answer to {name} within {patience:g} s"
+            message = f"environment {_workers(silent)} of {self.env_id} gave no answer to {name} within {timeout_s:g} s"
             raise EnvError(message, min(silent, default=None)) from None
         finally:
             logger.min_level = level
 
     def _end(self) -> None:
-        """End every copy without waiting for an answer."""
+        """Terminate every copy without waiting for an answer."""
         if isinstance(self.vector, AsyncVectorEnv) and not self.vector.closed:
             for process in self.vector.processes:
-                process.kill()  # one that hangs may not listen to anything gentler
-            self.vector._state = AsyncState.DEFAULT  # a call still pending would be waited for
+                process.kill()  # a worker that hangs may ignore SIGTERM
+            self.vector._state = AsyncState.DEFAULT  # otherwise close would wait for the pending call
             self.vector.close(terminate=True)
         self.vector.close()
 
 
 class Copy(gym.Wrapper):
-    """One copy of an environment: seeds every episode from (root seed, index, episode), remembers the episode's
-    actions so that it can be run again, and names itself when the environment raises.
+    """One copy of an environment.
 
-    ``reset`` with a seed takes it as the root and starts at episode 0. After the end of an episode ``step`` begins
-    the next one, ignoring the action, as NEXT_STEP autoreset does.
+    It seeds every episode from (root seed, index, episode). It records the episode's actions so that the episode can be
+    replayed. If the environment raises, the EnvError names this copy.
+
+    ``reset`` with a seed takes the seed as the root and starts at episode 0. After the end of an episode, ``step``
+    ignores the action and begins the next episode, as NEXT_STEP autoreset does.
     """
 
     def __init__(self, env: gym.Env, env_id: str, index: int) -> None:
         super().__init__(env)
-        self.env_id, self.index = env_id, index
-        self.root, self.episode, self.actions, self.ended = 0, -1, [], False
+        self.env_id = env_id
+        self.index = index
+        self.root = 0
+        self.episode = -1
+        self.actions = []
+        self.ended = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
-            self.root, self.episode = seed, -1
+            self.root = seed
+            self.episode = -1
         return self._begin(self.episode + 1)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -315,7 +340,7 @@ class Copy(gym.Wrapper):
     def close(self) -> None:
         try:
             super().close()
-        except Exception as error:  # the work is done, or has failed for a reason that this must not hide
+        except Exception as error:  # only a warning: an error in close must not hide an earlier one
             warnings.warn(
                 f"environment worker {self.index} of {self.env_id} raised in close: {_one_line(error)}", stacklevel=2
             )
@@ -324,7 +349,7 @@ class Copy(gym.Wrapper):
         return {"root": self.root, "episode": self.episode, "actions": np.array(self.actions)}
 
     def set_state(self, states: list[dict[str, Any]]) -> None:
-        """Run this copy's episode again, up to where its state was taken."""
+        """Replay this copy's episode up to the step at which its state was saved."""
         state = states[self.index]
         self.root = state["root"]
         self._begin(state["episode"])
@@ -334,7 +359,9 @@ class Copy(gym.Wrapper):
                 raise EnvError(message, self.index)
 
     def _begin(self, episode: int) -> tuple[Any, dict[str, Any]]:
-        self.episode, self.actions, self.ended = episode, [], False
+        self.episode = episode
+        self.actions = []
+        self.ended = False
         obs, info = self._run("reset", seed=derive_seed(self.root, self.index, episode))
         return obs, _faults(info)
 
@@ -347,12 +374,12 @@ class Copy(gym.Wrapper):
 
 
 def _faults(info: dict[str, Any]) -> dict[str, Any]:
-    """The one thing of an info that is told on: infos are no part of a row."""
+    """Keep only the number of faults of an info: rows contain no infos."""
     return {FAULTS: info[FAULTS]} if FAULTS in info else {}
 
 
 def derive_seed(root: int, index: int, episode: int) -> int:
-    """A seed, below 2**31, for one episode of one copy."""
+    """A seed below 2**31 for one episode of one copy."""
     return int(np.random.SeedSequence((root, index, episode)).generate_state(1)[0] >> 1)
 
 
@@ -379,13 +406,13 @@ def _make_copy(env_id: str, registration: Registration, kwargs: dict[str, Any], 
         raise
     except Exception as error:
         raise _cannot_make(env_id, kwargs, error) from error
-    env_spec(env.observation_space, env.action_space)  # a space we cannot handle is a UserError before anything runs
+    env_spec(env.observation_space, env.action_space)  # raises UserError early if a space is not supported
     return Copy(env, env_id, index)
 
 
 def _cannot_make(env_id: str, kwargs: dict[str, Any], error: Exception) -> UserError:
-    given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no arguments"
-    return UserError(f"{env_id} cannot be made with {given}: {_one_line(error)}")
+    arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no arguments"
+    return UserError(f"{env_id} cannot be made with {arguments}: {_one_line(error)}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
-"""longdream/Remote-v0: an environment that lives in another Python interpreter, behind the plain Gymnasium interface.
+"""longdream/Remote-v0: an environment that runs in another Python interpreter, behind Gymnasium's interface.
 
-The other interpreter runs envs/remote_server.py, which is sent to it and says how the two talk.
+The other interpreter runs a copy of envs/remote_server.py, which also documents the protocol.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from longdream.envs import remote_server
 from longdream.envs.contract import EnvError, UserError
 
 FAULTS = "remote_faults"
-"""Key of an info: how many faults this call has survived; "remote_fault" beside it tells of the last."""
-ROOM = 1 << 16  # bytes of shared memory to begin with; it grows with what is sent
-LINES = 20  # of what the other side said last, shown with an error
-CLOSE_S = 10.0  # for an environment to close, and for the processes of one that does not to be ended
-NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME")  # of this interpreter: they would send the other one to our packages
+"""Key of an info: the number of faults since the previous info. Its "remote_fault" describes the last one."""
+ROOM = 1 << 16  # bytes, initial size of the shared memory; it grows with the messages
+LINES = 20  # number of last output lines of the other process that are shown with an error
+CLOSE_S = 10.0  # time limit for an environment to close, and then for its processes to end
+NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME")  # they would make the other interpreter import our packages
 BOOT = """import sys
 if sys.version_info < (3, 7): sys.exit("Python 3.7 or newer is needed, this is " + sys.version.split()[0])
 path = sys.argv.pop(1)
@@ -42,38 +42,41 @@ exec(compile(open(path).read(), path, "exec"), {"__name__": "__main__"})"""
 
 
 class Fault(Exception):
-    """The other side did not answer as it should.
+    """The other process raised an exception, did not answer, or died.
 
     Args:
-        message: one line: what it did.
-        said: the last lines that came from it.
+        message: one line: what happened.
+        output: the last lines that the process printed.
     """
 
-    def __init__(self, message: str, said: list[str]) -> None:
+    def __init__(self, message: str, output: list[str]) -> None:
         super().__init__(message)
-        self.message, self.said = message, said
+        self.message = message
+        self.output = output
 
 
 class RemoteEnv(gym.Env):
-    """An environment in an interpreter of its own.
+    """An environment in a process of its own, with its own interpreter.
 
-    Where its process dies, hangs or raises within an episode, that episode ends as truncated, with the last observation
-    again and reward 0, and ``reset`` starts another process; ``info`` tells of it, and ``faults`` counts.
+    A *fault* is that the process dies, hangs or raises an exception. A fault within an episode truncates the episode:
+    ``step`` returns the last observation again, with reward 0. The next ``reset`` starts a new process. ``info``
+    reports the fault, and ``faults`` counts all of them.
 
     Args:
-        python: the interpreter, 3.7 or newer, with numpy and what the environment needs.
-        env: "module:callable" or "module:Id" or "Id", of old gym or Gymnasium. Modules are found in the current folder
-            and where that interpreter finds them.
+        python: the interpreter, version 3.7 or newer, with numpy and the environment's dependencies.
+        env: "module:callable", "module:Id" or "Id", of old gym or Gymnasium. Modules are imported from the current
+            folder or from the interpreter's own path.
         kwargs: arguments of the environment.
-        environ: variables of its process, beside those of ours (of which PYTHONPATH and PYTHONHOME are left out).
-        timeout_s: seconds for a step or a picture.
-        reset_timeout_s: seconds for a start, and for a reset.
-        restarts: faults that are survived one after another without an episode played to its end between them.
+        environ: environment variables of its process, in addition to ours (without PYTHONPATH and PYTHONHOME).
+        timeout_s: time limit in seconds for a step or for rendering.
+        reset_timeout_s: time limit in seconds for starting the process, and for a reset.
+        restarts: number of consecutive faults that are tolerated; an episode played to its end resets the count.
         render_mode: None or "rgb_array".
 
     Raises:
-        UserError: the interpreter or the environment does not start, or a space cannot travel; a note has what it said.
-        EnvError: (reset, step, render) a fault too many.
+        UserError: the interpreter or the environment does not start, or a space is not supported; the exception's notes
+            contain the output of the process.
+        EnvError: (reset, step, render) more than `restarts` consecutive faults.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (as Gymnasium declares it)
@@ -94,21 +97,25 @@ class RemoteEnv(gym.Env):
                 f"timeout_s={timeout_s}, reset_timeout_s={reset_timeout_s}, restarts={restarts}: times must be above 0"
                 " and restarts at least 0"
             )
-        self.python, self.target, self.render_mode = python, env, render_mode
-        self.timeout_s, self.reset_timeout_s, self.restarts = timeout_s, reset_timeout_s, restarts
+        self.python = python
+        self.target = env
+        self.render_mode = render_mode
+        self.timeout_s = timeout_s
+        self.reset_timeout_s = reset_timeout_s
+        self.restarts = restarts
         self.faults = 0
         self._start = (env, kwargs or {}, render_mode)
         self._environ = environ or {}
-        self._in_a_row = self._told = 0
+        self._consecutive = self._reported = 0
         self._obs: Any = None
         self._playing = False
         self._server: Server | None = None
         try:
-            self._server, self.observation_space, self.action_space = self._started()
+            self._server, self.observation_space, self.action_space = self._start_server()
         except Fault as fault:
-            said = " | ".join(line.strip() for line in fault.said[-3:] if line.strip() not in fault.message)
-            error = UserError(f"{python} cannot serve {env}: it {fault.message}{said and f'; it said: {said}'}")
-            for line in fault.said:
+            output = " | ".join(line.strip() for line in fault.output[-3:] if line.strip() not in fault.message)
+            error = UserError(f"{python} cannot serve {env}: it {fault.message}{output and f'; it said: {output}'}")
+            for line in fault.output:
                 error.add_note(line)
             raise error from None
 
@@ -117,90 +124,96 @@ class RemoteEnv(gym.Env):
         while True:
             try:
                 if self._server is None:
-                    self._server, *_ = self._started()
-                    if seed is None:  # a process that begins anew goes on by our seed, not by chance
+                    self._server, *_ = self._start_server()
+                    if seed is None:  # seed the new process from our generator, so that runs are reproducible
                         seed = int(self.np_random.integers(2**31))
                 obs, info = self._server.ask("reset", self.reset_timeout_s, seed, options)
             except Fault as fault:
-                self._survive(fault)
+                self._recover(fault)
             else:
-                self._obs, self._playing = obs, True
-                return obs, self._noted(info)
+                self._obs = obs
+                self._playing = True
+                return obs, self._with_faults(info)
 
     def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         if self._server is None and not self._playing:
             raise RuntimeError("RemoteEnv.step after the end of an episode: reset comes first")
         try:
-            if self._server is None:  # it was lost in render
+            if self._server is None:  # the process died in render
                 self._playing = False
-                return copy.deepcopy(self._obs), 0.0, False, True, self._noted({})
+                return copy.deepcopy(self._obs), 0.0, False, True, self._with_faults({})
             obs, reward, terminated, truncated, info = self._server.ask("step", self.timeout_s, action)
         except Fault as fault:
             self._playing = False
-            self._survive(fault)
-            return copy.deepcopy(self._obs), 0.0, False, True, self._noted({})
+            self._recover(fault)
+            return copy.deepcopy(self._obs), 0.0, False, True, self._with_faults({})
         if terminated or truncated:
-            self._in_a_row = 0
+            self._consecutive = 0
         self._obs = obs
         return obs, reward, terminated, truncated, info
 
     def render(self) -> Any:
-        """The picture (H, W, 3) uint8; None without a render_mode, or where the process has gone."""
+        """The rendered image, (H, W, 3) uint8. None without a render_mode, or if the process has died."""
         if self.render_mode is None or self._server is None:
             return None
         try:
             return self._server.ask("render", self.timeout_s)
         except Fault as fault:
-            self._survive(fault)
+            self._recover(fault)
             return None
 
     def close(self) -> None:
-        """End the process and everything below it; harmless when done already."""
+        """End the process and all its descendants. Repeated calls have no effect."""
         if self._server is not None:
             self._server.close()
             self._server = None
 
-    def _started(self) -> tuple[Server, spaces.Space, spaces.Space]:
+    def _start_server(self) -> tuple[Server, spaces.Space, spaces.Space]:
         server = Server(self.python, self._environ, self.reset_timeout_s)
-        sees, does = server.ask("make", self.reset_timeout_s, *self._start)
+        observation_space, action_space = server.ask("make", self.reset_timeout_s, *self._start)
         server.forget_folder()
-        return server, space_of(sees), space_of(does)
+        return server, space_of(observation_space), space_of(action_space)
 
-    def _survive(self, fault: Fault) -> None:
+    def _recover(self, fault: Fault) -> None:
+        """Count a fault and warn of it, or raise EnvError if there were too many. The next reset starts a process."""
         self._server = None
         self.faults += 1
-        self._in_a_row += 1
+        self._consecutive += 1
         self._last_fault = fault.message
-        told = f"{self.target} in {self.python} {fault.message}"
-        if self._in_a_row > self.restarts:
+        event = f"{self.target} in {self.python} {fault.message}"
+        if self._consecutive > self.restarts:
             raise EnvError(
-                f"{told}: fault {self._in_a_row} without an episode played to its end, and restarts={self.restarts}",
-                trace="\n".join(fault.said),
+                f"{event}: fault {self._consecutive} without an episode played to its end,"
+                f" and restarts={self.restarts}",
+                trace="\n".join(fault.output),
             ) from None
-        warnings.warn(f"{told}: fault {self.faults}, the process is started again", stacklevel=3)
+        warnings.warn(f"{event}: fault {self.faults}, the process is started again", stacklevel=3)
 
-    def _noted(self, info: dict[str, Any]) -> dict[str, Any]:
-        new, self._told = self.faults - self._told, self.faults
+    def _with_faults(self, info: dict[str, Any]) -> dict[str, Any]:
+        """The info with the faults since the previous one, if there were any."""
+        new = self.faults - self._reported
+        self._reported = self.faults
         return {**info, FAULTS: new, "remote_fault": self._last_fault} if new else info
 
 
 class Server:
-    """The processes that serve one environment, and the channel to them.
+    """The processes that run one environment, and the channel to them.
 
     Raises:
-        UserError: there is no such interpreter.
-        Fault: here and from `ask`. All processes have ended then.
+        UserError: the interpreter does not exist.
+        Fault: (also in `ask`) the process failed. All processes have then ended.
     """
 
     def __init__(self, python: str, environ: dict[str, str], timeout_s: float) -> None:
-        found = shutil.which(os.path.expanduser(python))
-        if found is None:
+        interpreter = shutil.which(os.path.expanduser(python))
+        if interpreter is None:
             raise UserError(f"there is no interpreter {python!r}: give the path of one, such as /usr/bin/python3")
-        memory = Path("/dev/shm")
+        shared_memory = Path("/dev/shm")
         self.folder = tempfile.mkdtemp(
-            prefix=f"longdream-{os.getpid()}-", dir=memory if os.access(memory, os.W_OK) else "/tmp"
+            prefix=f"longdream-{os.getpid()}-", dir=shared_memory if os.access(shared_memory, os.W_OK) else "/tmp"
         )
-        source, frames = (os.path.join(self.folder, name) for name in ("server.py", remote_server.FRAMES))
+        source = os.path.join(self.folder, "server.py")
+        frames = os.path.join(self.folder, remote_server.FRAMES)
         shutil.copyfile(remote_server.__file__, source)
         handle = os.open(frames, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         remote_server.grow(handle, ROOM)
@@ -210,12 +223,12 @@ class Server:
             listener.listen(1)
             variables = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
             self.process = subprocess.Popen(
-                [found, "-u", "-c", BOOT, source, self.folder],
-                stdin=subprocess.PIPE,  # never written to: its end is how the other side knows of ours
+                [interpreter, "-u", "-c", BOOT, source, self.folder],
+                stdin=subprocess.PIPE,  # never written to: it closes when this process ends, which the other side sees
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env=variables | environ,
-                start_new_session=True,  # Ctrl-C is for us
+                start_new_session=True,  # Ctrl-C must only reach this process
             )
             try:
                 connection = self._accepted(listener, timeout_s)
@@ -225,6 +238,7 @@ class Server:
         self.channel = remote_server.Channel(connection, handle)
 
     def ask(self, name: str, timeout_s: float, *arguments: Any) -> Any:
+        """Send a request, the call of a method of remote_server.Served, and return its result."""
         if self.channel is None:
             raise Fault(f"was interrupted before {name}", [])
         try:
@@ -232,25 +246,25 @@ class Server:
             self.channel.send([name, list(arguments)])
             answer = self.channel.receive()
         except TimeoutError:
-            _, said = self._end()
-            raise Fault(f"gave no answer to {name} within {timeout_s:g} s", said) from None
+            _, output = self._end()
+            raise Fault(f"gave no answer to {name} within {timeout_s:g} s", output) from None
         except (EOFError, OSError):
-            code, said = self._end()
-            raise Fault(f"died in {name} ({_how(code)})", said) from None
-        except (KeyboardInterrupt, SystemExit):  # an answer may still come, to a request that nobody remembers
+            code, output = self._end()
+            raise Fault(f"died in {name} ({_describe_exit(code)})", output) from None
+        except (KeyboardInterrupt, SystemExit):  # a late answer would be taken for that of the next request
             self._end()
             raise
         if answer[0] == "ok":
             return answer[1]
-        said = self.close()
-        raise Fault(f"raised in {name}: {answer[1]}", [*said, *answer[2].splitlines()][-LINES:])
+        output = self.close()
+        raise Fault(f"raised in {name}: {answer[1]}", [*output, *answer[2].splitlines()][-LINES:])
 
     def forget_folder(self) -> None:
-        """Remove the names of the socket and the shared memory: both sides have them open."""
+        """Delete the folder of the socket and the shared memory. Both processes keep them open."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> list[str]:
-        """Close the environment and end; the last lines that it said."""
+        """Close the environment and end its processes. Returns the last lines of output."""
         if self.channel is None:
             return []
         with contextlib.suppress(OSError, EOFError):
@@ -268,14 +282,14 @@ class Server:
             with contextlib.suppress(TimeoutError):
                 return listener.accept()[0]
             if self.process.poll() is not None:
-                code, said = self._end()
-                raise Fault(f"ended at its start ({_how(code)})", said)
+                code, output = self._end()
+                raise Fault(f"ended at its start ({_describe_exit(code)})", output)
             if time.monotonic() > deadline:
-                _, said = self._end()
-                raise Fault(f"did not start within {timeout_s:g} s", said)
+                _, output = self._end()
+                raise Fault(f"did not start within {timeout_s:g} s", output)
 
     def _end(self) -> tuple[int, list[str]]:
-        """End every process; the exit code, and the last lines that were said."""
+        """End every process. Returns the exit code and the last lines of output."""
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -283,15 +297,15 @@ class Server:
         self.process.stdin.close()
         self.process.stdin = None
         try:
-            said, _ = self.process.communicate(timeout=CLOSE_S)
+            output, _ = self.process.communicate(timeout=CLOSE_S)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-            said, _ = self.process.communicate()
+            output, _ = self.process.communicate()
         self.forget_folder()
-        return self.process.returncode, said.decode(errors="replace").splitlines()[-LINES:]
+        return self.process.returncode, output.decode(errors="replace").splitlines()[-LINES:]
 
 
-def _how(code: int) -> str:
+def _describe_exit(code: int) -> str:
     number = -code if code < 0 else code - 128
     with contextlib.suppress(ValueError):
         return f"ended by {signal.Signals(number).name}"
@@ -302,7 +316,7 @@ def _how(code: int) -> str:
 
 
 class Enum(spaces.Discrete):
-    """MineRL's Enum: one of several words. Here a value is the number of its word; the other side translates."""
+    """MineRL's Enum, a choice of several words. Here a value is the index of its word; the other side translates it."""
 
     def __init__(self, values: list[str]) -> None:
         super().__init__(len(values))
@@ -316,36 +330,38 @@ class Enum(spaces.Discrete):
 
 
 def space_of(described: Any) -> spaces.Space:
-    """The Gymnasium space that remote_server.describe has described."""
-    kind, told = described
+    """The Gymnasium space of a description by remote_server.describe."""
+    kind, arguments = described
     match kind:
         case "Box":
-            return spaces.Box(told["low"], told["high"], dtype=np.dtype(told["dtype"]).type)
+            return spaces.Box(arguments["low"], arguments["high"], dtype=np.dtype(arguments["dtype"]).type)
         case "Enum":
-            return Enum(told["values"])
+            return Enum(arguments["values"])
         case "Discrete":
-            return spaces.Discrete(told["n"], start=told["start"])
+            return spaces.Discrete(arguments["n"], start=arguments["start"])
         case "MultiDiscrete":
-            return spaces.MultiDiscrete(told["nvec"], dtype=np.dtype(told["dtype"]).type, start=told["start"])
+            return spaces.MultiDiscrete(
+                arguments["nvec"], dtype=np.dtype(arguments["dtype"]).type, start=arguments["start"]
+            )
         case "MultiBinary":
-            return spaces.MultiBinary(told["n"])
-        case "Dict":  # an OrderedDict stays in its order
-            return spaces.Dict(OrderedDict((key, space_of(inner)) for key, inner in told.items()))
+            return spaces.MultiBinary(arguments["n"])
+        case "Dict":  # Gymnasium sorts the keys of a dict, but not those of an OrderedDict
+            return spaces.Dict(OrderedDict((key, space_of(inner)) for key, inner in arguments.items()))
         case "Tuple":
-            return spaces.Tuple([space_of(inner) for inner in told])
+            return spaces.Tuple([space_of(inner) for inner in arguments])
         case _:
-            letters = string.printable if told["letters"] is None else told["letters"]
-            return spaces.Text(told["max_length"], min_length=told["min_length"], charset=letters)
+            letters = string.printable if arguments["letters"] is None else arguments["letters"]
+            return spaces.Text(arguments["max_length"], min_length=arguments["min_length"], charset=letters)
 
 
-# -- by name -----------------------------------------------------------------------------------------------------------
+# -- ids of the form remote:PYTHON:ENV ---------------------------------------------------------------------------------
 
 
 def registration(env_id: str) -> Registration:
     """longdream/Remote-v0 with the interpreter and environment of "remote:PYTHON:ENV" as its arguments.
 
     Raises:
-        UserError: there is no such interpreter, or something is missing.
+        UserError: the id does not have this form.
     """
     _, _, rest = env_id.partition(":")
     python, _, env = rest.partition(":")

@@ -1,12 +1,12 @@
-"""The far side of `longdream/Remote-v0`: one file that is sent to another interpreter and serves an environment there.
+"""The server of `longdream/Remote-v0`: a single file that another interpreter runs, to host an environment there.
 
-It runs on Python 3.7 and newer, needs numpy and whatever the environment needs, and imports nothing of ours. Two
-processes come of it. The *keeper* is the one that we start: it holds one end of a pipe whose other end is ours alone,
-keeps the last lines that were printed, and ends everything below it when we are gone. The *server*, its child, makes
-the environment and answers requests.
+It runs on Python 3.7 and newer, needs numpy and the environment's dependencies, and imports nothing of this project.
+There are two processes. The *client*, the process of RemoteEnv, starts the *supervisor*. The supervisor holds one end
+of a pipe to the client, keeps the last lines that were printed, and ends all its descendants when the client is gone.
+Its child, the *server*, makes the environment and answers requests.
 
-A request or an answer is a length and a JSON text on a Unix socket; arrays lie in shared memory, and the text says
-where. Either side writes only while it is its turn, so both share one region. Nothing is pickled.
+A message is a length and a JSON text on a Unix socket. Arrays are in shared memory, and the text holds their positions.
+Requests and answers alternate, so both directions use the same region. Nothing is pickled.
 """
 
 import contextlib
@@ -30,65 +30,74 @@ import time
 import traceback
 from typing import Any
 
-SOCKET, FRAMES = "socket", "frames"
-LAST_BYTES = 16384  # of what is printed: less than a pipe holds, so that writing them never waits for a reader
-LAST_WORDS_S = 0.5  # for a server that hangs to say where, once it is aborted
-DEATH_SIGNAL, SUBREAPER = 1, 36  # options of Linux's prctl
+SOCKET = "socket"
+FRAMES = "frames"
+LAST_BYTES = 16384  # bytes of output that are kept: less than a pipe holds, so writing them never blocks
+TRACEBACK_S = 0.5  # time for an aborted server to print where it hung, before it is killed
+# options of Linux's prctl
+DEATH_SIGNAL = 1
+SUBREAPER = 36
 
 
-# -- the keeper --------------------------------------------------------------------------------------------------------
+# -- supervisor --------------------------------------------------------------------------------------------------------
 
 
-def keep(folder):
-    """Fork the server and return in it. The keeper stays in here until the server has ended, or whoever started us.
+def supervise(folder):
+    """Fork the server and return in the server. The supervisor stays here until the server or the client has ended.
 
-    Its exit code is the server's, 128 + n for one that signal n ended; its output is the last that the server printed.
+    The supervisor's exit code is the server's, or 128 + n if signal n ended the server. Its output is the last part of
+    the server's output.
     """
-    _prctl(SUBREAPER, 1)  # what loses its parent below becomes our child, and is found
-    reads, writes = os.pipe()
-    woken, wakes = os.pipe()
-    os.set_blocking(woken, False)
-    os.set_blocking(wakes, False)
+    _prctl(SUBREAPER, 1)  # orphaned descendants become children of this process, so that _descendants finds them
+    output_read, output_write = os.pipe()
+    wakeup_read, wakeup_write = os.pipe()  # becomes readable when a child ends
+    os.set_blocking(wakeup_read, False)
+    os.set_blocking(wakeup_write, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wakes)
-    above, keeper, server = os.getppid(), os.getpid(), os.fork()
+    signal.set_wakeup_fd(wakeup_write)
+    client = os.getppid()
+    supervisor = os.getpid()
+    server = os.fork()
     if server == 0:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _prctl(DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != keeper:
+        if os.getppid() != supervisor:
             os._exit(1)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for source, target in ((nothing, 0), (writes, 1), (writes, 2)):
+        null = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((null, 0), (output_write, 1), (output_write, 2)):
             os.dup2(source, target)
-        for handle in (nothing, reads, writes, woken, wakes):
+        for handle in (null, output_read, output_write, wakeup_read, wakeup_write):
             os.close(handle)
         return
-    os.close(writes)
-    os.set_blocking(reads, False)
-    said, code, killed = b"", None, 0.0
+    os.close(output_write)
+    os.set_blocking(output_read, False)
+    output = b""
+    code = None
+    aborted = 0.0  # when SIGABRT was sent
     while code is None:
-        open_ends = [reads, woken] if killed else [0, reads, woken]
-        ready = select.select(open_ends, [], [], 0.05 if killed else 1.0)[0]
-        said, code = _listen(reads, said), _reap(server)
-        if woken in ready:
-            os.read(woken, 4096)
-        if code is None and killed and time.monotonic() > killed + LAST_WORDS_S:
+        inputs = [output_read, wakeup_read] if aborted else [0, output_read, wakeup_read]
+        ready = select.select(inputs, [], [], 0.05 if aborted else 1.0)[0]
+        output = _read_output(output_read, output)
+        code = _reap(server)
+        if wakeup_read in ready:
+            os.read(wakeup_read, 4096)
+        if code is None and aborted and time.monotonic() > aborted + TRACEBACK_S:
             os.kill(server, signal.SIGKILL)
-        elif code is None and not killed and (0 in ready or os.getppid() != above):
-            killed = time.monotonic()
-            os.kill(server, signal.SIGABRT)  # faulthandler prints where it was
-    descendants = _descendants(keeper)
+        elif code is None and not aborted and (0 in ready or os.getppid() != client):
+            aborted = time.monotonic()
+            os.kill(server, signal.SIGABRT)  # faulthandler then prints the server's traceback
+    descendants = _descendants(supervisor)
     while descendants:
         for process in descendants:
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
         _reap(server)
         time.sleep(0.005)
-        descendants = _descendants(keeper)
+        descendants = _descendants(supervisor)
     shutil.rmtree(folder, ignore_errors=True)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody may be left to read
-    os.write(1, _listen(reads, said))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the client may be gone: end silently in that case
+    os.write(1, _read_output(output_read, output))
     os._exit(code)
 
 
@@ -97,20 +106,20 @@ def _prctl(option, value):
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def _listen(pipe, said):
-    """The last bytes of what was said and of what is in the pipe now."""
+def _read_output(pipe, output):
+    """The last LAST_BYTES bytes of the output so far and of what the pipe holds now."""
     while True:
         try:
-            more = os.read(pipe, 65536)
+            data = os.read(pipe, 65536)
         except BlockingIOError:
-            return said
-        if not more:
-            return said
-        said = (said + more)[-LAST_BYTES:]
+            return output
+        if not data:
+            return output
+        output = (output + data)[-LAST_BYTES:]
 
 
 def _reap(server):
-    """Collect every child that has ended; the exit code of the server if it is among them."""
+    """Wait for every child that has ended. Returns the server's exit code if it is among them, else None."""
     code = None
     while True:
         try:
@@ -124,27 +133,28 @@ def _reap(server):
 
 
 def _descendants(root):
-    """Processes below this one, in whatever session or process group they are (Linux; elsewhere none are found)."""
+    """All descendants of a process, in any session or process group. Needs /proc (Linux); elsewhere it finds none."""
     children = {}
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if not name.isdigit():
             continue
-        with contextlib.suppress(OSError):  # gone since
+        with contextlib.suppress(OSError):  # the process may have ended
             with open(f"/proc/{name}/stat", "rb") as stat:
                 parent = int(stat.read().rpartition(b")")[2].split()[1])
             children.setdefault(parent, []).append(int(name))
-    found, grey = [], [root]
-    while grey:
-        below = children.get(grey.pop(), [])
-        found += below
-        grey += below
-    return found
+    descendants = []
+    pending = [root]
+    while pending:
+        below = children.get(pending.pop(), [])
+        descendants += below
+        pending += below
+    return descendants
 
 
 if __name__ == "__main__":
-    keep(sys.argv[1])
+    supervise(sys.argv[1])
 
-try:  # here, as the keeper needs none of it, and a process with threads of numpy's should not fork
+try:  # imported after the fork: the supervisor does not need numpy, and forking with numpy's threads is unsafe
     import numpy as np
 except ImportError as error:
     sys.exit(f"numpy is missing here ({error}): {sys.executable} -m pip install numpy")
@@ -152,33 +162,34 @@ except ImportError as error:
 # -- messages ----------------------------------------------------------------------------------------------------------
 
 LENGTH = struct.Struct("<I")
-KINDS = "biufcSUmM"  # of arrays that are bytes alone; an array of objects would be pointers
+KINDS = "biufcSUmM"  # dtype kinds whose arrays are plain bytes; an array of objects would hold pointers
 ENCODE = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
 
 
 class Channel:
-    """Messages over a connected socket, their arrays in a file that both sides have mapped.
+    """Messages over a connected socket, with their arrays in a file that both processes map.
 
-    Messages are None, bool, int, float, str, arrays, numpy's scalars, and lists, tuples and dicts (by str) of these,
-    and arrive as such. Requests and answers alternate.
+    A message is None, a bool, int, float, str, numpy array or numpy scalar, or a list, tuple or dict (with str keys) of
+    these. Types are preserved. Requests and answers alternate.
     """
 
     def __init__(self, connection, handle):
-        self.connection, self.handle = connection, handle
+        self.connection = connection
+        self.handle = handle
         self.memory = mmap.mmap(handle, os.fstat(handle).st_size)
         self.used = 0
 
     def send(self, message):
-        """Raises TypeError for a value that is none of these, and OSError."""
+        """Send a message. Raises TypeError for a value of another type, and OSError."""
         self.used = 0
         text = ENCODE(self._pack(message)).encode()
         self.connection.sendall(LENGTH.pack(len(text)) + text)
 
     def receive(self) -> Any:
-        """Raises EOFError when the other side is gone, and OSError."""
-        data = self._more()
+        """Wait for a message. Raises EOFError if the other process is gone, and OSError."""
+        data = self._receive_bytes()
         while len(data) < LENGTH.size or len(data) < LENGTH.size + LENGTH.unpack_from(data)[0]:
-            data += self._more()
+            data += self._receive_bytes()
         return self._unpack(json.loads(data[LENGTH.size :].decode()))
 
     def close(self):
@@ -186,7 +197,7 @@ class Channel:
         self.memory.close()
         os.close(self.handle)
 
-    def _more(self):
+    def _receive_bytes(self):
         data = self.connection.recv(1 << 18)
         if not data:
             raise EOFError
@@ -201,7 +212,7 @@ class Channel:
         if isinstance(value, np.generic) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
             return {"scalar": [value.dtype.str, value.item()]}
         if isinstance(value, (np.ndarray, np.generic)):
-            return {"array": self._put(np.asarray(value))}
+            return {"array": self._write_array(np.asarray(value))}
         if isinstance(value, list):
             return [self._pack(item) for item in value]
         if isinstance(value, tuple):
@@ -210,7 +221,7 @@ class Channel:
             return {"dict": {str(key): self._pack(item) for key, item in value.items()}}
         raise TypeError(f"{_short(value)}, a {kind.__name__}, cannot travel between interpreters")
 
-    def _put(self, array):
+    def _write_array(self, array):
         if array.dtype.kind not in KINDS:
             raise TypeError(f"an array of dtype {array.dtype} cannot travel between interpreters")
         start = -(-self.used // 64) * 64
@@ -228,24 +239,24 @@ class Channel:
             return value
         ((kind, inner),) = value.items()
         if kind == "array":
-            return self._take(*inner)
+            return self._read_array(*inner)
         if kind == "scalar":
             return np.dtype(inner[0]).type(inner[1])
         if kind == "tuple":
             return tuple([self._unpack(item) for item in inner])
         return {key: self._unpack(item) for key, item in inner.items()}
 
-    def _take(self, kind, shape, start):
+    def _read_array(self, kind, shape, start):
         dtype = np.dtype(kind)
         if dtype.kind not in KINDS:
             raise ValueError(f"an array of dtype {dtype} in a message")
         if start + dtype.itemsize * int(np.prod(shape, dtype=np.int64)) > len(self.memory):
-            self.memory = mmap.mmap(self.handle, os.fstat(self.handle).st_size)  # the other side made it larger
+            self.memory = mmap.mmap(self.handle, os.fstat(self.handle).st_size)  # the other process enlarged the file
         return np.ndarray(shape, dtype, self.memory, start).copy()
 
 
 def grow(handle, size):
-    """Give a file this many bytes, reserved where that can be done: a write to memory that is not there would kill."""
+    """Enlarge a file to this many bytes, reserved if possible: writing to an unbacked page would end the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
     else:
@@ -253,7 +264,7 @@ def grow(handle, size):
 
 
 def plain(value):
-    """An info as something that travels: of what does not, its text."""
+    """Convert an info to a message. A value of an unsupported type is replaced by its repr."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -272,14 +283,14 @@ def _short(value):
 
 
 def kind_of(space: Any):
-    """What it is by the names of its classes, whichever package they are from; of an unknown one its own name."""
+    """The kind of a space, by the names of its classes, from any package. For an unknown space, its own class name."""
     names = [kind.__name__ for kind in type(space).__mro__]
     known = ("Enum", "Box", "Discrete", "MultiDiscrete", "MultiBinary", "Dict", "Tuple", "Text")
     return next((name for name in names if name in known), names[0])
 
 
 def describe(space: Any, where):
-    """A space as a message: [kind, its arguments]. Raises TypeError for one that cannot travel, naming where it is."""
+    """Describe a space as a message: [kind, its arguments]. Raises TypeError if it is unsupported, naming `where`."""
     kind = kind_of(space)
     if kind == "Box":
         return [kind, {"low": space.low, "high": space.high, "dtype": np.dtype(space.dtype).str}]
@@ -298,8 +309,9 @@ def describe(space: Any, where):
     if kind == "Tuple":
         return [kind, [describe(inner, f"{where}[{i}]") for i, inner in enumerate(space.spaces)]]
     if kind == "Text":
-        # MineRL's own has neither bounds nor letters
-        most, least = getattr(space, "max_length", 4096), getattr(space, "min_length", 0)
+        # MineRL's own Text space has neither bounds nor a set of letters
+        most = getattr(space, "max_length", 4096)
+        least = getattr(space, "min_length", 0)
         letters = getattr(space, "characters", None)
         return [kind, {"max_length": int(most), "min_length": int(least), "letters": letters}]
     raise TypeError(f"the {where} space is a {kind} ({space}), which cannot travel")
@@ -312,7 +324,9 @@ def has_enum(space):
 
 
 def translate(space: Any, value, inward):
-    """A value of a space with an Enum somewhere in it. Here its values are words, on our side their numbers."""
+    """Translate a value of a space that contains an Enum, whose values are words here and indices in the client.
+
+    inward: from the client's form to the environment's; else the other way."""
     kind = kind_of(space)
     if kind == "Enum":
         words = [str(word) for word in space.values]
@@ -331,42 +345,45 @@ def translate(space: Any, value, inward):
 
 
 class Served:
-    """An environment of old gym or of Gymnasium, asked in one way. Its methods are the requests."""
+    """A uniform interface to an environment of old gym or of Gymnasium. Its methods are the requests."""
 
     env: Any = None
 
     def make(self, target, kwargs, render_mode):
-        """Make it: "module:callable", "module:Id" or "Id". Returns its two spaces, described."""
+        """Make the environment "module:callable", "module:Id" or "Id". Returns its two spaces as `describe` does."""
         self.render_mode = render_mode
         self.env = create(target, kwargs, render_mode)
         innermost = getattr(self.env, "unwrapped", self.env)
         self.takes_seed = "seed" in inspect.signature(innermost.reset).parameters
-        self.sees, self.does = self.env.observation_space, self.env.action_space
-        self.sees_words, self.does_words = has_enum(self.sees), has_enum(self.does)
-        return [describe(self.sees, "observation"), describe(self.does, "action")]
+        self.observation_space = self.env.observation_space
+        self.action_space = self.env.action_space
+        self.observation_has_enum = has_enum(self.observation_space)
+        self.action_has_enum = has_enum(self.action_space)
+        return [describe(self.observation_space, "observation"), describe(self.action_space, "action")]
 
     def reset(self, seed, options):
-        if seed is not None:  # what an environment draws from these is its own business here
+        if seed is not None:  # the environment may draw from the global generators
             random.seed(seed)
             np.random.seed(seed % 2**32)
         if self.takes_seed:
-            found = self.env.reset(seed=seed, options=options) if options else self.env.reset(seed=seed)
+            result = self.env.reset(seed=seed, options=options) if options else self.env.reset(seed=seed)
         else:
             if options:
                 raise TypeError("its reset takes no options")
             if seed is not None and callable(getattr(self.env, "seed", None)):
                 self.env.seed(seed)
-            found = self.env.reset()
-        if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict) and not self._observed(found):
-            return [self._outward(found[0]), plain(found[1])]
-        return [self._outward(found), {}]
+            result = self.env.reset()
+        is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+        if is_pair and not self._is_observation(result):
+            return [self._outward(result[0]), plain(result[1])]
+        return [self._outward(result), {}]
 
     def step(self, action):
-        found = self.env.step(translate(self.does, action, True) if self.does_words else action)
-        if len(found) == 5:
-            obs, reward, terminated, truncated, info = found
+        result = self.env.step(translate(self.action_space, action, True) if self.action_has_enum else action)
+        if len(result) == 5:
+            obs, reward, terminated, truncated, info = result
         else:
-            obs, reward, done, info = found
+            obs, reward, done, info = result
             truncated = bool(done) and bool(info.get("TimeLimit.truncated", False))
             terminated = bool(done) and not truncated
         return [self._outward(obs), reward, terminated, truncated, plain(info) if info else {}]
@@ -379,16 +396,16 @@ class Served:
     def close(self):
         self.env.close()
 
-    def _observed(self, pair):
-        """Whether a pair out of reset is an observation: one of a Tuple space that ends in a Dict."""
-        return kind_of(self.sees) == "Tuple" and self.sees.contains(pair)
+    def _is_observation(self, pair):
+        """Whether a pair returned by reset is an observation of a Tuple space, not (observation, info)."""
+        return kind_of(self.observation_space) == "Tuple" and self.observation_space.contains(pair)
 
     def _outward(self, obs):
-        return translate(self.sees, obs, False) if self.sees_words else obs
+        return translate(self.observation_space, obs, False) if self.observation_has_enum else obs
 
 
 def create(target, kwargs, render_mode):
-    """The environment that "module:callable", "module:Id" or "Id" names. Raises LookupError when nothing does."""
+    """Make the environment "module:callable", "module:Id" or "Id". Raises LookupError if it does not exist."""
     module, _, name = target.rpartition(":")
     if module:
         entry: Any = importlib.import_module(module)
@@ -396,24 +413,25 @@ def create(target, kwargs, render_mode):
             entry = getattr(entry, part, None)
         if callable(entry):
             return entry(**_with_mode(entry, kwargs, render_mode))
-    known, troubles = [], []
+    known = []
+    import_errors = []
     for package in ("gymnasium", "gym"):
         try:
             gym: Any = importlib.import_module(package)
             registry = importlib.import_module(package + ".envs.registration").registry
         except ImportError as error:
-            troubles.append(str(error))
+            import_errors.append(str(error))
             continue
         ids = getattr(registry, "env_specs", registry)  # gym before 0.26
         if name in ids:
-            # made with a mode and without checks where it knows of either
+            # older versions of gym.make accept neither render_mode nor disable_env_checker
             modern = "disable_env_checker" in inspect.signature(gym.make).parameters
             extra = dict({"render_mode": render_mode} if render_mode else {}, disable_env_checker=True)
             return gym.make(name, **(dict(kwargs, **extra) if modern else kwargs))
         known += list(ids)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     places = f"{module} has no callable {name} and " if module else ""
-    hint = f"did you mean {' or '.join(close)}?" if close else "; ".join(troubles)
+    hint = f"did you mean {' or '.join(close)}?" if close else "; ".join(import_errors)
     raise LookupError(f"{places}no environment {name} is registered there{': ' + hint if hint else ''}")
 
 
@@ -426,13 +444,14 @@ def _with_mode(entry, kwargs, render_mode):
 
 
 def serve(folder):
-    """Answer requests, [name, arguments], with ["ok", value] or ["raised", in one line, traceback], until none come."""
+    """Answer requests [name, arguments] with ["ok", value] or ["raised", message, traceback] until `close`."""
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.path.join(folder, SOCKET))
     channel = Channel(connection, os.open(os.path.join(folder, FRAMES), os.O_RDWR))
-    served, name = Served(), ""
+    served = Served()
+    name = ""
     while name != "close":
         try:
             name, arguments = channel.receive()
@@ -443,9 +462,9 @@ def serve(folder):
         except Exception as error:
             trace = error.__traceback__
             while trace and trace.tb_frame.f_code.co_filename == serve.__code__.co_filename:
-                trace = trace.tb_next  # of no interest to whoever wrote the environment
-            told = "".join(traceback.format_exception(type(error), error, trace))
-            channel.send(["raised", " ".join(f"{type(error).__name__}: {error}".split()), told])
+                trace = trace.tb_next  # skip the frames of this file
+            text = "".join(traceback.format_exception(type(error), error, trace))
+            channel.send(["raised", " ".join(f"{type(error).__name__}: {error}".split()), text])
 
 
 if __name__ == "__main__":

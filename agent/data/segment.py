@@ -16,11 +16,11 @@ ALIGN = 64
 Fields = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape of one row, dtype as stored
 
 
-class DamagedChunk(Exception):
-    """Says what is wrong with a chunk file."""
+class DamagedSegment(Exception):
+    """Says what is wrong with a segment file."""
 
 
-class Chunk:
+class Segment:
     """One mapped file: `rows` written times of all streams, with what sampling needs of them in memory."""
 
     def __init__(self, handle: int, seq: int, num_envs: int, length: int, fields: Fields):
@@ -40,7 +40,7 @@ class Chunk:
         self._synced = 0
 
     @classmethod
-    def create(cls, path: Path, seq: int, num_envs: int, length: int, fields: Fields) -> "Chunk":
+    def create(cls, path: Path, seq: int, num_envs: int, length: int, fields: Fields) -> "Segment":
         size = _offsets(num_envs, length, fields)[1]
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -57,31 +57,31 @@ class Chunk:
     @classmethod
     def open(
         cls, path: Path, seq: int, num_envs: int, length: int, fields: Fields, rows: int, checksum: int
-    ) -> "Chunk":
-        """Map an existing file, or raise DamagedChunk unless its first `rows` times have this checksum."""
+    ) -> "Segment":
+        """Map an existing file, or raise DamagedSegment unless its first `rows` times have this checksum."""
         size = _offsets(num_envs, length, fields)[1]
         try:
             handle = os.open(path, os.O_RDWR)
         except FileNotFoundError:
-            raise DamagedChunk("is missing") from None
+            raise DamagedSegment("is missing") from None
         try:
             if os.fstat(handle).st_size != size:
-                raise DamagedChunk(f"is truncated ({os.fstat(handle).st_size:,} of {size:,} bytes)")
-            chunk = cls(handle, seq, num_envs, length, fields)
+                raise DamagedSegment(f"is truncated ({os.fstat(handle).st_size:,} of {size:,} bytes)")
+            segment = cls(handle, seq, num_envs, length, fields)
         finally:
             os.close(handle)
-        chunk.rows = chunk._synced = rows
-        intact = chunk.checksum() == checksum
+        segment.rows = segment._synced = rows
+        intact = segment.checksum() == checksum
         if intact:
-            times, envs = np.nonzero(chunk.data["is_first"][:, :rows].T)
-            chunk.start_times.extend((chunk.begin + times).tolist())
-            chunk.start_envs.extend(envs.tolist())
-            chunk.totals = chunk.data["mass"][:, rows - 1].copy()
-        chunk.release()
+            times, envs = np.nonzero(segment.data["is_first"][:, :rows].T)
+            segment.start_times.extend((segment.begin + times).tolist())
+            segment.start_envs.extend(envs.tolist())
+            segment.totals = segment.data["mass"][:, rows - 1].copy()
+        segment.release()
         if not intact:
-            chunk.close()
-            raise DamagedChunk("is altered (checksum differs)")
-        return chunk
+            segment.close()
+            raise DamagedSegment("is altered (checksum differs)")
+        return segment
 
     def append(self, values: dict[str, np.ndarray], mass: np.ndarray) -> None:
         """One row of every stream, and how likely each is to be drawn, `(n,)` >= 0."""
@@ -122,7 +122,7 @@ class Chunk:
 
 
 def _offsets(num_envs: int, length: int, fields: Fields) -> tuple[dict[str, int], int]:
-    """Where each field begins in a chunk file, and the size of the file."""
+    """Where each field begins in a segment file, and the size of the file."""
     offsets, size = {}, 0
     for name, (shape, dtype) in fields.items():
         offsets[name] = size

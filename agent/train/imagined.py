@@ -19,8 +19,8 @@ from longdream.agent.train.trainer import UpdateLoop
 from longdream.controller.types import Exporting
 from longdream.envs.contract import UserError
 
-MAY_DIFFER = ("controller.", "evaluate.", "replay.batch", "replay.length", "replay.starts", "replay.surprise")
-MAY_DIFFER += ("learn.updates", "learn.actor_critic_rate", "learn.decay", "learn.clip", "seed", "device", "threads")
+MAY_DIFFER = ("controller.", "evaluate.", "replay.batch", "replay.length", "replay.episode_start_fraction", "replay.priority_fraction")
+MAY_DIFFER += ("learn.updates", "learn.actor_critic_rate", "learn.decay", "learn.agc", "seed", "device", "threads")
 MAY_DIFFER += ("recorded",)
 """Settings in which such a run may differ from the one that it dreams of. (forcing, worldmodel and encoder are what V
 and M were trained with.)"""
@@ -69,7 +69,7 @@ class DreamTraining(UpdateLoop):
 
     def update(self) -> dict[str, Any]:
         replay = self.config.replay
-        rows = self.replay.sample(self.rng, replay.batch, replay.length, replay.starts, replay.surprise)
+        rows = self.replay.sample(self.rng, replay.batch, replay.length, replay.episode_start_fraction, replay.priority_fraction)
         return self.agent.update_controller(rows, self.pace())
 
     def log(self) -> None:

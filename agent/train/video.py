@@ -49,7 +49,7 @@ CONCERNS += (
     "heads.cont_weight",
     "learn.updates",
     "learn.warmup",
-    "learn.clip",
+    "learn.agc",
 )
 CONCERNS += ("learn.encoder_rows", "learn.encoder_rate", "learn.model_rate", "learn.decay", "evaluate.every")
 CONCERNS += ("evaluate.episodes", "evaluate.final_episodes", "evaluate.log_every", "evaluate.save_seconds")

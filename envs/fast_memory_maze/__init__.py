@@ -1,1 +1,1 @@
-"""``longdream/FastMemoryMaze-{9x9,11x11,13x13,15x15}-v0``: Memory Maze, thousands of copies at once, on CPU or CUDA."""
+"""Fast Memory Maze: ``longdream/FastMemoryMaze-{9x9,11x11,13x13,15x15}-v0``, batched on the CPU or on CUDA."""

@@ -1,7 +1,7 @@
-"""The twin on CUDA: the same equations compiled by Triton, a lane for each copy or pixel."""
+"""Fast Memory Maze on CUDA: the same sources compiled by Triton, with a lane for each copy or pixel."""
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
-# (Triton comes with CUDA builds of torch alone.)
+# (Triton is only part of CUDA builds of torch.)
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from longdream.envs.fast_memory_maze.scene import SPHERE_NUMBERS as _SPHERE_NUMB
 SPHERE_NUMBERS = tl.constexpr(_SPHERE_NUMBERS)
 RIGHT_0, RIGHT_1, RIGHT_2, RIGHT_3 = (tl.constexpr(right) for right, _ in SAMPLES)
 DOWN_0, DOWN_1, DOWN_2, DOWN_3 = (tl.constexpr(down) for _, down in SAMPLES)
-COPIES = 32  # of a program, one warp: loops end when its last lane is done, without waiting for other warps
-PIXELS = 64
+COPIES = 32  # per program: one warp, so that a loop never waits for the lanes of another warp
+PIXELS = 64  # per program
 
 
 @triton.jit
-def some(c):
+def any_lane(c):
     return tl.max(c.to(tl.int32), 0) > 0
 
 
@@ -77,10 +77,10 @@ def log2(x):
     return tl.log2(x)
 
 
-_words: dict[str, Any] = {
-    "tl": tl,  # Triton's interpreter wants to see it wherever a function stands
+_primitives: dict[str, Any] = {
+    "tl": tl,  # Triton's interpreter requires it in the globals of every kernel
     "inner": triton.jit,
-    "some": some,
+    "any_lane": any_lane,
     "floor": floor,
     "fetch": fetch,
     "where": where,
@@ -92,8 +92,10 @@ _words: dict[str, Any] = {
     "cos": cos,
     "log2": log2,
 }
-_rules, _view = load("triton", _words, tl.constexpr)
-act, judge, paint = _rules.act, _rules.judge, _view.paint
+_rules, _view = load("triton", _primitives, tl.constexpr)
+act = _rules.act
+update_prompt = _rules.update_prompt
+paint = _view.paint
 
 
 @triton.jit
@@ -103,36 +105,45 @@ def advance_kernel(
 ):  # fmt: skip
     lane = tl.program_id(0) * COPIES + tl.arange(0, COPIES)
     valid = lane < n
-    i = tl.where(valid, lane, n - 1)  # lanes too many repeat the last copy, and are not stored
-    at = body + i * 9
+    i = tl.where(valid, lane, n - 1)  # surplus lanes repeat the last copy and store nothing
+    pointer = body + i * 9
     x, y, z, h, vx, vy, vz, w, r, touched = act(
         cells, i * size * size, size, spheres, i * stride * SPHERE_NUMBERS, count, substeps,
-        tl.load(actions + i).to(tl.int32), tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
-        tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8),
+        tl.load(actions + i).to(tl.int32), tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2),
+        tl.load(pointer + 3), tl.load(pointer + 4), tl.load(pointer + 5), tl.load(pointer + 6), tl.load(pointer + 7),
+        tl.load(pointer + 8),
     )  # fmt: skip
-    got, asked, drawn = judge(touched.to(tl.int64), count, tl.load(prompt + i), tl.load(key + i), tl.load(picks + i))
-    tl.store(at, x, mask=valid)
-    tl.store(at + 1, y, mask=valid)
-    tl.store(at + 2, z, mask=valid)
-    tl.store(at + 3, h, mask=valid)
-    tl.store(at + 4, vx, mask=valid)
-    tl.store(at + 5, vy, mask=valid)
-    tl.store(at + 6, vz, mask=valid)
-    tl.store(at + 7, w, mask=valid)
-    tl.store(at + 8, r, mask=valid)
-    tl.store(prompt + i, asked, mask=valid)
-    tl.store(picks + i, drawn, mask=valid)
-    tl.store(reward + i, got, mask=valid)
+    new_reward, new_prompt, new_picks = update_prompt(
+        touched.to(tl.int64), count, tl.load(prompt + i), tl.load(key + i), tl.load(picks + i)
+    )
+    tl.store(pointer, x, mask=valid)
+    tl.store(pointer + 1, y, mask=valid)
+    tl.store(pointer + 2, z, mask=valid)
+    tl.store(pointer + 3, h, mask=valid)
+    tl.store(pointer + 4, vx, mask=valid)
+    tl.store(pointer + 5, vy, mask=valid)
+    tl.store(pointer + 6, vz, mask=valid)
+    tl.store(pointer + 7, w, mask=valid)
+    tl.store(pointer + 8, r, mask=valid)
+    tl.store(prompt + i, new_prompt, mask=valid)
+    tl.store(picks + i, new_picks, mask=valid)
+    tl.store(reward + i, new_reward, mask=valid)
 
 
 @triton.jit
-def shoot(
+def cast_ray(
     i, row, column, cells, size, spheres, stride, count: tl.constexpr, camera, tan, pixel, wall_height, texels
 ):  # fmt: skip
-    at = camera + i * 7
-    x, y, z = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    ch, sh, cp, sp = tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
-    a, b = (column + 0.5) * pixel - tan, tan - (row + 0.5) * pixel
+    pointer = camera + i * 7
+    x = tl.load(pointer)
+    y = tl.load(pointer + 1)
+    z = tl.load(pointer + 2)
+    ch = tl.load(pointer + 3)
+    sh = tl.load(pointer + 4)
+    cp = tl.load(pointer + 5)
+    sp = tl.load(pointer + 6)
+    a = (column + 0.5) * pixel - tan
+    b = tan - (row + 0.5) * pixel
     return paint(
         cells, i * size * size, size, x, y, z, ch, sh, cp, sp, a, b, pixel, wall_height, spheres,
         i * stride * SPHERE_NUMBERS, count, texels,
@@ -141,72 +152,79 @@ def shoot(
 
 @triton.jit
 def draw_kernel(
-    cells, size, spheres, stride, count: tl.constexpr, camera, tan, wall_height, texels, edge, frame, out, names, side,
-    PIXELS: tl.constexpr,
+    cells, size, spheres, stride, count: tl.constexpr, camera, tan, wall_height, texels, edge, frame, out, surfaces,
+    side, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Each pixel's colour at its middle, and what surface it sees."""
+    """Write each pixel's colour at its centre, and the id of the surface that it sees."""
     i = tl.program_id(0)
     p = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     valid = p < side * side
     p = tl.where(valid, p, 0)
-    row, column = p // side, p % side
+    row = p // side
+    column = p % side
     pixel = 2.0 * tan / side
-    red, green, blue, name = shoot(
+    red, green, blue, surface = cast_ray(
         i + 0 * p, row, column, cells, size, spheres, stride, count, camera, tan, pixel, wall_height, texels
     )
     framed = (row < edge) | (row >= side - edge) | (column < edge) | (column >= side - edge)
     red = tl.where(framed, tl.load(frame + i * 3).to(tl.int32), (red + 0.5).to(tl.int32))
     green = tl.where(framed, tl.load(frame + i * 3 + 1).to(tl.int32), (green + 0.5).to(tl.int32))
     blue = tl.where(framed, tl.load(frame + i * 3 + 2).to(tl.int32), (blue + 0.5).to(tl.int32))
-    at = i.to(tl.int64) * side * side + p
-    tl.store(names + at, name, mask=valid)
-    tl.store(out + at * 3, red.to(tl.uint8), mask=valid)
-    tl.store(out + at * 3 + 1, green.to(tl.uint8), mask=valid)
-    tl.store(out + at * 3 + 2, blue.to(tl.uint8), mask=valid)
+    index = i.to(tl.int64) * side * side + p
+    tl.store(surfaces + index, surface, mask=valid)
+    tl.store(out + index * 3, red.to(tl.uint8), mask=valid)
+    tl.store(out + index * 3 + 1, green.to(tl.uint8), mask=valid)
+    tl.store(out + index * 3 + 2, blue.to(tl.uint8), mask=valid)
 
 
 @triton.jit
-def differs(names, at, step, name, near):
-    other = tl.load(names + at + step, mask=near, other=-1)
-    return near & (other != name)
+def differs(surfaces, index, step, surface, near):
+    other = tl.load(surfaces + index + step, mask=near, other=-1)
+    return near & (other != surface)
 
 
 @triton.jit
 def smooth_kernel(
-    cells, size, spheres, stride, count: tl.constexpr, camera, tan, wall_height, texels, edge, out, names, side,
+    cells, size, spheres, stride, count: tl.constexpr, camera, tan, wall_height, texels, edge, out, surfaces, side,
     PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """The mean of four colours where a pixel's neighbour sees another surface."""
+    """Replace the colour of each pixel with a neighbour on another surface by the mean of four samples."""
     i = tl.program_id(0)
     p = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     valid = p < side * side
     p = tl.where(valid, p, 0)
-    row, column = p // side, p % side
-    at = i.to(tl.int64) * side * side + p
-    name = tl.load(names + at)
+    row = p // side
+    column = p % side
+    index = i.to(tl.int64) * side * side + p
+    surface = tl.load(surfaces + index)
     inside = valid & (row >= edge) & (row < side - edge) & (column >= edge) & (column < side - edge)
-    edges = differs(names, at, -side, name, inside & (row > 0))
-    edges = edges | differs(names, at, side, name, inside & (row < side - 1))
-    edges = edges | differs(names, at, -1, name, inside & (column > 0))
-    edges = edges | differs(names, at, 1, name, inside & (column < side - 1))
-    if some(edges):
+    edges = differs(surfaces, index, -side, surface, inside & (row > 0))
+    edges = edges | differs(surfaces, index, side, surface, inside & (row < side - 1))
+    edges = edges | differs(surfaces, index, -1, surface, inside & (column > 0))
+    edges = edges | differs(surfaces, index, 1, surface, inside & (column < side - 1))
+    if any_lane(edges):
         pixel = 2.0 * tan / side
-        # other lanes look where their warp's first pixel does
-        y, x = row.to(tl.float32), column.to(tl.float32)
+        # the other lanes repeat a ray close to the block's edge pixels: a ray elsewhere could take longer
+        y = row.to(tl.float32)
+        x = column.to(tl.float32)
         y = tl.where(edges, y, tl.min(tl.where(edges, y, 1e9), 0))
         x = tl.where(edges, x, tl.min(tl.where(edges, x, 1e9), 0))
-        reds, greens, blues = 0.0 * x, 0.0 * x, 0.0 * x
+        reds = 0.0 * x
+        greens = 0.0 * x
+        blues = 0.0 * x
         for k in range(4):
             right = tl.where(k == 0, RIGHT_0, tl.where(k == 1, RIGHT_1, tl.where(k == 2, RIGHT_2, RIGHT_3)))
             down = tl.where(k == 0, DOWN_0, tl.where(k == 1, DOWN_1, tl.where(k == 2, DOWN_2, DOWN_3)))
-            red, green, blue, _ = shoot(
+            red, green, blue, _ = cast_ray(
                 i + 0 * p, y + down, x + right, cells, size, spheres, stride, count, camera, tan, pixel, wall_height,
                 texels,
             )  # fmt: skip
-            reds, greens, blues = reds + red, greens + green, blues + blue
-        tl.store(out + at * 3, (0.25 * reds + 0.5).to(tl.int32).to(tl.uint8), mask=edges)
-        tl.store(out + at * 3 + 1, (0.25 * greens + 0.5).to(tl.int32).to(tl.uint8), mask=edges)
-        tl.store(out + at * 3 + 2, (0.25 * blues + 0.5).to(tl.int32).to(tl.uint8), mask=edges)
+            reds = reds + red
+            greens = greens + green
+            blues = blues + blue
+        tl.store(out + index * 3, (0.25 * reds + 0.5).to(tl.int32).to(tl.uint8), mask=edges)
+        tl.store(out + index * 3 + 1, (0.25 * greens + 0.5).to(tl.int32).to(tl.uint8), mask=edges)
+        tl.store(out + index * 3 + 2, (0.25 * blues + 0.5).to(tl.int32).to(tl.uint8), mask=edges)
 
 
 def advance(
@@ -242,17 +260,18 @@ def draw(
     frame: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """As cpu.draw, on a CUDA device; numbers are float32 there."""
+    """As cpu.draw, on a CUDA device and in float32."""
     n, side = out.shape[:2]
-    names = torch.empty((n, side, side), dtype=torch.int32, device=out.device)
+    surfaces = torch.empty((n, side, side), dtype=torch.int32, device=out.device)
     grid = (n, triton.cdiv(side * side, PIXELS))
-    size, stride = cells.shape[1], spheres.shape[1]
+    size = cells.shape[1]
+    stride = spheres.shape[1]
     with torch.cuda.device(cells.device):
         draw_kernel[grid](
-            cells, size, spheres, stride, count, camera, tan, wall_height, texels, edge, frame, out, names, side,
+            cells, size, spheres, stride, count, camera, tan, wall_height, texels, edge, frame, out, surfaces, side,
             PIXELS, num_warps=1,
         )  # fmt: skip
         smooth_kernel[grid](
-            cells, size, spheres, stride, count, camera, tan, wall_height, texels, edge, out, names, side, PIXELS,
+            cells, size, spheres, stride, count, camera, tan, wall_height, texels, edge, out, surfaces, side, PIXELS,
             num_warps=1,
         )  # fmt: skip

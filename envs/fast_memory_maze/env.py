@@ -1,4 +1,4 @@
-"""The twin as a Gymnasium vector environment, and as tensors that stay on the device."""
+"""Fast Memory Maze as a Gymnasium vector environment, with methods whose tensors stay on the device."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from longdream.envs.fast_memory_maze.mazes import COLOURS, Mazes
 from longdream.envs.fast_memory_maze.textures import texels
 from longdream.envs.memory_maze.sizes import ACTIONS, RENDER_SIDE, SIZES, check_options
 
-BYTES_PER_PIXEL = 16  # of the observation, its copy and what drawing it needs
+BYTES_PER_PIXEL = 16  # memory for the observation, its copy, and the buffers of the renderer
 
 
 class Rows(NamedTuple):
-    """One time step of n copies, on the device: obs (n, H, H, 3) uint8, reward (n,) float32, flags (n,) bool."""
+    """One time step of n copies, on the device: obs (n, H, H, 3) uint8, reward (n,) float32, both flags (n,) bool."""
 
     obs: torch.Tensor
     reward: torch.Tensor
@@ -33,31 +33,30 @@ class Rows(NamedTuple):
 
 
 class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
-    """num_envs mazes side by side, with NEXT_STEP autoreset: what `longdream/MemoryMaze-*` shows and does, batched.
+    """A batched reimplementation of `longdream/MemoryMaze-*`: num_envs mazes with NEXT_STEP autoreset.
 
-    The ball is moved by the equations that MuJoCo solves for it, 50 substeps an action, and the picture is cast ray by
-    ray with the textures, light, filtering and edges of MuJoCo's renderer: docs/fast-memory-maze.md says how closely.
-    Constants are those of the original's compiled model.
+    The physics solves the same equations as MuJoCo does for this body, with 50 substeps per action. The renderer casts
+    rays, with the textures, lighting, filtering and antialiasing of MuJoCo's renderer. docs/fast-memory-maze.md
+    measures how closely both match the original. All constants are those of the original's compiled model.
 
-    Every episode has a maze of its own, made by labmaze's generator from one of 2^31 seeds, drawn from (the copy's
-    seed, the number of its episode): no copy meets a maze twice but by chance, and a run of a million episodes meets a
-    million mazes. The next episode's is made in a background thread while the present one is played. What a copy does
-    depends on its seed and its actions alone, whatever other copies there are.
+    Every episode has a new maze. labmaze generates it from one of 2^31 seeds, which is drawn from the copy's seed and
+    the index of the episode. A background thread generates the next maze while the present one is played. A copy's
+    behaviour depends only on its own seed and actions, not on the other copies.
 
-    Observation: uint8 (camera_resolution, camera_resolution, 3). Action: Discrete(6), as in the original. Reward 1 for
-    touching the prompted target. Only the time limit ends an episode: truncated, never terminated. Info: the probes
-    (docs/memory-maze.md) with a leading axis n, if asked for, else empty.
+    Observation: uint8 (camera_resolution, camera_resolution, 3). Action: Discrete(6), as in the original. Reward: 1 for
+    touching the prompted target. Only the time limit ends an episode, as a truncation; episodes never terminate. Info:
+    the probes (docs/memory-maze.md) with a leading axis n if `probes` is true, else empty.
 
-    `reset_tensors` and `step_tensors` are the same without leaving the device.
+    `reset_tensors` and `step_tensors` do the same on the device, without copies to the host.
 
     Args:
-        num_envs: copies.
+        num_envs: number of copies.
         size, probes, camera_resolution, top_camera, good_visibility, control_freq, randomize_colors, render_mode: as
-            of the original, longdream.envs.memory_maze.env.MemoryMazeEnv.
-        device: "cpu", or "cuda" or "cuda:1" and so on (which needs Triton, as CUDA builds of torch bring it).
+            for the original, longdream.envs.memory_maze.env.MemoryMazeEnv.
+        device: "cpu", "cuda", "cuda:1" and so on. CUDA needs Triton, which CUDA builds of torch include.
 
     Raises:
-        UserError: an argument that cannot be, a device that is not there, or more copies than fit its memory.
+        UserError: an argument is invalid, the device does not exist, or the copies do not fit into its memory.
     """
 
     metadata: ClassVar[dict[str, Any]] = {
@@ -83,8 +82,12 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         self.device = _device(device)
         self._backend = _backend(self.device)
         _check_memory(self.device, num_envs, camera_resolution, size)
-        self.num_envs, self.size, self.probes, self.render_mode = num_envs, size, probes, render_mode
-        self.top_camera, self.randomize_colors = top_camera, randomize_colors
+        self.num_envs = num_envs
+        self.size = size
+        self.probes = probes
+        self.render_mode = render_mode
+        self.top_camera = top_camera
+        self.randomize_colors = randomize_colors
         self.metadata = {**self.metadata, "render_fps": control_freq}  # type: ignore[misc]
         self.count = SIZES[size].targets
         self.max_steps = math.ceil((SIZES[size].seconds - 1e-3) * control_freq)
@@ -97,11 +100,12 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
 
         self.texels = _texels(self.device)
-        outer, spheres = size + 2, self.count + len(scene.EARS)
+        outer = size + 2
+        spheres = self.count + len(scene.EARS)
         self.cells = self._zeros(outer, outer, dtype=torch.int32)
         self.spheres = self._zeros(spheres, scene.SPHERE_NUMBERS, dtype=torch.float32)
         self.colours = self._zeros(self.count, 3, dtype=torch.float64)  # of targets, 0 to 1
-        self.body = self._zeros(9, dtype=torch.float64)  # x, y, z of the ball's centre (m), heading, velocities
+        self.body = self._zeros(9, dtype=torch.float64)  # x, y, z of the ball's centre (m), heading, 5 velocities
         self.prompt, self.key, self.picks = (self._zeros(dtype=torch.int64) for _ in range(3))
         self.steps = np.zeros(num_envs, np.int64)
         self.ended = np.zeros(num_envs, np.bool_)
@@ -110,8 +114,10 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """A new episode in every copy. An int seeds copy i with seed + i, which then starts at its first episode; a
-        copy without a seed goes on to its next one."""
+        """Start a new episode in every copy.
+
+        An int seeds copy i with seed + i. A seeded copy starts at its first episode; a copy without a seed continues
+        with its next episode."""
         return self.reset_tensors(seed).cpu().numpy(), self._info()
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -120,35 +126,37 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         return obs, reward.astype(np.float64), terminated, truncated, self._info()
 
     def reset_tensors(self, seed: int | list[int | None] | None = None) -> torch.Tensor:
-        """As `reset`: the observations, (n, H, H, 3) uint8 on the device."""
+        """As `reset`, but returns only the observations, (n, H, H, 3) uint8 on the device."""
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
         if len(seeds) != self.num_envs:
             raise UserError(f"{len(seeds)} seeds for {self.num_envs} copies: give one for each, or a whole number")
-        before, index = ([0] * self.num_envs, [0] * self.num_envs) if self.mazes is None else self.mazes.position()
         if self.mazes is None:
             entropy = np.random.SeedSequence().generate_state(self.num_envs).tolist()
-            before = [int(number) for number in entropy]
-        chosen = [old if new is None else new for old, new in zip(before, seeds, strict=True)]
-        begin = [i if new is None else 0 for i, new in zip(index, seeds, strict=True)]
-        if min(chosen) < 0:
-            raise UserError(f"seed {min(chosen)}: seeds are not negative")
+            old_seeds = [int(number) for number in entropy]
+            old_index = [0] * self.num_envs
+        else:
+            old_seeds, old_index = self.mazes.position()
+        new_seeds = [old if new is None else new for old, new in zip(old_seeds, seeds, strict=True)]
+        new_index = [i if new is None else 0 for i, new in zip(old_index, seeds, strict=True)]
+        if min(new_seeds) < 0:
+            raise UserError(f"seed {min(new_seeds)}: seeds are not negative")
         if self.mazes is None or any(new is not None for new in seeds):
-            self._set_mazes(chosen, begin)
+            self._set_mazes(new_seeds, new_index)
         self._begin(np.arange(self.num_envs))
         return self.observe()
 
     def step_tensors(self, actions: torch.Tensor) -> Rows:
-        """As `step`, of actions (n,) of whole numbers, on this or another device.
+        """As `step`, with tensors. The actions (n,) are integers and may be on any device.
 
         Raises:
-            ResetNeeded: before the first reset.
-            UserError: actions of another shape or out of range.
+            ResetNeeded: there was no reset yet.
+            UserError: the actions have the wrong shape or type, or are out of range.
         """
         reward, truncated = self.step_unseen(actions)
         return Rows(self.observe(), reward, torch.zeros_like(truncated), truncated)
 
     def step_unseen(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `step_tensors` without the picture, for policies that look at probes: reward and truncated, (n,)."""
+        """As `step_tensors` without rendering, for policies that use the probes. Returns reward and truncated, (n,)."""
         if self.mazes is None:
             raise ResetNeeded("Memory Maze: call reset before step")
         if actions.shape != (self.num_envs,) or actions.is_floating_point():
@@ -157,49 +165,48 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         low, high = (int(bound) for bound in torch.stack(torch.aminmax(actions)).tolist())
         if low < 0 or high >= len(ACTIONS):
             raise UserError(_out_of_range(low if low < 0 else high))
-        fresh = np.flatnonzero(self.ended)
+        starting = np.flatnonzero(self.ended)
         reward = torch.zeros(self.num_envs, dtype=torch.float32, device=self.device)
-        if len(fresh) < self.num_envs:
+        if len(starting) < self.num_envs:
             self._backend.advance(
                 self.cells, self.spheres, self.count, self.substeps, actions, self.body, self.prompt, self.key,
                 self.picks, reward,
             )  # fmt: skip
         self.steps += 1
-        if len(fresh):
-            reward[torch.from_numpy(fresh).to(self.device)] = 0.0
-            self._begin(fresh)
+        if len(starting):
+            reward[torch.from_numpy(starting).to(self.device)] = 0.0
+            self._begin(starting)
         self.ended = self.steps >= self.max_steps
         return reward, torch.from_numpy(self.ended.copy()).to(self.device)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """A large picture of every copy, uint8 (480, 480, 3): what the agent sees, or the map."""
+        """A large image of every copy, uint8 (480, 480, 3): the agent's view, or the map."""
         if self.render_mode is None or self.mazes is None:
             return None
         return tuple(self._draw(self.render_mode == "top", RENDER_SIDE).cpu().numpy())
 
     def get_probes(self) -> dict[str, np.ndarray]:
-        """What the image hides: the probes of docs/memory-maze.md, each with a leading axis n."""
-        n, body = np.arange(self.num_envs), self.body.cpu().numpy()
-        at = body[:, :2] / scene.CELL - 1.0
+        """The state that the image does not show: the probes of docs/memory-maze.md, each with a leading axis n."""
+        body = self.body.cpu().numpy()
+        position = body[:, :2] / scene.CELL - 1.0
         ahead = np.stack([np.cos(body[:, 3]), np.sin(body[:, 3])], 1)
         targets = self.spheres[:, : self.count, :2].double().cpu().numpy() - 1.0
-        away = targets - at[:, None]
+        offset = targets - position[:, None]
         right = np.stack([ahead[:, 1], -ahead[:, 0]], 1)
+        targets_vec = np.stack([(offset * right[:, None]).sum(-1), (offset * ahead[:, None]).sum(-1)], -1)
         prompt = self.prompt.cpu().numpy().copy()
         return {
             "maze_layout": (self.cells[:, 1:-1, 1:-1] < scene.WALL).to(torch.uint8).cpu().numpy(),
-            "agent_pos": at.astype(np.float32),
+            "agent_pos": position.astype(np.float32),
             "agent_dir": ahead.astype(np.float32),
             "targets_pos": targets.astype(np.float32),
-            "targets_vec": np.stack([(away * right[:, None]).sum(-1), (away * ahead[:, None]).sum(-1)], -1).astype(
-                np.float32
-            ),
+            "targets_vec": targets_vec.astype(np.float32),
             "target_index": prompt,
-            "target_color": self.colours.cpu().numpy()[n, prompt].astype(np.float32),
+            "target_color": self.colours.cpu().numpy()[np.arange(self.num_envs), prompt].astype(np.float32),
         }
 
     def get_state(self) -> dict[str, Any]:
-        """Everything that the future depends on: numpy arrays (num_envs, ...) and lists of numbers."""
+        """The complete state of the environment: numpy arrays (num_envs, ...) and lists of numbers."""
         if self.mazes is None:
             raise ResetNeeded("Memory Maze: call reset before get_state")
         seeds, index = self.mazes.position()
@@ -209,7 +216,8 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
     def set_state(self, state: dict[str, Any]) -> None:
         for key in _STATE:
             getattr(self, key).copy_(torch.from_numpy(np.ascontiguousarray(state[key])))
-        self.steps, self.ended = np.array(state["steps"], np.int64), np.array(state["ended"], np.bool_)
+        self.steps = np.array(state["steps"], np.int64)
+        self.ended = np.array(state["ended"], np.bool_)
         self._set_mazes([int(s) for s in state["seeds"]], [int(i) for i in state["episodes"]])
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -225,46 +233,52 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         self.mazes = Mazes(self.size, self.randomize_colors, seeds, index)
 
     def _begin(self, copies: np.ndarray) -> None:
-        """The next episode of these copies."""
+        """Start the next episode in these copies."""
         assert self.mazes is not None
-        made = [self.mazes.next(int(i)) for i in copies]
-        k, c = self.count, len(copies)
+        episodes = [self.mazes.next(int(i)) for i in copies]
+        k = self.count
+        c = len(copies)
         spheres = np.zeros((c, self.spheres.shape[1], scene.SPHERE_NUMBERS), np.float32)
-        colours = COLOURS[np.stack([e.colours for e in made])]
-        spheres[:, :k, :2] = [e.targets for e in made]
+        colours = COLOURS[np.stack([e.colours for e in episodes])]
+        spheres[:, :k, :2] = [e.targets for e in episodes]
         spheres[:, :k, 2] = self.target_height
         spheres[:, :k, 3:6] = np.floor(colours * 255.0)
         spheres[:, :k, 6] = scene.TARGET_RADIUS / scene.CELL
         spheres[:, k:, 3:6] = scene.EARS
         spheres[:, k:, 6] = scene.EARS_RADIUS / scene.CELL
         body = np.zeros((c, 9))
-        body[:, :2] = np.stack([e.spawn for e in made]) * scene.CELL
+        body[:, :2] = np.stack([e.spawn for e in episodes]) * scene.CELL
         body[:, 2] = scene.BALL_RADIUS
-        body[:, 3] = [e.heading for e in made]
+        body[:, 3] = [e.heading for e in episodes]
         where = torch.from_numpy(copies).to(self.device)
         for target, values in (
-            (self.cells, np.stack([e.cells for e in made])),
+            (self.cells, np.stack([e.cells for e in episodes])),
             (self.spheres, spheres),
             (self.colours, colours),
             (self.body, body),
-            (self.prompt, np.array([e.prompt for e in made])),
-            (self.key, np.array([e.key for e in made])),
+            (self.prompt, np.array([e.prompt for e in episodes])),
+            (self.key, np.array([e.key for e in episodes])),
             (self.picks, np.zeros(c, np.int64)),
         ):
             target[where] = torch.from_numpy(values).to(self.device)
-        self.steps[copies], self.ended[copies] = 0, False
+        self.steps[copies] = 0
+        self.ended[copies] = False
 
     def observe(self) -> torch.Tensor:
-        """The present observations, (n, H, H, 3) uint8 on the device."""
+        """The current observations, (n, H, H, 3) uint8 on the device."""
         return self._draw(self.top_camera, self.resolution)
 
     def _draw(self, top: bool, side: int) -> torch.Tensor:
-        """Pictures (n, side, side, 3) uint8 of all copies, framed in the prompted target's colour."""
+        """Images (n, side, side, 3) uint8 of all copies, framed in the prompted target's colour."""
         x, y, z, h = self.body[:, :4].unbind(1)
-        c, s, one = torch.cos(h), torch.sin(h), torch.ones_like(h)
-        count, tan = self.count, scene.CAMERA_TAN
+        c = torch.cos(h)
+        s = torch.sin(h)
+        one = torch.ones_like(h)
+        count = self.count
+        tan = scene.CAMERA_TAN
         if top:
-            count, outer = self.spheres.shape[1], self.size + 2
+            count = self.spheres.shape[1]
+            outer = self.size + 2
             tan = scene.MAP_PADDING * outer * scene.CELL / 2 / scene.MAP_HEIGHT
             camera = [one * outer / 2, one * outer / 2, one * scene.MAP_HEIGHT / scene.CELL, 0 * c, one, 0 * c, one]
             aside = torch.tensor([scene.EARS_ASIDE, -scene.EARS_ASIDE], device=self.device, dtype=h.dtype)
@@ -292,7 +306,7 @@ _STATE = ("cells", "spheres", "colours", "body", "prompt", "key", "picks")
 
 
 class FastMemoryMazeEnv(OneCopy):
-    """One maze, for ``gym.make``. Arguments as FastMemoryMazeVecEnv, without num_envs."""
+    """A single maze, for ``gym.make``. Takes the arguments of FastMemoryMazeVecEnv except num_envs."""
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array", "top"], "render_fps": 4}
     vector: FastMemoryMazeVecEnv
@@ -330,7 +344,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device {name!r}: use 'cpu', 'cuda' or 'cuda:0'") from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"the twin of Memory Maze runs on 'cpu' and 'cuda', not on {name!r}")
+        raise UserError(f"device {name!r}: the fast Memory Maze runs on 'cpu' and 'cuda'; use one of these")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"device {name!r}: torch finds no CUDA device here; use device='cpu'")
@@ -363,13 +377,13 @@ _TEXELS: dict[torch.device, torch.Tensor] = {}  # 112 MB, shared by all environm
 def _check_memory(device: torch.device, copies: int, side: int, size: int) -> None:
     if copies < 1:
         raise UserError(f"num_envs={copies}: there must be at least 1 copy")
-    each = side * side * BYTES_PER_PIXEL + 4 * (size + 2) ** 2
+    bytes_per_copy = side * side * BYTES_PER_PIXEL + 4 * (size + 2) ** 2
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if copies * each > free:
+    if copies * bytes_per_copy > free:
         raise UserError(
-            f"num_envs={copies} needs {copies * each / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free:"
-            f" use at most {free // each} copies"
+            f"num_envs={copies} needs {copies * bytes_per_copy / 2**30:.1f} GiB, and {device} has"
+            f" {free / 2**30:.1f} GiB free: use at most {free // bytes_per_copy} copies"
         )

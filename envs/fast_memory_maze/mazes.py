@@ -1,4 +1,4 @@
-"""Fresh mazes: what an episode starts from, made by labmaze's generator under the original's rules."""
+"""Initial states of episodes: mazes from labmaze's generator, under the rules of the original Memory Maze."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ from longdream.envs.memory_maze.sizes import SIZES
 COLOURS = np.array(
     [(170, 38, 30), (99, 170, 88), (39, 140, 217), (93, 105, 199), (220, 193, 59), (220, 128, 107)]
 ) / np.float64(220)
-"""Of targets, 0 to 1: red, green, blue, purple, yellow, salmon."""
-BLOCKS = 3  # of walls, along either side of the maze; each block has a texture of its own
+"""Colours of targets, 0 to 1: red, green, blue, purple, yellow, salmon."""
+BLOCKS = 3  # the walls are divided into BLOCKS x BLOCKS blocks, each with its own texture
 KEY_BITS = 31
 
 
 @dataclass(frozen=True)
 class Episode:
-    """Where an episode begins. N = size + 2, cells along a side with the outer walls; K targets.
+    """The initial state of an episode with K targets. N = size + 2 is the number of cells along a side, outer walls
+    included.
 
-    cells: (N, N) int32, [y, x] from the bottom left, texture of each, WALL more where it is a wall. spawn: (2,) x, y of
-    the agent and targets: (K, 2) of the targets, in cells. heading: angle of the view, radians anticlockwise from x.
-    colours: (K,) index of each target's colour. prompt: first target to find. key: what later prompts are drawn from.
+    Attributes:
+        cells: (N, N) int32, indexed [y, x] from the bottom left: the texture's index, plus WALL for a wall.
+        spawn: (2,), position (x, y) of the agent in cells.
+        targets: (K, 2), positions (x, y) of the targets in cells.
+        heading: direction of view, radians anticlockwise from x.
+        colours: (K,), index of each target's colour.
+        prompt: index of the first target to find.
+        key: seed of the later prompts.
     """
 
     cells: np.ndarray
@@ -40,20 +46,20 @@ class Episode:
 
 
 def episode(size: int, randomize_colors: bool, seed: int, index: int) -> Episode:
-    """Episode `index` of the copy seeded with `seed`: always the same.
+    """Episode `index` of the copy seeded with `seed`. It depends on nothing but the arguments.
 
-    The maze is one of labmaze's 2^31 of that size, regenerated until it has a room for every target. A room has one
-    spawn point and one place for a target. Walls fall into 3 x 3 blocks, each in one of eight textures drawn anew;
-    corridors and rooms have different floors.
+    labmaze generates the maze from one of 2^31 seeds, and again until there is a room for every target. A room has one
+    spawn point and one place for a target. The walls are divided into 3 x 3 blocks, and a block's texture is drawn
+    from eight. Corridors and rooms have different floors.
     """
-    numbers = SIZES[size]
+    kind = SIZES[size]
     rng = np.random.default_rng((seed, index))
     outer = size + 2
-    low, high = numbers.room_sides
+    low, high = kind.room_sides
     maze = labmaze.RandomMaze(
         height=outer,
         width=outer,
-        max_rooms=numbers.rooms,
+        max_rooms=kind.rooms,
         room_min_size=low,
         room_max_size=high,
         max_variations=26,
@@ -63,7 +69,7 @@ def episode(size: int, randomize_colors: bool, seed: int, index: int) -> Episode
         random_seed=int(rng.integers(1, 2**31)),
     )
     entities = np.array(maze.entity_layer)
-    while (entities == "G").sum() < numbers.targets:
+    while (entities == "G").sum() < kind.targets:
         maze.regenerate()
         entities = np.array(maze.entity_layer)
     entities = entities[::-1]
@@ -79,40 +85,41 @@ def episode(size: int, randomize_colors: bool, seed: int, index: int) -> Episode
     return Episode(
         cells=np.where(np.isin(entities, (" ", "P", "G")), floors, walls).astype(np.int32),
         spawn=spawns[rng.integers(len(spawns))],
-        targets=places[rng.permutation(len(places))[: numbers.targets]],
+        targets=places[rng.permutation(len(places))[: kind.targets]],
         heading=float(rng.uniform(-np.pi, np.pi)),
-        colours=order[: numbers.targets],
-        prompt=int(rng.integers(numbers.targets)),
+        colours=order[: kind.targets],
+        prompt=int(rng.integers(kind.targets)),
         key=int(rng.integers(2**KEY_BITS)),
     )
 
 
 class Mazes:
-    """Episodes of many copies, each made in the background while the one before it is played.
+    """The episodes of many copies. A background thread generates each episode while the previous one is played.
 
     Args:
-        size, randomize_colors: as of `episode`.
-        seeds: (n,) of the copies.
-        index: (n,) of the episode that each copy begins with.
+        size, randomize_colors: as for `episode`.
+        seeds: (n,), seeds of the copies.
+        index: (n,), index of the first episode of each copy.
     """
 
     def __init__(self, size: int, randomize_colors: bool, seeds: list[int], index: list[int]) -> None:
         self.make = partial(episode, size, randomize_colors)
-        self.seeds, self.index = list(seeds), list(index)
-        # one thread: labmaze holds the interpreter's lock, so that more would not be faster
+        self.seeds = list(seeds)
+        self.index = list(index)
+        # one thread: labmaze holds the global interpreter lock, so more threads would not be faster
         self.worker = ThreadPoolExecutor(1, "mazes")
         self.ahead: dict[int, Future[Episode]] = {}
 
     def next(self, copy: int) -> Episode:
-        """The next episode of a copy; the one after it is begun to be made."""
-        ready = self.ahead.pop(copy, None)
-        made = self.make(self.seeds[copy], self.index[copy]) if ready is None else ready.result()
+        """The next episode of a copy. The generation of the one after it starts in the background."""
+        future = self.ahead.pop(copy, None)
+        result = self.make(self.seeds[copy], self.index[copy]) if future is None else future.result()
         self.index[copy] += 1
         self.ahead[copy] = self.worker.submit(self.make, self.seeds[copy], self.index[copy])
-        return made
+        return result
 
     def position(self) -> tuple[list[int], list[int]]:
-        """The copies' seeds, and the number of each one's next episode."""
+        """The seeds of the copies, and the index of each copy's next episode."""
         return list(self.seeds), list(self.index)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The twin in plain torch, on any device: slow, and what the compiled forms are compared with."""
+"""Fast Memory Maze in plain torch, on any device: slow, the reference for the compiled backends."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from longdream.envs.fast_memory_maze.scene import SAMPLES, SPHERE_NUMBERS
 
 @cache
 def modules() -> tuple[ModuleType, ModuleType]:
-    words: dict[str, Any] = {
+    primitives: dict[str, Any] = {
         "inner": lambda function: function,
         "where": lambda c, a, b: torch.where(c, a, b) if isinstance(c, torch.Tensor) else (a if c else b),
-        "some": lambda c: bool(c.any()),
+        "any_lane": lambda c: bool(c.any()),
         "minimum": lambda a, b: torch.where(a < b, a, b),
         "maximum": lambda a, b: torch.where(a > b, a, b),
         "absolute": torch.abs,
@@ -28,7 +28,7 @@ def modules() -> tuple[ModuleType, ModuleType]:
         "floor": lambda x: torch.floor(x).long(),
         "fetch": lambda array, i: array[i],
     }
-    return load("torch", words)
+    return load("torch", primitives)
 
 
 def advance(
@@ -46,14 +46,15 @@ def advance(
     """As cpu.advance."""
     rules, _ = modules()
     copies = torch.arange(len(cells), device=cells.device)
-    size, stride = cells.shape[1], spheres.shape[1] * SPHERE_NUMBERS
+    size = cells.shape[1]
+    stride = spheres.shape[1] * SPHERE_NUMBERS
     *moved, touched = rules.act(
         cells.view(-1), copies * size * size, size, spheres.view(-1), copies * stride, count, substeps, actions,
         *body.unbind(1),
     )  # fmt: skip
     body.copy_(torch.stack(moved, 1))
-    got, asked, drawn = rules.judge(touched, count, prompt, key, picks)
-    for old, new in ((reward, got), (prompt, asked), (picks, drawn)):
+    new_reward, new_prompt, new_picks = rules.update_prompt(touched, count, prompt, key, picks)
+    for old, new in ((reward, new_reward), (prompt, new_prompt), (picks, new_picks)):
         old.copy_(new)
 
 
@@ -72,31 +73,33 @@ def draw(
     """As cpu.draw."""
     _, view = modules()
     n, side = out.shape[:2]
-    size, stride = cells.shape[1], spheres.shape[1] * SPHERE_NUMBERS
+    size = cells.shape[1]
+    stride = spheres.shape[1] * SPHERE_NUMBERS
     pixel = 2.0 * tan / side
-    ring = max(edge - 1, 0)  # pixels beside the frame have neighbours under it
+    ring = max(edge - 1, 0)  # the pixels next to the frame have neighbours that the frame covers
     inside = torch.arange(ring, side - ring, device=out.device, dtype=torch.float64)
     i = torch.arange(n, device=out.device)[:, None, None].expand(n, len(inside), len(inside))
     row, column = (m[None].expand_as(i) for m in torch.meshgrid(inside, inside, indexing="ij"))
 
-    def shoot(i: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def cast_ray(i: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, y, z, ch, sh, cp, sp = camera[i].double().unbind(-1)
-        a, b = (column + 0.5) * pixel - tan, tan - (row + 0.5) * pixel
-        *rgb, name = view.paint(
+        a = (column + 0.5) * pixel - tan
+        b = tan - (row + 0.5) * pixel
+        *rgb, surface = view.paint(
             cells.view(-1), i * size * size, size, x, y, z, ch, sh, cp, sp, a, b, pixel, wall_height, spheres.view(-1),
             i * stride, count, texels,
         )  # fmt: skip
-        return torch.stack(rgb, -1), name
+        return torch.stack(rgb, -1), surface
 
-    colour, name = shoot(i, row, column)
-    edges = torch.zeros_like(name, dtype=torch.bool)
-    differs = name[:, 1:] != name[:, :-1]
+    colour, surface = cast_ray(i, row, column)
+    edges = torch.zeros_like(surface, dtype=torch.bool)
+    differs = surface[:, 1:] != surface[:, :-1]
     edges[:, 1:] |= differs
     edges[:, :-1] |= differs
-    differs = name[:, :, 1:] != name[:, :, :-1]
+    differs = surface[:, :, 1:] != surface[:, :, :-1]
     edges[:, :, 1:] |= differs
     edges[:, :, :-1] |= differs
-    colour[edges] = sum(0.25 * shoot(i[edges], row[edges] + d, column[edges] + r)[0] for r, d in SAMPLES)
+    colour[edges] = sum(0.25 * cast_ray(i[edges], row[edges] + d, column[edges] + r)[0] for r, d in SAMPLES)
     out[:] = frame[:, None, None]
-    seen = colour[:, edge - ring : side - edge - ring, edge - ring : side - edge - ring]
-    out[:, edge : side - edge, edge : side - edge] = (seen + 0.5).to(torch.uint8)
+    inner = colour[:, edge - ring : side - edge - ring, edge - ring : side - edge - ring]
+    out[:, edge : side - edge, edge : side - edge] = (inner + 0.5).to(torch.uint8)

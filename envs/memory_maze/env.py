@@ -1,4 +1,4 @@
-"""``longdream/MemoryMaze-{9x9,11x11,13x13,15x15}-v0``: the original, over the tasks of the package `memory-maze`."""
+"""``longdream/MemoryMaze-{9x9,11x11,13x13,15x15}-v0``: the original Memory Maze, built on the package `memory-maze`."""
 
 from __future__ import annotations
 
@@ -23,28 +23,30 @@ if TYPE_CHECKING:
 
 
 class MemoryMazeEnv(gym.Env):
-    """A maze with coloured targets, one of which is prompted by the colour of the image's border: find it, touch it
-    (reward 1), and another is prompted. Each reset makes a new maze. Only the time limit ends an episode: truncated,
-    never terminated.
+    """A maze with coloured targets. The colour of the image's border is the prompt: the target to find next.
 
-    Observation: uint8 (camera_resolution, camera_resolution, 3). Action: Discrete(6), none, forward, left, right,
-    forward left, forward right. Info: the probes (docs/memory-maze.md), if asked for, else empty.
+    Touching the prompted target gives reward 1, and another target is prompted. Each reset generates a new maze. Only
+    the time limit ends an episode, as a truncation; episodes never terminate.
 
-    ``reset(seed=s)`` begins the episodes that upstream's environment made with seed s has, in this process and in any
-    other; without a seed the next one of them follows. A seed of 2**32 or more is hashed into that range.
+    Observation: uint8 (camera_resolution, camera_resolution, 3). Action: Discrete(6): none, forward, left, right,
+    forward left, forward right. Info: the probes (docs/memory-maze.md) if `probes` is true, else empty.
+
+    ``reset(seed=s)`` starts the sequence of episodes that upstream's environment generates from seed s, in any process.
+    ``reset()`` continues with the next episode of the sequence. A seed of 2**32 or more is hashed to a smaller one.
 
     Args:
-        size: 9, 11, 13 or 15: cells along a side.
-        probes: tell layout and poses in `info`.
-        camera_resolution: pixels along a side of the observation, 64 to 480.
+        size: cells along a side: 9, 11, 13 or 15.
+        probes: return the maze's layout and all poses in `info`.
+        camera_resolution: side of the observation in pixels, 64 to 480.
         top_camera: the observation is the map from above.
         good_visibility: low walls, and targets above the floor.
-        control_freq: steps per second of simulated time, 200 divided by a whole number; the time limit stays.
-        randomize_colors: the targets' colours are drawn from all six in each episode.
-        render_mode: None, "rgb_array" (what the agent sees, large) or "top" (the map); 480 pixels along a side.
+        control_freq: steps per second of simulated time: 200 divided by an integer. The time limit in seconds does not
+            change.
+        randomize_colors: draw the targets' colours from all six in each episode.
+        render_mode: None, "rgb_array" (the agent's view) or "top" (the map), both 480 pixels along a side.
 
     Raises:
-        UserError: an argument that cannot be, or no OpenGL that draws without a display.
+        UserError: an argument is invalid, or no OpenGL backend works without a display.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array", "top"], "render_fps": 4}  # noqa: RUF012 as in gym.Env
@@ -64,7 +66,9 @@ class MemoryMazeEnv(gym.Env):
         self.simulation = simulation_class()(
             size, camera_resolution, top_camera, good_visibility, control_freq, randomize_colors
         )
-        self.probes, self.render_mode, self.running = probes, render_mode, False
+        self.probes = probes
+        self.render_mode = render_mode
+        self.running = False
         self.metadata = self.metadata | {"render_fps": control_freq}
         self.observation_space = spaces.Box(0, 255, (camera_resolution, camera_resolution, 3), np.uint8)
         self.action_space = spaces.Discrete(len(ACTIONS))
@@ -72,11 +76,11 @@ class MemoryMazeEnv(gym.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        fresh = self._np_random is None
+        first_reset = self._np_random is None
         super().reset(seed=seed)
         if seed is not None:
             self.simulation.seed(seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        elif fresh:
+        elif first_reset:
             self.simulation.seed(int(self.np_random.integers(2**32)))
         self.simulation.reset()
         self.running = True
@@ -93,7 +97,7 @@ class MemoryMazeEnv(gym.Env):
         return self.simulation.image(), reward, False, over, self._info()
 
     def render(self) -> np.ndarray | None:
-        """The present frame, uint8 (480, 480, 3), as render_mode has it."""
+        """The current frame, uint8 (480, 480, 3), from the view that render_mode selects."""
         if self.render_mode is None:
             return None
         return self.simulation.draw("top" if self.render_mode == "top" else "egocentric", RENDER_SIDE)
@@ -107,10 +111,10 @@ class MemoryMazeEnv(gym.Env):
 
 
 def simulation_class(draws: bool = True) -> type[Simulation]:
-    """The class, imported with what it stands on; OpenGL is looked for only where it `draws`.
+    """Import the class Simulation and the packages that it needs. An OpenGL backend is chosen only if `draws` is true.
 
     Raises:
-        UserError: a package of it, or OpenGL, does not work here.
+        UserError: a package or OpenGL does not work on this machine.
     """
     if draws:
         gl.choose()
@@ -124,15 +128,15 @@ def simulation_class(draws: bool = True) -> type[Simulation]:
 
 @contextmanager
 def upstream_imports() -> Iterator[None]:
-    """Lets modules of `memory_maze` be imported without what its __init__ does, which is to import the old `gym`.
+    """Import modules of `memory_maze` within this context without running its __init__, which imports the old `gym`.
 
-    The package is entered as a module that was found but never run, and taken out again: who imports it elsewhere gets
-    the real one. Filters for warnings that dm_control sets are taken back.
+    The package is registered in sys.modules without being executed, and removed at the end, so that a later import
+    elsewhere gets the complete package. Warning filters that dm_control changes are restored.
     """
     known = "memory_maze" in sys.modules
-    found = None if known else importlib.util.find_spec("memory_maze")
-    if found is not None:
-        sys.modules["memory_maze"] = importlib.util.module_from_spec(found)
+    spec = None if known else importlib.util.find_spec("memory_maze")
+    if spec is not None:
+        sys.modules["memory_maze"] = importlib.util.module_from_spec(spec)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)

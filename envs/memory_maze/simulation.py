@@ -1,20 +1,20 @@
-"""Memory Maze's own task, stepped, reset and drawn without what costs time and changes nothing.
+"""A faster simulation of the original Memory Maze, with the same images and rewards.
 
-Maze, body, targets, rewards and pictures are those of the package `memory-maze` and of dm_control: their classes make
-the model, place the targets, spawn the agent and decide what a touch is. Left out are
+The classes of the package `memory-maze` and of dm_control ("upstream") build the model, place the targets, spawn the
+agent and detect touches. This module leaves out work that does not change the result:
 
-* contacts examined one by one in Python: whether any is a target's is seen in one array, and only then is the target
-  asked (upstream, 3 to 6 targets walk through all contacts at each of 50 substeps);
-* observables that nobody looks at, and the picture of every maze before the agent is in it;
-* textures that no material uses, and copies of one picture: of 88 of a 9x9, about 11 remain. They would be decoded,
-  uploaded and mip-mapped again at each reset, since each maze is a model of its own;
-* a scene that is allocated anew for each picture.
+* The contacts of each substep are compared with the targets in one array operation. Upstream, each of 3 to 6 targets
+  loops over all contacts in Python at each of 50 substeps.
+* Unused observables, and the image of every maze before the agent is placed, are not computed.
+* Textures without a material, and duplicates of an image, are removed from the model: about 11 of 88 remain in a 9x9.
+  Every maze is a new model, so each reset would decode and upload all of them and compute their mipmaps again.
+* The scene is not allocated anew for each image.
 
-tests/envs/test_memory_maze_identity.py compares pictures and rewards with upstream's, bit for bit.
+tests/envs/memory_maze/test_identity.py compares images and rewards with upstream's, bit for bit.
 """
 
 # pyright: reportAttributeAccessIssue=false
-# (MuJoCo's functions live in compiled modules that carry no types.)
+# (MuJoCo's functions are in compiled modules without types.)
 
 from __future__ import annotations
 
@@ -35,24 +35,26 @@ from longdream.envs.memory_maze.sizes import ACTION_CONTROLS, SIZES
 CELL = 2.0
 """Side of a cell in metres."""
 PROMPT = 0.7
-"""Brightness of the border, of the prompted target's colour."""
+"""Brightness of the image's border, relative to the prompted target's colour."""
 EARS = (((0.22, 0.0, 0.0), (0.7, 0.0, 0.0, 1.0)), ((-0.22, 0.0, 0.0), (0.0, 0.0, 0.7, 1.0)))
 EAR_RADIUS = 0.26
-"""The red ear, right, and the blue one, left, that show on maps where the agent is and looks; in the head's frame."""
+"""On maps, two spheres mark the agent's position and direction: a red ear on its right and a blue ear on its left.
+
+EARS holds (position in the head's frame in metres, RGBA) of each, EAR_RADIUS their radius in metres."""
 
 
 class Simulation:
-    """One Memory Maze: `seed`, then `reset`, then `step`; `image`, `draw` and `probes` look at it.
+    """A single Memory Maze. Call `seed`, then `reset`, then `step`; `image`, `draw` and `probes` return its state.
 
-    As long as neither `image` nor `draw` is called, no OpenGL is needed.
+    OpenGL is needed only for `image` and `draw`.
 
     Args:
-        size: 9, 11, 13 or 15, cells along a side.
-        resolution: pixels along a side of `image`.
+        size: cells along a side: 9, 11, 13 or 15.
+        resolution: side of `image` in pixels.
         top_camera: `image` is the map from above.
         good_visibility: low walls, and targets above the floor.
-        control_freq: steps per second.
-        randomize_colors: the targets' colours are drawn from all six in each episode.
+        control_freq: steps per second of simulated time.
+        randomize_colors: draw the targets' colours from all six in each episode.
     """
 
     def __init__(
@@ -65,7 +67,8 @@ class Simulation:
         randomize_colors: bool = False,
     ) -> None:
         kind = SIZES[size]
-        self.resolution, self.top_camera = resolution, top_camera
+        self.resolution = resolution
+        self.top_camera = top_camera
         self.arena: Any = _Arena(
             x_cells=size + 2,
             y_cells=size + 2,
@@ -77,7 +80,7 @@ class Simulation:
             spawns_per_room=1,
             targets_per_room=1,
             floor_textures=upstream.FixedFloorTexture("style_01", ["blue", "blue_bright"]),
-            # upstream's dictionary, unused entries included: each draws a random number when a maze is made
+            # upstream's dictionary with its unused entries: each of them draws a random number in every new maze
             wall_textures={"*": upstream.FixedWallTexture("style_01", "yellow")}
             | {str(i): labmaze_textures.WallTextures("style_01") for i in range(10)},
             skybox_texture=None,
@@ -102,13 +105,15 @@ class Simulation:
         self.cameras: dict[tuple[str, int], Camera] = {}
 
     def seed(self, seed: int) -> None:
-        """The next episode is the first that upstream's environment made with this seed, 0 to 2**32 − 1, has."""
+        """Restart the random generators. The episodes are then those of upstream's environment with this seed.
+
+        The seed is from 0 to 2**32 − 1."""
         self.random_state = np.random.RandomState(seed)
         self.arena.seed(self.random_state.randint(2**31))
         self.task._target_colors = list(upstream.TARGET_COLORS)  # shuffled in place by earlier episodes
 
     def reset(self) -> None:
-        """A new maze, and the agent in it."""
+        """Start an episode: generate a maze and place the agent in it."""
         self.task.initialize_episode_mjcf(self.random_state)
         for entity in self.arena.iter_entities():
             entity.initialize_episode_mjcf(self.random_state)
@@ -131,13 +136,15 @@ class Simulation:
         self.layout = np.isin(maze, (" ", "P", "G")).astype(np.uint8)
 
     def step(self, action: int) -> tuple[float, bool]:
-        """One step of the agent, many of the physics: the reward, and whether the time is up."""
-        physics, rng = self._physics, self.random_state
-        model, data = physics.model.ptr, physics.data.ptr
+        """Apply an action for one control step. Returns the reward, and whether the time limit is reached."""
+        physics = self._physics
+        rng = self.random_state
+        model = physics.model.ptr
+        data = physics.data.ptr
         self.task.before_step(physics, np.array(ACTION_CONTROLS[action]), rng)
         with physics.check_invalid_state():
             for _ in range(self.substeps):
-                # velocities and contacts are up to date before and after: dm_control's order of things
+                # dm_control's order of the two halves of a step: velocities and contacts are current before and after
                 mujoco.mj_step2(model, data)
                 mujoco.mj_step1(model, data)
                 geoms = data.contact.geom
@@ -153,9 +160,9 @@ class Simulation:
         return self.draw("top" if self.top_camera else "egocentric", self.resolution)
 
     def draw(self, view: str, side: int) -> np.ndarray:
-        """A picture with the prompt as its border, uint8 (side, side, 3); the view is "egocentric" or "top".
+        """An image with the prompt's colour as its border, uint8 (side, side, 3). The view is "egocentric" or "top".
 
-        On a map the agent wears ears, red to the right and blue to the left, if its body has none (top_camera).
+        The map shows the agent's ears. They are added here, unless the model has them (top_camera).
         """
         key = (view, side)
         if key not in self.cameras:
@@ -163,7 +170,7 @@ class Simulation:
             camera = self.arena.top_camera if view == "top" else self.walker.egocentric_camera
             ears = self._add_ears if view == "top" and not self.top_camera else None
             self.cameras[key] = Camera(self._physics, side, side, camera.full_identifier, scene_callback=ears)
-        image = np.array(self.cameras[key].render())  # the camera draws into the same memory again
+        image = np.array(self.cameras[key].render())  # a copy: the camera reuses its buffer
         border = int(2 * np.sqrt(side // 64))
         frame = np.ones((side, side), np.bool_)
         frame[border:-border, border:-border] = False
@@ -176,25 +183,29 @@ class Simulation:
         return self.task._target_colors[self.task._current_target_ix]
 
     def probes(self) -> dict[str, Any]:
-        """What the picture hides; docs/memory-maze.md tells names, shapes and units."""
+        """The state that the image does not show. docs/memory-maze.md lists names, shapes and units."""
         physics = self._physics
         body = physics.bind(self.walker.root_body)
-        # np.array: what `bind` gives are views that follow the simulation
-        place, axes = np.array(body.xpos), np.array(body.xmat).reshape(3, 3)
+        # copies, because `bind` returns views that change with the simulation
+        position = np.array(body.xpos)
+        axes = np.array(body.xmat).reshape(3, 3)
         middle = self.layout.shape[0] / 2.0
         targets = np.array([physics.bind(target.geom).xpos for target in self.task._targets])
+        # Upstream's products of one vector and the matrix, one target at a time: BLAS rounds the product of two
+        # matrices differently on some processors.
+        targets_vec = np.array([np.dot(target - position, axes) for target in targets])
         return {
             "maze_layout": self.layout.copy(),
-            "agent_pos": place[:2] / CELL + middle,
+            "agent_pos": position[:2] / CELL + middle,
             "agent_dir": axes[:2, 1].copy(),
             "targets_pos": targets[:, :2] / CELL + middle,
-            "targets_vec": ((targets - place) @ axes)[:, :2] / CELL,
+            "targets_vec": targets_vec[:, :2] / CELL,
             "target_index": np.int64(self.task._current_target_ix),
             "target_color": self.color.copy(),
         }
 
     def close(self) -> None:
-        """Free model and OpenGL context; `reset` makes new ones."""
+        """Free the model and the OpenGL context; `reset` creates new ones."""
         self.cameras.clear()
         if self.physics is not None:
             self.physics.free()
@@ -209,15 +220,16 @@ class Simulation:
     def _add_ears(self, physics: Any, scene: mujoco.MjvScene) -> None:
         body = physics.bind(self.walker.root_body)
         axes = np.reshape(body.xmat, (3, 3))
-        for place, color in EARS:
+        for position, color in EARS:
             scene.ngeom += 1
-            sphere, size = mujoco.mjtGeom.mjGEOM_SPHERE, np.full(3, EAR_RADIUS)
-            where = body.xpos + axes @ np.array(place)
-            mujoco.mjv_initGeom(scene.geoms[-1], sphere, size, where, np.eye(3).ravel(), np.array(color, np.float32))
+            sphere = mujoco.mjtGeom.mjGEOM_SPHERE
+            size = np.full(3, EAR_RADIUS)
+            centre = body.xpos + axes @ np.array(position)
+            mujoco.mjv_initGeom(scene.geoms[-1], sphere, size, centre, np.eye(3).ravel(), np.array(color, np.float32))
 
 
 class _Arena(upstream.MazeWithTargetsArena):
-    """Upstream's maze, whose generator can be seeded after it was made."""
+    """Upstream's maze, with a method to reseed its generator."""
 
     def seed(self, seed: int) -> None:
         old = self._maze
@@ -236,27 +248,27 @@ class _Arena(upstream.MazeWithTargetsArena):
 
 
 class _Walker(upstream.RollingBallWithFriction):
-    """Upstream's body. It has no velocity of its own to set, and does not warn of that at each reset."""
+    """Upstream's body. It has no free joint, so setting its velocity would only log a warning."""
 
     def set_velocity(self, physics: Any, velocity: Any = None, angular_velocity: Any = None) -> None:
         pass
 
 
 def _context(physics: mjcf.Physics) -> None:
-    """Make the model's OpenGL context, unless there is one.
+    """Create the model's OpenGL context if it does not exist.
 
     Raises:
-        UserError: OpenGL fails, as with MUJOCO_GL=glfw where there is no display.
+        UserError: OpenGL fails, for example with MUJOCO_GL=glfw and no display.
     """
     try:
-        physics.contexts  # noqa: B018 (made when it is first asked for)
+        physics.contexts  # noqa: B018 (the property creates the context on first access)
     except (RuntimeError, mujoco.FatalError) as error:
-        told = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} gives no OpenGL ({' '.join(str(error).split())})"
-        raise UserError(f"{told}: unset it; longdream doctor tells what works here") from error
+        problem = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} gives no OpenGL ({' '.join(str(error).split())})"
+        raise UserError(f"{problem}: unset it; longdream doctor shows what works here") from error
 
 
 def _compile(root: mjcf.RootElement) -> mjcf.Physics:
-    """The model, without the textures that nothing shows; of several with the same picture, the first serves all."""
+    """Compile the model without unused textures. Of several textures with the same image file, the first is used."""
     tree = ElementTree.fromstring(root.to_xml_string())
     assets = tree.find("asset")
     if assets is None:
@@ -264,19 +276,20 @@ def _compile(root: mjcf.RootElement) -> mjcf.Physics:
     materials = assets.findall("material")
     used = {material.get("texture") for material in materials}
     first: dict[str, str] = {}
-    instead: dict[str, str] = {}
+    replacement: dict[str, str] = {}
     for texture in assets.findall("texture"):
-        name, file = texture.get("name", ""), texture.get("file")
+        name = texture.get("name", "")
+        file = texture.get("file")
         if texture.get("type") == "skybox":
             continue
         if name in used and file and texture.get("type") == "2d":
-            instead[name] = first.setdefault(file, name)
-        if name not in used or instead.get(name, name) != name:
+            replacement[name] = first.setdefault(file, name)
+        if name not in used or replacement.get(name, name) != name:
             assets.remove(texture)
     for material in materials:
         texture = material.get("texture")
-        if texture in instead:
-            material.set("texture", instead[texture])
+        if texture in replacement:
+            material.set("texture", replacement[texture])
     files = {element.get("file") for element in tree.iter()}
-    pictures = {name: content for name, content in root.get_assets().items() if name in files}
-    return mjcf.Physics.from_xml_string(ElementTree.tostring(tree, encoding="unicode"), pictures)
+    images = {name: content for name, content in root.get_assets().items() if name in files}
+    return mjcf.Physics.from_xml_string(ElementTree.tostring(tree, encoding="unicode"), images)

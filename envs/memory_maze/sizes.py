@@ -1,4 +1,4 @@
-"""What the four sizes of Memory Maze are made of, and what is known to be reached in them."""
+"""The four sizes of Memory Maze: their parameters, and the mean returns known for them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from longdream.envs.contract import UserError
 
 @dataclass(frozen=True)
 class Size:
-    """One size: targets; seconds of an episode; labmaze's numbers of rooms and their sides; known mean returns.
+    """Parameters of one size, and known mean returns.
 
-    human and oracle are the paper's (its table of mazes: mean human score, mean maximal score); random is that of
-    uniform random actions, measured (docs/memory-maze.md).
+    Attributes:
+        targets: number of targets.
+        seconds: length of an episode in seconds of simulated time.
+        rooms: labmaze's maximum number of rooms.
+        room_sides: labmaze's minimum and maximum side of a room, in cells.
+        random: mean return of uniform random actions, measured (docs/memory-maze.md).
+        human, oracle: mean human score and mean maximal score (Pasukonis et al. 2022, arXiv 2210.13383, table of
+            mazes).
     """
 
     targets: int
@@ -33,21 +39,21 @@ SIZES: dict[int, Size] = {
     13: Size(5, 750, 6, (3, 5), 0.25, 55.5, 74.5),
     15: Size(6, 1000, 9, (3, 3), 0.19, 67.7, 87.7),
 }
-"""By cells along a side, outer walls left out."""
+"""The sizes by their number of cells along a side, without the outer walls."""
 
 ACTIONS = ("noop", "forward", "left", "right", "forward left", "forward right")
 ACTION_CONTROLS = ((0.0, 0.0), (-1.0, 0.0), (0.0, -1.0), (0.0, 1.0), (-1.0, -1.0), (-1.0, 1.0))
 """Roll and steer of each action."""
 RENDER_SIDE = 480
-"""Pixels along a side of rendered frames; MuJoCo's buffer is that high."""
+"""Side of rendered frames in pixels: the height of MuJoCo's offscreen buffer."""
 PHYSICS_HZ = 200
 
 
 def check_options(size: int, camera_resolution: int, control_freq: float, render_mode: str | None) -> int:
-    """Physics substeps per action, of arguments that the real environment and the twin share.
+    """Check the arguments that the original and the fast Memory Maze share; returns the physics substeps per action.
 
     Raises:
-        UserError: one that cannot be.
+        UserError: an argument is invalid.
     """
     if size not in SIZES:
         raise UserError(f"Memory Maze has size={size}: there are {', '.join(map(str, SIZES))}")
@@ -65,8 +71,9 @@ def check_options(size: int, camera_resolution: int, control_freq: float, render
 
 
 def references(env_id: str, kwargs: Mapping[str, Any] | None = None) -> dict[str, float]:
-    """Mean returns known for the Memory Maze of that id, real or twin, by who reached them; empty for any other, and
-    where its arguments make it another task."""
+    """Known mean returns for a Memory Maze, original or fast, by policy: "random", "human" and "oracle".
+
+    Empty for any other environment, and for arguments that change the task."""
     match = re.fullmatch(r"(?:.*:)?longdream/(?:Fast)?MemoryMaze-(\d+)x\1-v\d+", env_id)
     size = SIZES.get(int(match[1])) if match else None
     if size is None or {"control_freq", "good_visibility", "top_camera"} & (kwargs or {}).keys():

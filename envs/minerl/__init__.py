@@ -1,1 +1,1 @@
-"""Minecraft through MineRL, which lives in an interpreter of its own; nothing here imports it."""
+"""Minecraft through MineRL, which runs in an interpreter of its own; nothing here imports it."""

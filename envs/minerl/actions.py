@@ -1,7 +1,7 @@
-"""Action sets for MineRL: `flat`, `factored` and `vpt`, each of them ticks under numbers.
+"""Action sets for MineRL: `flat`, `factored` and `vpt`. Each represents ticks by discrete actions.
 
-`decode` turns an action into the tick that is sent; `encode` finds, for ticks that a player made, the nearest actions.
-Environments and recordings share them, so what is learnt from recordings means the same in the game.
+`decode` converts an action to the tick that is sent to the game. `encode` maps recorded ticks to the nearest actions.
+Environments and recordings use the same action sets, so an action means the same in both.
 """
 
 from __future__ import annotations
@@ -17,41 +17,45 @@ from longdream.envs.minerl.controls import NONE, Controls
 
 Kind = Literal["flat", "factored", "vpt"]
 
-CAMERA_BINS, CAMERA_MAX, CAMERA_MU = 11, 10.0, 10.0
-"""The camera of Video PreTraining (Baker et al. 2022, arXiv 2206.11795): 11 bins an axis, up to 10 degrees a tick,
-finer around 0."""
+CAMERA_BINS = 11
+CAMERA_MAX = 10.0
+CAMERA_MU = 10.0
+"""The camera of Video PreTraining (Baker et al. 2022, arXiv 2206.11795): 11 bins per axis with mu-law spacing, up to 10
+degrees per tick."""
 TURN = 15.0
-"""Degrees of a turn in the flat set."""
+"""Degrees that a look action of the flat set turns the camera."""
 HOTBAR = tuple(f"hotbar.{i}" for i in range(1, 10))
 
 
 class ActionSet(Protocol):
-    """Ticks under numbers.
+    """A discrete representation of ticks.
 
-    space: Discrete or MultiDiscrete. names: for each factor (one, if Discrete) what its numbers mean.
+    Attributes:
+        space: Discrete or MultiDiscrete.
+        names: for each factor (a single one if Discrete), the names of its values.
     """
 
     space: spaces.Space
     names: list[list[str]]
 
     def decode(self, action: Any) -> dict[str, Any]:
-        """The tick of one action, complete."""
+        """The complete tick of an action."""
         ...
 
     def encode(self, ticks: Mapping[str, Any]) -> np.ndarray:
-        """The nearest actions `(T,)` or `(T, factors)`, int64, to many ticks (see envs/minerl/controls.py).
+        """The nearest actions, `(T,)` or `(T, factors)` int64, to a sequence of ticks (see envs/minerl/controls.py).
 
         Raises:
-            UserError: ticks that are none.
+            UserError: the ticks are invalid.
         """
         ...
 
 
 def action_set(kind: str, controls: Controls, task: str = "") -> ActionSet:
-    """One of the three for what a task can be told.
+    """The action set of this kind for a task with these controls.
 
     Raises:
-        UserError: no such set.
+        UserError: the kind does not exist.
     """
     match kind:
         case "flat":
@@ -67,22 +71,24 @@ def action_set(kind: str, controls: Controls, task: str = "") -> ActionSet:
 
 
 def camera_bins(degrees: np.ndarray) -> np.ndarray:
-    """Degrees `(..., 2)` to bins, int64; 5 is rest. More than CAMERA_MAX is CAMERA_MAX."""
-    share = np.clip(np.asarray(degrees, np.float64) / CAMERA_MAX, -1, 1)
-    bent = np.sign(share) * np.log1p(CAMERA_MU * np.abs(share)) / np.log1p(CAMERA_MU)
-    return np.round((bent + 1) * (CAMERA_BINS // 2)).astype(np.int64)
+    """Convert degrees `(..., 2)` to bins, int64, by the mu-law. Bin 5 is no turn; degrees are clipped to CAMERA_MAX."""
+    ratio = np.clip(np.asarray(degrees, np.float64) / CAMERA_MAX, -1, 1)
+    compressed = np.sign(ratio) * np.log1p(CAMERA_MU * np.abs(ratio)) / np.log1p(CAMERA_MU)
+    return np.round((compressed + 1) * (CAMERA_BINS // 2)).astype(np.int64)
 
 
 def camera_degrees(bins: np.ndarray) -> np.ndarray:
-    """The inverse: the middle of each bin, float32."""
-    bent = np.asarray(bins, np.float64) / (CAMERA_BINS // 2) - 1
-    return (CAMERA_MAX * np.sign(bent) * np.expm1(np.abs(bent) * np.log1p(CAMERA_MU)) / CAMERA_MU).astype(np.float32)
+    """Convert bins to the degrees of their centres, float32: the inverse of `camera_bins`."""
+    compressed = np.asarray(bins, np.float64) / (CAMERA_BINS // 2) - 1
+    expanded = np.expm1(np.abs(compressed) * np.log1p(CAMERA_MU))
+    return (CAMERA_MAX * np.sign(compressed) * expanded / CAMERA_MU).astype(np.float32)
 
 
-# -- one number for everything ----------------------------------------------------------------------------------------
+# -- flat: one Discrete -----------------------------------------------------------------------------------------------
 
-Pressed = dict[str, Any]
-MOVES: dict[str, Pressed] = {
+PartialTick = dict[str, Any]
+"""The entries of a tick that differ from the tick without effect."""
+MOVES: dict[str, PartialTick] = {
     "noop": {},
     "forward": {"forward": 1},
     "back": {"back": 1},
@@ -96,57 +102,61 @@ MOVES: dict[str, Pressed] = {
     "look_left": {"camera": (0, -TURN)},
     "look_right": {"camera": (0, TURN)},
 }
-KEYS: dict[str, Pressed] = {key: {key: 1} for key in ("use", "drop", "inventory", *HOTBAR)}
+KEYS: dict[str, PartialTick] = {key: {key: 1} for key in ("use", "drop", "inventory", *HOTBAR)}
 
 
-def _told(choice: str, *words: str) -> dict[str, Pressed]:
+def _choice_actions(choice: str, *words: str) -> dict[str, PartialTick]:
     return {f"{choice}_{word}": {choice: word} for word in words}
 
 
-FLAT: dict[str, dict[str, Pressed]] = {
+FLAT: dict[str, dict[str, PartialTick]] = {
     "Treechop": {"forward_attack": {"forward": 1, "attack": 1}},
     "NavigateDense": {"jump_place_dirt": {"jump": 1, "place": "dirt"}},
     "ObtainDiamond": {
         "jump_place_dirt": {"jump": 1, "place": "dirt"},
-        **_told("craft", "planks", "stick", "crafting_table"),
-        **_told("place", "crafting_table", "furnace"),
-        **_told("nearbyCraft", "wooden_pickaxe", "stone_pickaxe", "iron_pickaxe", "furnace"),
-        **_told("equip", "wooden_pickaxe", "stone_pickaxe", "iron_pickaxe"),
-        **_told("nearbySmelt", "iron_ingot"),
+        **_choice_actions("craft", "planks", "stick", "crafting_table"),
+        **_choice_actions("place", "crafting_table", "furnace"),
+        **_choice_actions("nearbyCraft", "wooden_pickaxe", "stone_pickaxe", "iron_pickaxe", "furnace"),
+        **_choice_actions("equip", "wooden_pickaxe", "stone_pickaxe", "iron_pickaxe"),
+        **_choice_actions("nearbySmelt", "iron_ingot"),
     },
     "ObtainDiamondShovel": KEYS,
-    "BasaltFindCave": {**_told("equip", "snowball"), **KEYS, "ESC": {"ESC": 1}},
+    "BasaltFindCave": {**_choice_actions("equip", "snowball"), **KEYS, "ESC": {"ESC": 1}},
 }
-"""What a task adds to MOVES, where it can be told so; ESC ends an episode of BasaltFindCave in MineRL 1.0."""
+"""The actions that a task adds to MOVES, if it has the controls. In MineRL 1.0, ESC ends a BasaltFindCave episode."""
 
 
 class Flat:
-    """MOVES and what FLAT adds for the task, one Discrete."""
+    """A Discrete space: MOVES, and the actions that FLAT adds for the task."""
 
     def __init__(self, controls: Controls, task: str):
         self.controls = controls
-        wanted = MOVES | FLAT.get(task, {})
+        all_actions = MOVES | FLAT.get(task, {})
         self.table = {
-            name: pressed for name, pressed in wanted.items() if all(_can(controls, *p) for p in pressed.items())
+            name: partial
+            for name, partial in all_actions.items()
+            if all(_has_control(controls, key, value) for key, value in partial.items())
         }
         self.names = [list(self.table)]
         self.space: spaces.Space = spaces.Discrete(len(self.table))
         ticks = [self.decode(number) for number in range(len(self.table))]
-        self._features = self._described({key: np.stack([tick[key] for tick in ticks]) for key in ticks[0]})
+        self._features = self._features_of({key: np.stack([tick[key] for tick in ticks]) for key in ticks[0]})
 
     def decode(self, action: Any) -> dict[str, Any]:
-        pressed = self.table[self.names[0][int(action)]]
-        tick = self.controls.rest() | pressed
+        partial = self.table[self.names[0][int(action)]]
+        tick = self.controls.rest() | partial
         return tick | {"camera": np.asarray(tick["camera"], np.float32)}
 
     def encode(self, ticks: Mapping[str, Any]) -> np.ndarray:
-        told = self._described(ticks)
-        distance = ((told[:, None] - self._features) ** 2).sum(-1)
+        features = self._features_of(ticks)
+        distance = ((features[:, None] - self._features) ** 2).sum(-1)
         return distance.argmin(1)
 
-    def _described(self, ticks: Mapping[str, Any]) -> np.ndarray:
-        """Many ticks as points `(T, n)`, near each other where they do much the same. Choices and keys are rare and
-        decide alone; attack counts more than walking, and a turn of half of TURN as much as that."""
+    def _features_of(self, ticks: Mapping[str, Any]) -> np.ndarray:
+        """Feature vectors `(T, n)` of ticks, whose Euclidean distance measures how different the ticks are.
+
+        Choices and keys are rare and have the largest weights, so they decide alone. Attack has a larger weight than
+        walking; a turn by half of TURN has the same weight as walking."""
         ticks = self.controls.completed(ticks)
         weight = {"attack": 1.5} | dict.fromkeys(KEYS, 4.0) | {"ESC": 4.0}
         columns = [ticks[name] * weight.get(name, 1.0) for name in self.controls.buttons]
@@ -156,19 +166,21 @@ class Flat:
         return np.stack(columns, 1).astype(np.float32)
 
 
-def _can(controls: Controls, name: str, value: Any) -> bool:
+def _has_control(controls: Controls, name: str, value: Any) -> bool:
     return name == "camera" or name in controls.buttons or value in controls.choices.get(name, ())
 
 
-# -- one number for each matter ----------------------------------------------------------------------------------------
+# -- factored and vpt: one MultiDiscrete -------------------------------------------------------------------------------
 
 
 class Group:
-    """Buttons of which at most one is pressed: 0 for none, then one each. Of two that are pressed at once the later
-    counts, but for opposite directions, which cancel."""
+    """A categorical factor for buttons of which at most one is pressed: 0 for none, then one value for each button.
+
+    If a tick presses several, the last one in the group counts; opposite directions cancel each other."""
 
     def __init__(self, name: str, *buttons: str):
-        self.name, self.buttons = name, buttons
+        self.name = name
+        self.buttons = buttons
         self.opposite = buttons in (("forward", "back"), ("left", "right"))
 
     def encode(self, ticks: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -176,18 +188,18 @@ class Group:
         number = (pressed * np.arange(1, len(self.buttons) + 1)).max(1)
         return np.where(pressed.all(1), 0, number) if self.opposite else number
 
-    def decode(self, number: int) -> Pressed:
+    def decode(self, number: int) -> PartialTick:
         return {self.buttons[number - 1]: 1} if number else {}
 
 
-def groups(controls: Controls, wanted: Sequence[Group]) -> list[Group]:
-    """Those of whose buttons the task has some, with these."""
-    kept = [(group.name, [b for b in group.buttons if b in controls.buttons]) for group in wanted]
-    return [Group(name, *buttons) for name, buttons in kept if buttons]
+def groups(controls: Controls, candidates: Sequence[Group]) -> list[Group]:
+    """The groups reduced to the buttons that the task has; groups without buttons are dropped."""
+    available = [(group.name, [b for b in group.buttons if b in controls.buttons]) for group in candidates]
+    return [Group(name, *buttons) for name, buttons in available if buttons]
 
 
 class Factored:
-    """A number for each group of buttons, for pitch and yaw (camera_bins) and for each choice, one MultiDiscrete."""
+    """A MultiDiscrete space: a factor for each group of buttons, for pitch, for yaw, and for each choice."""
 
     def __init__(self, controls: Controls, task: str):
         self.controls = controls
@@ -228,12 +240,12 @@ class Factored:
 
 
 class Vpt:
-    """The actions of Video PreTraining's policies: one number for all buttons together, one for the camera, one for
+    """The actions of Video PreTraining's policies: a factor for all buttons jointly, one for the camera, and one for
     each choice.
 
-    Buttons are counted in the order of hotbar, forward and back, left and right, sprint and sneak, use, drop, attack,
-    jump, and whether the camera moves, the last running fastest; `inventory`, alone, comes last. With HUMAN controls
-    these are the 8,641 and 121 numbers of the published policies, in their order.
+    The joint factor enumerates hotbar, forward and back, left and right, sprint and sneak, use, drop, attack, jump, and
+    whether the camera moves; the last varies fastest. `inventory` cannot be combined and has the last value. With the
+    controls HUMAN, the factors have the 8,641 and 121 values of the published policies, in the same order.
     """
 
     def __init__(self, controls: Controls):
@@ -260,45 +272,48 @@ class Vpt:
         self.space: spaces.Space = spaces.MultiDiscrete([len(names) for names in self.names])
 
     def decode(self, action: Any) -> dict[str, Any]:
-        joint, camera, *chosen = (int(number) for number in action)
-        tick, moves = self._buttons(joint)
-        tick = self.controls.rest() | tick
-        if moves:
+        joint, camera, *choice_numbers = (int(number) for number in action)
+        buttons, camera_moves = self._buttons(joint)
+        tick = self.controls.rest() | buttons
+        if camera_moves:
             tick["camera"] = camera_degrees(np.array(divmod(camera, CAMERA_BINS)))
-        words = zip(self.controls.choices, self.names[2:], chosen, strict=True)
+        words = zip(self.controls.choices, self.names[2:], choice_numbers, strict=True)
         return tick | {choice: names[number] for choice, names, number in words}
 
     def encode(self, ticks: Mapping[str, Any]) -> np.ndarray:
         ticks = self.controls.completed(ticks)
         bins = camera_bins(ticks["camera"])
-        opened = ticks["inventory"] if self.inventory else np.zeros(len(bins), bool)
-        bins[opened] = CAMERA_BINS // 2
-        moves = (bins != CAMERA_BINS // 2).any(1)
+        inventory = ticks["inventory"] if self.inventory else np.zeros(len(bins), bool)
+        bins[inventory] = CAMERA_BINS // 2
+        camera_moves = (bins != CAMERA_BINS // 2).any(1)
+        numbers = [*(group.encode(ticks) for group in self.groups), camera_moves]
         joint = np.zeros(len(bins), np.int64)
-        for size, number in zip(self.sizes, [*(group.encode(ticks) for group in self.groups), moves], strict=True):
+        for size, number in zip(self.sizes, numbers, strict=True):
             joint = joint * size + number
-        columns = [np.where(opened, self.joint, joint), bins[:, 0] * CAMERA_BINS + bins[:, 1]]
+        columns = [np.where(inventory, self.joint, joint), bins[:, 0] * CAMERA_BINS + bins[:, 1]]
         columns += [_numbers(words, ticks[name]) for name, words in self.controls.choices.items()]
         return np.stack(columns, 1).astype(np.int64)
 
-    def _buttons(self, joint: int) -> tuple[Pressed, bool]:
+    def _buttons(self, joint: int) -> tuple[PartialTick, bool]:
+        """The buttons of a value of the joint factor, and whether the camera moves."""
         if joint == self.joint:
             return {"inventory": 1}, False
         numbers = [int(number) for number in np.unravel_index(joint, self.sizes)]
-        tick: Pressed = {}
+        tick: PartialTick = {}
         for group, number in zip(self.groups, numbers, strict=False):
             tick |= group.decode(number)
         return tick, bool(numbers[-1])
 
     def _name(self, joint: int) -> str:
-        tick, moves = self._buttons(joint)
-        return "+".join([*tick, *(["camera"] if moves else [])]) or NONE
+        buttons, camera_moves = self._buttons(joint)
+        return "+".join([*buttons, *(["camera"] if camera_moves else [])]) or NONE
 
 
 def _none_first(words: Sequence[str]) -> list[str]:
     return [NONE, *(word for word in words if word != NONE)]
 
 
-def _numbers(words: Sequence[str], told: np.ndarray) -> np.ndarray:
+def _numbers(words: Sequence[str], values: np.ndarray) -> np.ndarray:
+    """The indices of these words in the order of `_none_first`."""
     order = np.array(_none_first(words))
-    return (told[:, None] == order).argmax(1)
+    return (values[:, None] == order).argmax(1)

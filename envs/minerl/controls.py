@@ -1,7 +1,8 @@
-"""What MineRL's tasks can be told each tick, and what of it our action sets name.
+"""The native actions of MineRL's tasks: buttons, choices and the camera.
 
-A *tick* is MineRL's own action: a dict with 0 or 1 for each button, degrees of pitch and yaw (down and right are
-positive) for `camera`, and a word for each choice, such as what to craft. Many ticks are a dict of arrays, time first.
+A *tick* is MineRL's native action of one game tick: a dict with 0 or 1 for each button, degrees of pitch and yaw (down
+and right are positive) for `camera`, and a word for each choice, such as the item to craft. A sequence of ticks is a
+dict of arrays with time as the first axis.
 """
 
 from __future__ import annotations
@@ -17,62 +18,69 @@ from longdream.envs.contract import UserError
 from longdream.envs.remote import Enum
 
 NONE = "none"
-"""The word of a choice that does nothing."""
+"""The word of a choice that has no effect."""
 
 
 @dataclass(frozen=True)
 class Controls:
-    """buttons: names, sorted. choices: for each choice its words. Every task has a camera besides."""
+    """The buttons and choices of a task. Every task also has a camera.
+
+    Attributes:
+        buttons: names, sorted.
+        choices: the words of each choice.
+    """
 
     buttons: tuple[str, ...]
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, space: spaces.Space) -> Controls:
-        """Those of an action space as it came from the other interpreter.
+        """The controls of an action space that the other interpreter sent.
 
         Raises:
-            UserError: it is none of MineRL's.
+            UserError: it is not the action space of a MineRL task.
         """
-        told = space.spaces if isinstance(space, spaces.Dict) else {}
-        buttons = tuple(key for key, each in sorted(told.items()) if each == spaces.Discrete(2))
-        choices = {key: each.values for key, each in sorted(told.items()) if isinstance(each, Enum)}
-        rest = [key for key in told if key not in buttons and key not in choices]
-        if rest != ["camera"] or told["camera"].shape != (2,) or any(NONE not in words for words in choices.values()):
+        parts = space.spaces if isinstance(space, spaces.Dict) else {}
+        buttons = tuple(key for key, part in sorted(parts.items()) if part == spaces.Discrete(2))
+        choices = {key: part.values for key, part in sorted(parts.items()) if isinstance(part, Enum)}
+        others = [key for key in parts if key not in buttons and key not in choices]
+        has_camera = others == ["camera"] and parts["camera"].shape == (2,)
+        if not has_camera or any(NONE not in words for words in choices.values()):
             raise UserError(f"this is no action space of a MineRL task with buttons, choices and a camera: {space}")
         return cls(buttons, choices)
 
     def rest(self) -> dict[str, Any]:
-        """The tick that does nothing."""
+        """The tick that has no effect."""
         tick: dict[str, Any] = dict.fromkeys(self.buttons, 0)
         return tick | {"camera": np.zeros(2, np.float32)} | dict.fromkeys(self.choices, NONE)
 
     def completed(self, ticks: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Many ticks in full: buttons (T,) bool, camera (T, 2) float32, choices (T,) of words; what they lack is not
-        pressed, and words that this task does not know are `none`.
+        """Complete a sequence of ticks: buttons (T,) bool, camera (T, 2) float32, choices (T,) of words.
+
+        A missing button is not pressed. A missing choice, or a word that the task does not have, becomes `none`.
 
         Raises:
-            UserError: there is no camera, or entries of other lengths or kinds.
+            UserError: there is no camera, or an entry has the wrong length or type.
         """
         camera = np.asarray(ticks.get("camera", ()), np.float32)
         if camera.ndim != 2 or camera.shape[1] != 2:
             raise UserError(f"ticks need a camera of shape (T, 2), in degrees; it has {camera.shape}")
         if not np.isfinite(camera).all():
-            raise UserError("a camera turned by degrees that are not finite")
+            raise UserError("the camera has values that are not finite: it must hold degrees of pitch and yaw")
         length = len(camera)
-        found: dict[str, np.ndarray] = {"camera": camera}
+        complete: dict[str, np.ndarray] = {"camera": camera}
         for name in self.buttons:
-            found[name] = np.asarray(ticks.get(name, np.zeros(length))) != 0
+            complete[name] = np.asarray(ticks.get(name, np.zeros(length))) != 0
         for name, words in self.choices.items():
-            told = np.asarray(ticks.get(name, np.full(length, NONE)))
-            if told.dtype.kind not in "US":
-                raise UserError(f"{name!r} is told by {told.dtype}, not by words such as {', '.join(words[:3])}")
-            told = told.astype(str)
-            found[name] = np.where(np.isin(told, words), told, NONE)
-        wrong = [f"{name!r} {value.shape}" for name, value in found.items() if value.shape[:1] != (length,)]
+            values = np.asarray(ticks.get(name, np.full(length, NONE)))
+            if values.dtype.kind not in "US":
+                raise UserError(f"{name!r} has dtype {values.dtype}: it must hold words such as {', '.join(words[:3])}")
+            values = values.astype(str)
+            complete[name] = np.where(np.isin(values, words), values, NONE)
+        wrong = [f"{name!r} {value.shape}" for name, value in complete.items() if value.shape[:1] != (length,)]
         if wrong:
-            raise UserError(f"the camera has {length} ticks, but {', '.join(wrong)}")
-        return found
+            raise UserError(f"the camera has {length} ticks, but {', '.join(wrong)}: all must have the same length")
+        return complete
 
 
 SIMPLE = ("attack", "back", "forward", "jump", "left", "right", "sneak", "sprint")
@@ -93,7 +101,7 @@ HUMAN = Controls(
         )
     )
 )
-"""Keyboard and mouse, as MineRL 1.0's tasks and the recordings of Video PreTraining have them."""
+"""The keyboard and mouse of MineRL 1.0's tasks and of the Video PreTraining recordings."""
 
 CONTROLS = {
     "Treechop": Controls(SIMPLE),
@@ -119,4 +127,4 @@ CONTROLS = {
         },
     ),
 }
-"""Of each task in MineRL 0.4.4, and of ObtainDiamondShovel in 1.0. BasaltFindCave has HUMAN in 1.0."""
+"""The controls of each task in MineRL 0.4.4, and of ObtainDiamondShovel in 1.0. In 1.0, BasaltFindCave has HUMAN."""

@@ -1,7 +1,7 @@
-"""longdream/MineRL-*: a task of MineRL behind the plain Gymnasium interface.
+"""longdream/MineRL-*: a task of MineRL behind Gymnasium's interface.
 
-Minecraft and MineRL run in an interpreter of their own (envs/remote.py). What this adds on our side: action sets,
-pictures of one size, the rest of an observation as vectors, and what makes single ticks add up to something.
+Minecraft and MineRL run in an interpreter of their own (envs/remote.py). This module adds discrete action sets, images
+of a fixed size, vectors for the rest of an observation, action repeat and sticky buttons.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from longdream.envs.minerl.controls import CONTROLS, Controls
 from longdream.envs.remote import Enum, RemoteEnv
 
 PYTHON = "LONGDREAM_MINERL_PYTHON"
-"""The variable that names the interpreter which has MineRL."""
+"""The environment variable with the path of an interpreter that has MineRL."""
 
 ITEMS: dict[str, tuple[str, ...]] = {
     "ObtainDiamondShovel": (
@@ -30,38 +30,41 @@ ITEMS: dict[str, tuple[str, ...]] = {
         *("torch", "stone_pickaxe", "iron_ore", "iron_ingot", "iron_pickaxe", "diamond", "diamond_shovel"),
     )
 }
-"""Items that are shown of an inventory that lists every item of the game; `*` sums over kinds."""
+"""Patterns of the inventory items in the observation, for tasks whose inventory lists every item of the game.
+
+A pattern with `*` stands for the sum of the counts that match it."""
 
 HELD = {"attack", "use", "forward", "back", "left", "right", "jump", "sneak", "sprint"}
-"""Buttons that stay down while an action is repeated. Others are pressed once, and the camera turns once."""
+"""Buttons that stay pressed while an action is repeated. Other controls act only in its first tick."""
 
 
 class MineRLEnv(gym.Env):
-    """A task of MineRL: image and vectors to see, one of three action sets to act with.
+    """A task of MineRL, with an image and vectors as observations and one of three discrete action sets.
 
-    Observations: `image` (size, size, 3) uint8, resized by area; and for everything else that the task shows, such as
-    inventory, equipped_items, compass or life_stats, a float32 vector under its name: numbers as they are, words and
-    buttons as one-hots, the compass' angle as sine and cosine. `names` says what stands where.
+    Observation: a Dict. `image` is (size, size, 3) uint8, resized by area averaging. Every other part of the task's
+    observation, such as inventory, equipped_items, compass or life_stats, is a float32 vector with the part's name as
+    its key. Numbers are unchanged, words and buttons become one-hot vectors, and the compass angle becomes sine and
+    cosine. The attribute `names` lists the name of each entry of each vector.
 
     Args:
-        task: one of longdream.envs.minerl.controls.CONTROLS.
+        task: a key of longdream.envs.minerl.controls.CONTROLS.
         python: the interpreter that has MineRL; "": the environment variable LONGDREAM_MINERL_PYTHON.
-        actions: flat, factored or vpt (docs/minerl.md lists them).
-        size: side of the image.
-        repeat: ticks that an action lasts; rewards are summed.
-        sticky_attack: ticks that attack stays down after an action that pressed it: a block takes many.
+        actions: the action set: flat, factored or vpt (docs/minerl.md lists them).
+        size: side of the image in pixels.
+        repeat: number of ticks for which an action is repeated; rewards are summed.
+        sticky_attack: ticks for which attack stays pressed after an action that pressed it; a block takes several.
         sticky_jump: the same for jump.
-        pitch: degrees up and down beyond which the camera does not turn; None: 60, but no bound where menus are worked
-            with the mouse, as in MineRL 1.0.
-        items: patterns of the inventory items to show; None: all, or ITEMS of the task.
-        env: what to make there in the task's place, "module:callable" or "module:Id".
-        kwargs, environ, timeout_s, reset_timeout_s, restarts, render_mode: of longdream/Remote-v0. A reset that fails
-            or hangs is tried again in another process, `restarts` times.
+        pitch: limit of the camera's pitch, up and down, in degrees. None: 60, or no limit if the task's menus are
+            operated with the mouse, as in MineRL 1.0.
+        items: patterns of the inventory items in the observation; None: all items, or ITEMS of the task.
+        env: an environment to make instead of the task's, "module:callable" or "module:Id".
+        kwargs, environ, timeout_s, reset_timeout_s, restarts, render_mode: as for longdream/Remote-v0. A reset that
+            fails or hangs is retried in a new process, up to `restarts` times.
 
     Raises:
-        UserError: no interpreter, no such task or action set, numbers that make no sense, or an environment that is
-            none of MineRL's.
-        EnvError: (reset, step) a fault too many.
+        UserError: there is no such interpreter, task or action set, an argument is out of range, or the environment is
+            not one of MineRL's.
+        EnvError: (reset, step) more than `restarts` consecutive faults.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (as Gymnasium declares it)
@@ -98,7 +101,8 @@ class MineRLEnv(gym.Env):
                 "MineRL runs in an interpreter of its own: name it by python=/path/to/python or by the variable "
                 f"{PYTHON}; docs/minerl.md tells how to make one"
             )
-        self.repeat, self.size = repeat, size
+        self.repeat = repeat
+        self.size = size
         self.sticky = {"attack": sticky_attack, "jump": sticky_jump}
         self.remote = RemoteEnv(
             python, env or f"minerl:MineRL{task}-v0", kwargs, environ, timeout_s, reset_timeout_s, restarts
@@ -107,101 +111,106 @@ class MineRLEnv(gym.Env):
             self.controls = Controls.of(self.remote.action_space)
             self.actions = action_set(actions, self.controls, task)
             menus = "inventory" in self.controls.buttons
-            self.pitch = pitch if pitch is not None else np.inf if menus else 60.0
-            self._layout(ITEMS.get(task) if items is None else items)
+            self.max_pitch = pitch if pitch is not None else np.inf if menus else 60.0
+            self._set_observation_space(ITEMS.get(task) if items is None else items)
         except UserError:
             self.remote.close()
             raise
         self.action_space = self.actions.space
         self.render_mode = render_mode
-        self._picture: np.ndarray | None = None
+        self._frame: np.ndarray | None = None
 
     @property
     def faults(self) -> int:
-        """Those that were survived; see RemoteEnv."""
+        """Number of faults so far; see RemoteEnv."""
         return self.remote.faults
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         obs, info = self.remote.reset(seed=seed, options=options)
-        self._down = dict.fromkeys(self.sticky, 0)
-        self._looks = 0.0  # every episode begins level
-        return self._seen(obs), info
+        self._ticks_left = dict.fromkeys(self.sticky, 0)  # for which each sticky button stays pressed
+        self._pitch = 0.0  # degrees; every episode begins with the camera level
+        return self._convert(obs), info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        told, total = self.actions.decode(action), 0.0
+        decoded = self.actions.decode(action)
+        total = 0.0
         obs: dict[str, Any] = {}
-        terminated, truncated, info = False, False, {}
+        terminated = False
+        truncated = False
+        info = {}
         for tick in range(self.repeat):
-            now = told if tick == 0 else self._held(told)
-            obs, reward, terminated, truncated, info = self.remote.step(self._sent(now))
+            native = decoded if tick == 0 else self._held(decoded)
+            obs, reward, terminated, truncated, info = self.remote.step(self._to_remote(native))
             total += float(reward)
             if terminated or truncated:
                 break
-        return self._seen(obs), total, bool(terminated), bool(truncated), info
+        return self._convert(obs), total, bool(terminated), bool(truncated), info
 
     def render(self) -> np.ndarray | None:
-        """The last picture, as large as the game draws it."""
-        return self._picture if self.render_mode == "rgb_array" else None
+        """The last image at the game's own resolution."""
+        return self._frame if self.render_mode == "rgb_array" else None
 
     def close(self) -> None:
         self.remote.close()
 
     def _held(self, tick: dict[str, Any]) -> dict[str, Any]:
+        """The tick for the repetitions of an action: only the buttons in HELD."""
         return self.controls.rest() | {button: tick[button] for button in HELD if button in tick}
 
-    def _sent(self, tick: dict[str, Any]) -> dict[str, Any]:
-        """The tick with sticky buttons and a camera that stays in its bounds, as the other side's spaces have it."""
+    def _to_remote(self, tick: dict[str, Any]) -> dict[str, Any]:
+        """The tick as an action of the remote environment, with sticky buttons and a limited pitch."""
         tick = dict(tick)
         for button, ticks in self.sticky.items():
-            self._down[button] = ticks if tick[button] else max(0, self._down[button] - 1)
-            tick[button] = int(tick[button] or self._down[button] > 0)
-        turned = float(np.clip(self._looks + tick["camera"][0], -self.pitch, self.pitch))
-        tick["camera"] = np.array([turned - self._looks, tick["camera"][1]], np.float32)
-        self._looks = turned
+            self._ticks_left[button] = ticks if tick[button] else max(0, self._ticks_left[button] - 1)
+            tick[button] = int(tick[button] or self._ticks_left[button] > 0)
+        pitch = float(np.clip(self._pitch + tick["camera"][0], -self.max_pitch, self.max_pitch))
+        tick["camera"] = np.array([pitch - self._pitch, tick["camera"][1]], np.float32)
+        self._pitch = pitch
         for choice in self.controls.choices:
             tick[choice] = self.remote.action_space[choice].values.index(tick[choice])  # type: ignore[index]
         return tick
 
     # -- observations -------------------------------------------------------------------------------------------------
 
-    def _layout(self, items: Sequence[str] | None) -> None:
+    def _set_observation_space(self, items: Sequence[str] | None) -> None:
         space = self.remote.observation_space
         if not isinstance(space, spaces.Dict) or "pov" not in space.spaces:
-            raise UserError(f"this is no observation space of a MineRL task, with a picture 'pov': {space}")
+            raise UserError(f"this is no observation space of a MineRL task, with an image 'pov': {space}")
         self.items = items
         self.names: dict[str, list[str]] = {}
-        told: dict[str, spaces.Space] = {"image": spaces.Box(0, 255, (self.size, self.size, 3), np.uint8)}
-        for key, each in space.spaces.items():
+        parts: dict[str, spaces.Space] = {"image": spaces.Box(0, 255, (self.size, self.size, 3), np.uint8)}
+        for key, part in space.spaces.items():
             if key != "pov":
-                self.names[key] = [name for name, _ in self._entries(key, each, None)]
-                told[key] = spaces.Box(-np.inf, np.inf, (len(self.names[key]),), np.float32)
-        self.observation_space = spaces.Dict(told)
+                self.names[key] = [name for name, _ in self._entries(key, part, None)]
+                parts[key] = spaces.Box(-np.inf, np.inf, (len(self.names[key]),), np.float32)
+        self.observation_space = spaces.Dict(parts)
 
-    def _seen(self, obs: dict[str, Any]) -> dict[str, np.ndarray]:
-        self._picture = picture = obs["pov"]
-        seen = {"image": resize_area(picture, self.size, self.size)}
-        for key, each in self.remote.observation_space.spaces.items():  # type: ignore[attr-defined]
+    def _convert(self, obs: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Convert an observation of the remote environment to our observation space."""
+        self._frame = obs["pov"]
+        converted = {"image": resize_area(obs["pov"], self.size, self.size)}
+        for key, part in self.remote.observation_space.spaces.items():  # type: ignore[attr-defined]
             if key != "pov":
-                seen[key] = np.array([value for _, value in self._entries(key, each, obs[key])], np.float32)
-        return seen
+                converted[key] = np.array([value for _, value in self._entries(key, part, obs[key])], np.float32)
+        return converted
 
     def _entries(self, key: str, space: spaces.Space, value: Any) -> list[tuple[str, float]]:
-        """Names and numbers of what stands in a vector; a value of None: the names alone count."""
+        """Names and values of the entries of a vector. If value is None, only the names are meaningful."""
         if key == "inventory" and self.items is not None and isinstance(space, spaces.Dict):
             counts = {name: 0.0 if value is None else float(value[name]) for name in space.spaces}
             return [(item, sum(n for name, n in counts.items() if fnmatchcase(name, item))) for item in self.items]
         if isinstance(space, spaces.Dict):
-            found = []
-            for name, each in space.spaces.items():
-                entries = self._entries(name, each, None if value is None else value[name])
-                found += [(f"{name}.{last}".rstrip("."), number) for last, number in entries]
-            return found
+            entries = []
+            for name, part in space.spaces.items():
+                inner = self._entries(name, part, None if value is None else value[name])
+                entries += [(f"{name}.{last}".rstrip("."), number) for last, number in inner]
+            return entries
         if isinstance(space, spaces.Discrete):
             words = space.values if isinstance(space, Enum) else range(space.n)
             return [(str(word), float(value == i)) for i, word in enumerate(words)]
         if not isinstance(space, spaces.Box):
-            raise UserError(f"an observation {key!r} of {space} has no place in a vector")
+            raise UserError(f"observation {key!r} of {space} is not supported: use Box, Discrete, Enum or Dict")
         numbers = np.zeros(space.shape) if value is None else np.asarray(value, np.float64)
         if key == "angle":
             turn = np.deg2rad(float(numbers))

@@ -1,6 +1,6 @@
-"""Recorded actions as ticks, which action sets encode: of MineRL 0.4's data and of Video PreTraining's.
+"""Recorded actions, read as ticks that action sets encode: the data of MineRL 0.4 and of Video PreTraining.
 
-Only what says which keys were pressed is read here; pictures are another matter.
+Only the actions are read here, not the frames.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ KEYBOARD = {
     "escape": "ESC",
     **{str(i): f"hotbar.{i}" for i in range(1, 10)},
 }
-"""Keys, as the recordings name them after "key.keyboard.", and the buttons that they are."""
+"""The button of each key. Recordings name the keys with the prefix "key.keyboard."."""
 MOUSE = ("attack", "use", "pickItem")
-DEGREES = 360 / 2400
-"""Of a turn, for each unit that the mouse moved."""
-FAR = 180.0
-"""A turn by more than these degrees in a tick is a fault of the recording."""
+DEGREES_PER_UNIT = 360 / 2400
+"""Degrees that the camera turns for each unit of mouse movement."""
+MAX_TURN = 180.0
+"""A turn by more degrees than this in a single tick is an error in the recording; it is replaced by 0."""
 
 
 def ticks_of_rendered(rendered: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The ticks of a `rendered.npz` of MineRL 0.4: its entries `action$NAME`, N of each.
+    """The ticks of a `rendered.npz` of MineRL 0.4: its entries `action$NAME`.
 
     Raises:
-        UserError: it holds no actions, or as many as will not do.
+        UserError: it contains no actions, or the numbers of actions differ.
     """
     ticks = {key.removeprefix("action$"): rendered[key] for key in rendered if key.startswith("action$")}
     if "camera" not in ticks:
@@ -52,25 +52,28 @@ def ticks_of_rendered(rendered: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
 
 
 def ticks_of_jsonl(lines: Iterable[str]) -> dict[str, np.ndarray]:
-    """The ticks of a `.jsonl` of Video PreTraining's contractors, a line each.
+    """The ticks of a `.jsonl` file of Video PreTraining's contractors, one per line.
 
-    The hotbar is turned by the mouse's wheel too, which is not recorded: whenever another slot is selected than the
-    line before, its key counts as pressed. Where attack was down from the first line on, it is taken for stuck until it
-    is pressed anew.
+    The mouse wheel also selects the hotbar's slot, but it is not recorded. The key of a slot therefore counts as
+    pressed whenever the selected slot differs from the previous line's. If attack is newly pressed in the first line,
+    it is treated as stuck, and ignored, until it is pressed again.
 
     Raises:
-        UserError: a line that is no such record, by its number.
+        UserError: a line is not a record of this format; the message has its number.
     """
     ticks: dict[str, list[Any]] = {name: [] for name in (*HUMAN.buttons, "camera")}
-    slot, stuck = 0, False
+    slot = 0
+    stuck = False
     for number, line in enumerate(filter(str.strip, lines)):
         try:
-            told = json.loads(line)
-            mouse, keys = told["mouse"], told["keyboard"]["keys"]
+            record = json.loads(line)
+            mouse = record["mouse"]
+            keys = record["keyboard"]["keys"]
             pressed = {KEYBOARD.get(str(key).removeprefix("key.keyboard.")) for key in keys}
-            down, new = list(mouse["buttons"]), list(mouse.get("newButtons", ()))
-            camera = np.array([float(mouse["dy"]), float(mouse["dx"])]) * DEGREES
-            selected = int(told.get("hotbar", slot))
+            down = list(mouse["buttons"])
+            new = list(mouse.get("newButtons", ()))
+            camera = np.array([float(mouse["dy"]), float(mouse["dx"])]) * DEGREES_PER_UNIT
+            selected = int(record.get("hotbar", slot))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"line {number + 1} is no tick of a recording ({type(error).__name__}: {error})") from error
         stuck = new == [0] if number == 0 else stuck and 0 not in new
@@ -80,7 +83,7 @@ def ticks_of_jsonl(lines: Iterable[str]) -> dict[str, np.ndarray]:
         slot = selected
         for name in HUMAN.buttons:
             ticks[name].append(name in pressed)
-        ticks["camera"].append(np.where(np.abs(camera) > FAR, 0, camera))
+        ticks["camera"].append(np.where(np.abs(camera) > MAX_TURN, 0, camera))
     if not ticks["camera"]:
-        raise UserError("there is no tick in it")
+        raise UserError("the recording is empty: there is no tick in it")
     return {name: np.array(value) for name, value in ticks.items()}

@@ -10,15 +10,20 @@ import pytest
 
 from longdream.envs.remote import RemoteEnv
 
-# Old gym's interface without old gym: `seed`, reset -> obs, 4-tuples, render(mode). Spaces are known by their classes'
-# names. Actions: 1 ends the episode, 2 runs into its time limit, others misbehave.
+# An environment with old gym's interface: `seed`, reset -> obs, 4-tuples, render(mode). It does not need old gym: the
+# server recognises spaces by the names of their classes. Action 1 ends the episode, 2 reaches its time limit, and the
+# actions from 3 on cause faults.
 OLD_WORLD = """
 import ctypes, os, random, signal, subprocess, sys, time
 import numpy as np
 
+OURS = ("longdream", "envs", "agent")
+
 class Box:
     def __init__(self, low, high):
-        self.low, self.high, self.dtype = np.full(2, low, np.float32), np.full(2, high, np.float32), np.dtype("f4")
+        self.low = np.full(2, low, np.float32)
+        self.high = np.full(2, high, np.float32)
+        self.dtype = np.dtype("f4")
 
 class Discrete:
     def __init__(self, n):
@@ -28,10 +33,13 @@ class Chance:
     pass
 
 class Old:
-    observation_space, action_space = Box(0, 1), Discrete(10)
+    observation_space = Box(0, 1)
+    action_space = Discrete(10)
 
     def __init__(self, marks="", stubborn=False, print_lines=0):
-        self.marks, self.generator, self.deaf = marks, np.random.RandomState(), stubborn
+        self.marks = marks
+        self.generator = np.random.RandomState()
+        self.stubborn = stubborn
         self.mode = oct(os.stat(sys.argv[1]).st_mode & 0o777)
         for i in range(print_lines):
             print("line", i)
@@ -39,7 +47,7 @@ class Old:
     def seed(self, seed=None):
         self.generator = np.random.RandomState(seed)
 
-    def see(self):
+    def observe(self):
         return self.generator.rand(2).astype("f4")
 
     def reset(self):
@@ -47,11 +55,12 @@ class Old:
             open(self.marks, "w").close()
             os._exit(9)
         self.started = [random.random(), np.random.rand()]
-        return self.see()
+        return self.observe()
 
     def step(self, action):
-        info = {"started": self.started, "mode": self.mode, "ours": [m for m in sys.modules if m in ("envs", "agent")]}
-        info.update(pid=os.getpid(), keeper=os.getppid(), chance=Chance(), array=np.arange(3), many=np.zeros(300000))
+        info = {"started": self.started, "mode": self.mode, "ours": [m for m in sys.modules if m in OURS]}
+        info.update(pid=os.getpid(), supervisor=os.getppid())
+        info.update(chance=Chance(), array=np.arange(3), many=np.zeros(300000))
         if action == 2:
             info["TimeLimit.truncated"] = True
         if action == 3:
@@ -62,19 +71,19 @@ class Old:
             raise ValueError("no such wheel")
         if action == 6:
             stuck_here()
-        if action == 7:  # a child in a session of its own, and no chance for any Python to run here
+        if action == 7:  # start a child in a session of its own, then block without releasing the GIL
             info["child"] = subprocess.Popen(["sleep", "600"], start_new_session=True).pid
             with open("pids", "w") as pids:
                 pids.write("%d %d %d" % (os.getpid(), os.getppid(), info["child"]))
             ctypes.PyDLL(None).sleep(600)
-        return self.see(), np.float64(0.1), action in (1, 2), info
+        return self.observe(), np.float64(0.1), action in (1, 2), info
 
     def render(self, mode="human"):
         return np.full((2, 3, 3), 7, "u1") if mode == "rgb_array" else None
 
     def close(self):
         open("closed", "w").close()
-        if self.deaf:
+        if self.stubborn:
             time.sleep(600)
 
 def stuck_here():
@@ -84,7 +93,7 @@ def stuck_here():
 
 @pytest.fixture
 def far_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with old_world.py in it: where the other interpreter finds its modules."""
+    """The current folder, with old_world.py in it: the other interpreter imports modules from there."""
     (tmp_path / "old_world.py").write_text(OLD_WORLD)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")

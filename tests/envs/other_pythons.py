@@ -1,4 +1,4 @@
-"""Which Pythons this machine has."""
+"""The Python interpreters of this machine."""
 
 import shutil
 import subprocess
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def interpreters(version: str) -> list[str]:
-    """Those of this version, with pip: on the path, or where pyenv keeps them."""
+    """Interpreters of this version with pip, on the path or installed by pyenv."""
     candidates = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
     code = "import pip, sys; print(*sys.version_info[:2], sep='.')"
-    found = []
+    paths = []
     for candidate in filter(None, candidates):
-        told = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
-        if told.stdout.strip() == version:
-            found.append(str(candidate))
-    return found
+        done = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
+        if done.stdout.strip() == version:
+            paths.append(str(candidate))
+    return paths

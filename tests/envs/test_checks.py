@@ -1,4 +1,4 @@
-"""What check-env finds: nothing in environments that are right, and each fault in one that has it."""
+"""`check-env` reports no problem in correct environments, and each problem in an environment that has it."""
 
 import re
 import time
@@ -13,8 +13,8 @@ from longdream.envs.checks import check
 from longdream.envs.contract import UserError
 
 
-class Right(gym.Env):
-    """Walks at random along a line; the faults are its arguments."""
+class RandomWalk(gym.Env):
+    """A random walk on a line. The argument selects a fault."""
 
     def __init__(self, fault: str = "") -> None:
         self.fault = fault
@@ -30,30 +30,31 @@ class Right(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         super().reset(seed=seed)
-        self.t, self.place = 0, self.np_random.normal(size=2)
+        self.t = 0
+        self.place = self.np_random.normal(size=2)
         self.played += self.fault in ("history", "grows")
         if self.fault == "grows":
             self.action_space = spaces.Discrete(3 + self.played)
         if self.fault == "unseeded":
             self.place = np.random.default_rng(time.perf_counter_ns()).normal(size=2)
-        if self.fault == "deaf":
+        if self.fault == "ignores seed":
             self.place = np.zeros(2)
-        return self._seen(), {}
+        return self._observe(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
         self.t += 1
         if self.fault == "raises" and self.t == 3:
             raise RuntimeError("at step 3")
-        noise = 0 if self.fault == "deaf" else self.np_random.normal()
+        noise = 0 if self.fault == "ignores seed" else self.np_random.normal()
         self.place += [action - 1, noise + 0.01 * self.played * (self.fault == "history")]
         reward: Any = float(self.place[0])
         if self.t == 5 and self.fault in ("nan", "array reward", "inf obs"):
             reward = {"nan": np.nan, "array reward": np.array([1.0]), "inf obs": 0.0}[self.fault]
         over: Any = self.t == 8 and self.fault != "endless"
         info = {"near": np.zeros(self.np_random.integers(1, 9))} if self.fault == "info" else {}
-        return self._seen(), reward, 1 * over if self.fault == "flag" else over, False, info
+        return self._observe(), reward, 1 * over if self.fault == "flag" else over, False, info
 
-    def _seen(self) -> Any:
+    def _observe(self) -> Any:
         place = self.place.astype(np.float64 if self.fault == "dtype" else np.float32)
         if self.fault == "range" and self.t == 6:
             place[0] = 1000
@@ -63,24 +64,24 @@ class Right(gym.Env):
         return {"place": place, "image": np.zeros((side, side, 3), np.uint8)}
 
 
-gym.register("Checked-v0", entry_point=Right)
-gym.register("CheckedToTheLimit-v0", entry_point=Right, max_episode_steps=8)
+gym.register("Checked-v0", entry_point=RandomWalk)
+gym.register("CheckedToTheLimit-v0", entry_point=RandomWalk, max_episode_steps=8)
 
 
 @pytest.mark.parametrize("env_id", ["Checked-v0", "longdream/Recall-v0", "CartPole-v1", "Pendulum-v1"])
-def test_nothing_is_wrong_with_what_is_right(env_id: str) -> None:
+def test_correct_environments_have_no_problems(env_id: str) -> None:
     report = check(env_id)
     assert report.problems == [] and len(report.passed) == 5 and report.steps_per_s
 
 
-def test_memory_maze_is_right() -> None:
+def test_memory_maze_has_no_problems() -> None:
     report = check("longdream/MemoryMaze-9x9-v0", steps=20)
     assert report.problems == [] and "no episode ended within 20 steps" in " ".join(report.notes)
     assert not any("seed changes nothing" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         ("tuple", "is a Tuple: use a flat Dict"),
         ("layout", "channel-first image .* move the channels last"),
@@ -97,30 +98,31 @@ def test_memory_maze_is_right() -> None:
         ("history", "after an episode was played|differ at row"),
     ],
 )
-def test_a_fault_is_found_and_named(fault: str, told: str) -> None:
+def test_each_fault_is_reported(fault: str, message: str) -> None:
     report = check("Checked-v0", {"fault": fault})
-    assert re.search(told, " | ".join(report.problems)), report.problems
+    assert re.search(message, " | ".join(report.problems)), report.problems
 
 
-def test_an_end_that_is_a_time_limit_is_found() -> None:
+def test_termination_at_the_time_limit_is_reported() -> None:
     assert "terminated at its time limit of 8 steps" in " ".join(check("CheckedToTheLimit-v0").problems)
-    endless = check("CheckedToTheLimit-v0", {"fault": "endless"})  # nothing ends it but the limit, which truncates
+    endless = check("CheckedToTheLimit-v0", {"fault": "endless"})  # ends only by the limit, which truncates
     assert endless.problems == []
 
 
-def test_infos_that_cannot_be_put_together_are_told() -> None:
+def test_infos_that_cannot_be_combined_are_noted() -> None:
     report = check("Checked-v0", {"fault": "info"})
     assert report.problems == [] and any("one type and shape that never change" in note for note in report.notes)
     assert not any("SyncVectorEnv" in note for note in check("Checked-v0").notes)
 
 
-def test_what_may_be_meant_is_a_note() -> None:
+def test_what_may_be_intended_is_a_note() -> None:
     assert any("time limit" in note for note in check("Checked-v0", {"fault": "endless"}).notes)
-    deaf = check("Checked-v0", {"fault": "deaf"})
-    assert deaf.problems == [] and any("seed changes nothing" in note for note in deaf.notes)
+    ignores_seed = check("Checked-v0", {"fault": "ignores seed"})
+    assert ignores_seed.problems == []
+    assert any("seed changes nothing" in note for note in ignores_seed.notes)
 
 
-def test_what_cannot_be_made_is_told() -> None:
+def test_an_environment_that_cannot_be_made_is_reported() -> None:
     with pytest.raises(UserError, match="unknown environment"):
         check("Chcked-v0")
     with pytest.raises(UserError, match=r"cannot be made with \{'falt': 1\}"):

@@ -1,4 +1,4 @@
-"""Spaces to specs and back: what is stored, what is encoded, what is refused and in which words."""
+"""Specs of spaces: what is stored, how actions are encoded, and which spaces are refused with which message."""
 
 import json
 import pickle
@@ -59,7 +59,7 @@ def test_random_actions_are_valid_and_reach_every_choice(space):
         assert sample.min() < -0.9 and sample.max() > 0.9
 
 
-def test_one_hots_stand_side_by_side():
+def test_one_hots_are_concatenated():
     spec = spec_of(action=spaces.MultiDiscrete([2, 3])).action
     assert spec.parts == (2, 3) and spec.size == 5
     np.testing.assert_array_equal(spec.encode(np.array([[1, 0], [0, 2]])), [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]])
@@ -123,7 +123,8 @@ def test_packed_observation_of_gymnasiums_own_buffers():
     assert packed["a"].shape == (N, 5, 5, 1) and packed["b"].shape == (N,)
 
 
-UINT8, FLOAT = {"low": 0, "high": 255, "dtype": np.uint8}, {"low": 0.0, "high": 1.0, "dtype": np.float32}
+UINT8 = {"low": 0, "high": 255, "dtype": np.uint8}
+FLOAT = {"low": 0.0, "high": 1.0, "dtype": np.float32}
 REFUSED = {
     "channel-first": (spaces.Box(shape=(3, 64, 64), **UINT8), "move the channels last"),
     "frame stack": (spaces.Box(shape=(4, 84, 84), **UINT8), "stack no frames"),
@@ -136,18 +137,18 @@ REFUSED = {
     "tuple": (spaces.Tuple([spaces.Discrete(2)]), "flat Dict"),
     "bits": (spaces.MultiBinary(4), "FlattenObservation"),
     "many": (spaces.MultiDiscrete([2, 2]), "FlattenObservation"),
-    "text": (spaces.Text(5), "show longdream.envs.text.embed of it"),
+    "text": (spaces.Text(5), r"return longdream.envs.text.embed(text)"),
     "bool": (spaces.Box(0, 1, (3,), np.bool_), "float or integer"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_observation_names_its_key_and_the_mend(name):
-    space, mend = REFUSED[name]
+def test_refused_observation_names_its_key_and_the_fix(name):
+    space, fix = REFUSED[name]
     with pytest.raises(UserError) as in_dict:
         spec_of(spaces.Dict({"fine": spaces.Discrete(2), name: space}))
     message = str(in_dict.value)
-    assert f"observation {name!r}" in message and mend in message and "\n" not in message
+    assert f"observation {name!r}" in message and fix in message and "\n" not in message
     if not isinstance(space, spaces.Dict):
         with pytest.raises(UserError, match="observation 'obs'"):
             spec_of(space)
@@ -159,7 +160,7 @@ def test_empty_dict_observation_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("space", "mend"),
+    ("space", "fix"),
     [
         (spaces.Box(-np.inf, np.inf, (2,)), "RescaleAction"),
         (spaces.Box(np.float32([0, 0]), np.float32([1, np.inf])), "RescaleAction"),
@@ -171,8 +172,8 @@ def test_empty_dict_observation_is_refused():
     ],
     ids=str,
 )
-def test_refused_action_says_so(space, mend):
-    with pytest.raises(UserError, match=mend) as error:
+def test_refused_action_names_the_fix(space, fix):
+    with pytest.raises(UserError, match=fix) as error:
         spec_of(action=space)
     assert "the action space" in str(error.value) and "\n" not in str(error.value)
 
@@ -190,7 +191,7 @@ def test_spec_survives_json(action):
     )
 
 
-def test_errors_are_what_callers_catch():
+def test_errors_have_their_base_classes_and_can_be_pickled():
     assert issubclass(UserError, ValueError)
     error = pickle.loads(pickle.dumps(EnvError("environment worker 3 of X raised", 3, "Traceback ...")))
     assert isinstance(error, RuntimeError) and (error.worker, error.trace) == (3, "Traceback ...")

@@ -1,4 +1,4 @@
-"""The world that other tests trust: it shows, at every row, exactly what its formulas say."""
+"""Counting-v0, which other tests rely on: every row equals its formulas."""
 
 import warnings
 
@@ -22,9 +22,11 @@ def rows(first_index: int = 0, steps: int = STEPS, seed: int = 0):
         row = world.step(action)
 
 
-def test_every_row_is_what_the_formulas_say():
-    time, episode = np.zeros(N, int), np.zeros(N, int)
-    index, last_action = np.arange(3, 3 + N), np.full(N, -1)
+def test_every_row_equals_the_formulas():
+    time = np.zeros(N, int)
+    episode = np.zeros(N, int)
+    index = np.arange(3, 3 + N)
+    last_action = np.full(N, -1)
     ends = {"terminated": 0, "truncated": 0}
     for row, action in rows(first_index=3):
         np.testing.assert_array_equal(row.obs["time"], np.stack([time, episode, index, last_action], 1))
@@ -37,7 +39,9 @@ def test_every_row_is_what_the_formulas_say():
         np.testing.assert_array_equal(row.truncated, done & ~is_terminal(index, episode))
         ends["terminated"] += row.terminated.sum()
         ends["truncated"] += row.truncated.sum()
-        time, episode, last_action = np.where(done, 0, time + 1), episode + done, np.where(done, -1, action)
+        time = np.where(done, 0, time + 1)
+        episode = episode + done
+        last_action = np.where(done, -1, action)
     assert min(ends.values()) > 10
 
 
@@ -72,7 +76,7 @@ def test_reset_with_and_without_seed():
 def test_gymnasium_accepts_it():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*maximum value is infinity")  # it counts for as long as one likes
+        warnings.filterwarnings("ignore", message=".*maximum value is infinity")  # the time has no upper bound
         check_env(gym.make("longdream/Counting-v0").unwrapped)
         single = gym.make("longdream/Counting-v0", index=2)
     assert single.reset(seed=0)[0]["time"].tolist() == [0, 0, 2, -1]

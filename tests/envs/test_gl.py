@@ -1,4 +1,4 @@
-"""Which OpenGL is chosen, in processes of their own: MuJoCo chooses once."""
+"""The choice of the OpenGL backend. Each test needs a new process, because MuJoCo chooses only once."""
 
 import os
 import subprocess
@@ -13,8 +13,8 @@ from longdream.envs.contract import UserError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def chosen(**environment: str) -> tuple[str, str]:
-    """What `choose` says in an environment without other variables about OpenGL, and MUJOCO_GL then."""
+def choose_in_process(**environment: str) -> tuple[str, str]:
+    """The result of `choose`, and MUJOCO_GL after it, with only these environment variables about OpenGL."""
     code = "import os\nfrom longdream.envs import gl\nfrom longdream.envs.contract import UserError\n"
     code += "try: print(gl.choose(), os.environ['MUJOCO_GL'])\nexcept UserError as error: print('UserError', error)"
     clean = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
@@ -25,25 +25,25 @@ def chosen(**environment: str) -> tuple[str, str]:
     return first, rest
 
 
-def test_one_that_works_is_chosen() -> None:
+def test_a_backend_that_works_is_chosen() -> None:
     works = [name for name, probe in gl.PROBES.items() if probe() is None]
-    assert chosen() == (works[0], works[0])  # this machine, as any that runs the tests, draws
+    assert choose_in_process() == (works[0], works[0])  # the tests need a machine that can render
 
 
-def test_what_is_set_is_respected() -> None:
+def test_mujoco_gl_is_respected() -> None:
     works = next(name for name, probe in gl.PROBES.items() if probe() is None)
-    assert chosen(MUJOCO_GL=works.upper()) == (works, works)
-    assert chosen(MUJOCO_GL="glfw") == ("glfw", "glfw")
-    assert chosen(PYOPENGL_PLATFORM=works) == (works, works)
+    assert choose_in_process(MUJOCO_GL=works.upper()) == (works, works)
+    assert choose_in_process(MUJOCO_GL="glfw") == ("glfw", "glfw")
+    assert choose_in_process(PYOPENGL_PLATFORM=works) == (works, works)
 
 
-def test_what_cannot_be_is_one_line_that_says_how_to_mend_it() -> None:
-    assert chosen(MUJOCO_GL="off") == (
+def test_invalid_values_are_reported_with_a_fix() -> None:
+    assert choose_in_process(MUJOCO_GL="off") == (
         "UserError",
         "MUJOCO_GL=off turns rendering off: unset it, or set it to egl or osmesa",
     )
-    kind, told = chosen(MUJOCO_GL="egl", PYOPENGL_PLATFORM="glx")
-    assert kind == "UserError" and "PYOPENGL_PLATFORM must be the same as MUJOCO_GL" in told
+    kind, message = choose_in_process(MUJOCO_GL="egl", PYOPENGL_PLATFORM="glx")
+    assert kind == "UserError" and "PYOPENGL_PLATFORM must be the same as MUJOCO_GL" in message
 
 
 def test_without_libraries_the_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,8 +58,8 @@ def test_without_libraries_the_packages_are_named(monkeypatch: pytest.MonkeyPatc
     assert os.environ["MUJOCO_GL"] == "osmesa"
 
 
-def test_an_opengl_that_fails_is_told_by_the_environment() -> None:
-    code = "import envs, gymnasium as gym\nenv = gym.make('longdream/MemoryMaze-9x9-v0')\n"
+def test_the_environment_reports_an_opengl_failure() -> None:
+    code = "import longdream, gymnasium as gym\nenv = gym.make('longdream/MemoryMaze-9x9-v0')\n"
     code += "try: env.reset()\nexcept ValueError as error: print(error)"
     environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "PYOPENGL_PLATFORM")}
     done = subprocess.run(

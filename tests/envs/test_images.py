@@ -7,7 +7,7 @@ from longdream.envs.images import resize_area
 
 
 def slow(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Every old pixel repeated, then whole blocks averaged: exact where sizes divide a common one."""
+    """Reference: repeat every old pixel, then average whole blocks."""
     h, w = image.shape[:2]
     fine = image.repeat(height, 0).repeat(width, 1).astype(float)
     return fine.reshape(height, h, width, w, -1).mean((1, 3))
@@ -18,9 +18,9 @@ def slow(image: np.ndarray, height: int, width: int) -> np.ndarray:
 )
 def test_each_pixel_is_the_mean_of_its_area(old: tuple[int, int], new: tuple[int, int]) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, *old, 3)).astype(np.uint8)
-    found = resize_area(images, *new)
-    assert found.dtype == np.uint8 and found.shape == (2, *new, 3)
-    for image, small in zip(images, found, strict=True):
+    resized = resize_area(images, *new)
+    assert resized.dtype == np.uint8 and resized.shape == (2, *new, 3)
+    for image, small in zip(images, resized, strict=True):
         assert np.abs(small - slow(image, *new)).max() <= 0.51
 
 

@@ -1,4 +1,4 @@
-"""Any environment as rows: alignment, seeds, exact continuation, and what happens when one misbehaves."""
+"""World: the alignment of rows, seeds, exact continuation, and failures of environments."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ from longdream.envs.counting import CountingVecEnv
 from longdream.envs.make import derive_seed
 from longdream.envs.recall import RecallVecEnv
 
-# Acts up when told: action 1 raises, 2 hangs, 3 ends the process, 4 ends the episode. Workers import it by its name.
+# Action 1 raises, 2 hangs, 3 ends the process, 4 ends the episode. Workers import the module by its name.
 FAULTY = """
 import os, signal, time
 import gymnasium as gym
@@ -36,7 +36,7 @@ class Faulty(gym.Env):
         if action == 1:
             raise KeyError("the wheel came off, 100% of it")
         if action == 2:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # deaf to a polite request, as a hanging library can be
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a hanging library may ignore SIGTERM too
             time.sleep(600)
         if action == 3:
             os._exit(7)
@@ -138,7 +138,7 @@ def test_reset_starts_over_and_copies_differ(make_world):
     assert (make_world("CartPole-v1", 3, 6).reset().obs["obs"] != first.obs["obs"]).all()
 
 
-def test_copies_of_neighbouring_seeds_have_nothing_in_common(make_world):
+def test_copies_of_adjacent_seeds_have_different_generators(make_world):
     orders = []
     for seed in (0, 1):
         world = make_world("longdream/Recall-v0", 8, seed, {"doors": 6})
@@ -173,7 +173,7 @@ def test_state_continues_exactly(make_world, env_id, mode, at_an_end):
     actions = [world.random_action(rng) for _ in range(60)]
     expected = [world.step(action) for action in actions]
     other = make_world(env_id, 3, 4, mode=mode)
-    for restored in (other, world):  # a fresh world, and one that had gone on
+    for restored in (other, world):  # a new world, and one that has continued
         restored.set_state(state)
         assert_same(restored.row, row)
         for action, wanted in zip(actions, expected, strict=True):
@@ -194,10 +194,10 @@ def test_state_is_restored_into_a_world_that_is_about_to_reset(make_world, mode)
     assert_same(world.step(action), expected)
 
 
-def test_native_vector_forms_are_used_where_they_can_be_resumed(make_world):
+def test_vector_classes_are_used_if_they_can_be_resumed(make_world):
     assert isinstance(make_world("longdream/Recall-v0", 2, 0, {"doors": 2}).vector, RecallVecEnv)
     assert isinstance(make_world("longdream/Counting-v0", 2, 0, mode="async").vector, CountingVecEnv)
-    assert gym.spec("CartPole-v1").vector_entry_point  # has a native form, without get_state
+    assert gym.spec("CartPole-v1").vector_entry_point  # it has a vector class, but without get_state
     assert isinstance(make_world("CartPole-v1", 2, 0).vector, gym.vector.SyncVectorEnv)
 
 
@@ -217,7 +217,7 @@ def test_exception_names_the_worker_and_shows_its_traceback(faulty, make_world, 
     assert error.value.worker == 2
     assert 'raise KeyError("the wheel came off, 100% of it")' in "\n".join(trace)
     assert world.vector.closed
-    assert not [w for w in recwarn.list if "wheel" in str(w.message)]  # said once
+    assert not [w for w in recwarn.list if "wheel" in str(w.message)]  # reported once
     if mode == "async":
         assert not any(process.is_alive() for process in world.vector.processes)
 

@@ -1,4 +1,4 @@
-"""The quickstart world: what it pays, what it shows, and that it repeats itself exactly."""
+"""Recall-v0: its rewards, its frames, and its reproducibility."""
 
 import json
 import math
@@ -17,13 +17,13 @@ WALK = 0
 
 
 def remember(world: RecallVecEnv) -> np.ndarray:
-    """The best action, from what an agent with memory knows: its cue, and the order it sees at the junction."""
+    """The optimal action of an agent that remembers the cue and sees the order of the doors at the junction."""
     door = (world.orders[world.order] == world.cue[:, None]).argmax(1)
     return np.where(world.position == world.corridor, 1 + door, WALK)
 
 
 def play(world: RecallVecEnv, policy, episodes: int) -> np.ndarray:
-    """Returns of so many episodes: each copy's are summed from its reset row to its last."""
+    """Returns of at least this many episodes."""
     world.reset()
     running, returns = np.zeros(world.num_envs), []
     while len(returns) < episodes:
@@ -35,11 +35,13 @@ def play(world: RecallVecEnv, policy, episodes: int) -> np.ndarray:
     return np.array(returns)
 
 
-def state_of_frames(world: RecallVecEnv, position: int, cue: int, order: int) -> np.ndarray:
+def frame_in_state(world: RecallVecEnv, position: int, cue: int, order: int) -> np.ndarray:
     arrays = {"position": position, "cue": cue, "order": order, "steps": position, "ended": False}
     full = {key: np.full(world.num_envs, value) for key, value in arrays.items()}
     world.set_state({**full, "generators": world.get_state()["generators"]})
-    return world.step(np.full(world.num_envs, 1 if position < world.corridor else WALK))[0]  # lets one step pass
+    return world.step(np.full(world.num_envs, 1 if position < world.corridor else WALK))[
+        0
+    ]  # this action only lets a step pass
 
 
 @pytest.mark.parametrize(("doors", "corridor"), [(2, 1), (3, 12), (5, 4)])
@@ -77,12 +79,12 @@ def test_cue_and_order_are_uniform_and_independent():
 def test_only_the_entrance_shows_the_cue():
     world = RecallVecEnv(1, corridor=5, doors=3)
     world.reset(seed=0)
-    entrance = [state_of_frames(world, 0, cue, 0)[0] for cue in range(3)]
+    entrance = [frame_in_state(world, 0, cue, 0)[0] for cue in range(3)]
     assert len({frame.tobytes() for frame in entrance}) == 3
     for order in range(6):
-        assert (state_of_frames(world, 0, 1, order) == entrance[1]).all()
+        assert (frame_in_state(world, 0, 1, order) == entrance[1]).all()
         for position in range(1, 6):
-            assert len({state_of_frames(world, position, cue, order).tobytes() for cue in range(3)}) == 1
+            assert len({frame_in_state(world, position, cue, order).tobytes() for cue in range(3)}) == 1
 
 
 def test_only_the_junction_shows_the_order_and_every_cell_looks_different():
@@ -90,8 +92,8 @@ def test_only_the_junction_shows_the_order_and_every_cell_looks_different():
     world.reset(seed=0)
     assert len({frame.tobytes() for frame in world.frames}) == len(world.frames) == 4 + 35 + 24
     for position in range(1, 36):
-        assert len({state_of_frames(world, position, 0, order).tobytes() for order in (0, 7, 23)}) == 1
-    junction = {state_of_frames(world, 36, 0, order).tobytes() for order in range(24)}
+        assert len({frame_in_state(world, position, 0, order).tobytes() for order in (0, 7, 23)}) == 1
+    junction = {frame_in_state(world, 36, 0, order).tobytes() for order in range(24)}
     assert len(junction) == 24
 
 

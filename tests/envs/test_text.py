@@ -1,4 +1,4 @@
-"""Text that an environment shows arrives as vectors, the same in every copy and process."""
+"""Text in observations becomes vectors, which are the same in every copy and process."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ WORDS = ("fetch the red key", "fetch the blue key", "open the door")
 
 
 class Words(spaces.Space):
-    """A space of strings of its own, as MiniGrid's missions have."""
+    """A custom space of strings, as MiniGrid has for its missions."""
 
     def __init__(self) -> None:
         super().__init__(dtype=str)
@@ -36,8 +36,8 @@ class Words(spaces.Space):
         return isinstance(other, Words)
 
 
-class Told(gym.Env):
-    """The mission names the action that pays: 0, 1 or 2."""
+class Mission(gym.Env):
+    """The mission determines the action that is rewarded: 0, 1 or 2."""
 
     def __init__(self, form: Literal["dict", "bare", "own"] = "dict") -> None:
         text = Words() if form == "own" else spaces.Text(40, charset="abcdefghijklmnopqrstuvwxyz ")
@@ -48,19 +48,20 @@ class Told(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         super().reset(seed=seed)
-        self.t, self.wanted = 0, int(self.np_random.integers(3))
-        return self._seen(), {}
+        self.t = 0
+        self.goal = int(self.np_random.integers(3))
+        return self._observe(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
         self.t += 1
-        return self._seen(), float(action == self.wanted), self.t == 4, False, {}
+        return self._observe(), float(action == self.goal), self.t == 4, False, {}
 
-    def _seen(self) -> Any:
-        text = WORDS[self.wanted]
+    def _observe(self) -> Any:
+        text = WORDS[self.goal]
         return text if self.form == "bare" else {"mission": text, "place": np.full(2, self.t / 4, np.float32)}
 
 
-gym.register("Told-v0", entry_point=Told)
+gym.register("Mission-v0", entry_point=Mission)
 
 
 def test_texts_differ_by_their_words_and_by_their_order() -> None:
@@ -74,18 +75,19 @@ def test_texts_differ_by_their_words_and_by_their_order() -> None:
 
 def test_it_is_the_same_in_another_process() -> None:
     code = f"from longdream.envs.text import embed; print(embed({WORDS[0]!r}).tolist())"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.strip() == str(embed(WORDS[0]).tolist())
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == str(embed(WORDS[0]).tolist())
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("form", ["dict", "bare", "own"])
-def test_a_world_shows_vectors(mode: Literal["sync", "async"], form: str) -> None:
-    with closing(World("Told-v0", 2, 0, {"form": form}, mode)) as world:
+def test_a_world_returns_vectors(mode: Literal["sync", "async"], form: str) -> None:
+    with closing(World("Mission-v0", 2, 0, {"form": form}, mode)) as world:
         key = "obs" if form == "bare" else "mission"
         assert (world.spec.obs[key].kind, world.spec.obs[key].shape) == ("vector", (SIZE,))
         known = {embed(text).tobytes() for text in WORDS}
-        row, seen = world.reset(), set()
+        row = world.reset()
+        seen = set()
         for _ in range(40):
             assert row.obs[key].dtype == np.float32
             seen |= {each.tobytes() for each in row.obs[key]}
@@ -95,16 +97,16 @@ def test_a_world_shows_vectors(mode: Literal["sync", "async"], form: str) -> Non
 
 @pytest.mark.parametrize("form", ["dict", "bare", "own"])
 def test_it_passes_the_check(form: str) -> None:
-    assert check("Told-v0", {"form": form}).problems == []
+    assert check("Mission-v0", {"form": form}).problems == []
 
 
-def test_an_agent_takes_it_in() -> None:
-    with closing(World("Told-v0", 3, 0)) as world:
+def test_an_agent_accepts_it() -> None:
+    with closing(World("Mission-v0", 3, 0)) as world:
         agent = Agent(options.load("tiny"), world.spec)
         carry, _ = agent.observe(agent.initial(3), world.reset())
         assert agent.act(carry, greedy=False).shape == (3, 3)
 
 
-def test_a_space_of_text_by_itself_tells_what_to_do() -> None:
-    with pytest.raises(UserError, match=r"is text, .* show longdream.envs.text.embed of it"):
+def test_the_message_for_an_unwrapped_text_space() -> None:
+    with pytest.raises(UserError, match=r"is text, .* return longdream.envs.text.embed\(text\)"):
         env_spec(spaces.Text(5), spaces.Discrete(2))

@@ -1,4 +1,4 @@
-"""The twin's compiled forms beside the same sources in plain torch, at odd sizes; CUDA's on a CUDA device."""
+"""The compiled backends of the fast Memory Maze, compared with the reference in plain torch, at odd sizes."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ COPIES = 5
 MOTION = ("body", "prompt", "key", "picks")
 
 
-def played(size: int, **kwargs: Any) -> FastMemoryMazeVecEnv:
-    """Copies at different places, some against walls, some at the prompted target."""
+def make_env(size: int, **kwargs: Any) -> FastMemoryMazeVecEnv:
+    """An environment whose copies are at different positions, one of them next to its prompted target."""
     env = FastMemoryMazeVecEnv(COPIES, size, **kwargs)
     env.reset_tensors(3)
     for step in range(6):
@@ -23,7 +23,7 @@ def played(size: int, **kwargs: Any) -> FastMemoryMazeVecEnv:
     return env
 
 
-def advanced(backend: Any, env: FastMemoryMazeVecEnv, substeps: int, device: str = "cpu") -> list[torch.Tensor]:
+def advance(backend: Any, env: FastMemoryMazeVecEnv, substeps: int, device: str = "cpu") -> list[torch.Tensor]:
     state = [getattr(env, key).to(device).clone() for key in MOTION]
     reward, rewards = torch.zeros(COPIES, device=device), []
     cells, spheres = env.cells.to(device), env.spheres.to(device)
@@ -34,7 +34,7 @@ def advanced(backend: Any, env: FastMemoryMazeVecEnv, substeps: int, device: str
     return [value.cpu() for value in (*state, *rewards)]
 
 
-def drawn(backend: Any, env: FastMemoryMazeVecEnv, top: bool, side: int, device: str = "cpu") -> np.ndarray:
+def draw(backend: Any, env: FastMemoryMazeVecEnv, top: bool, side: int, device: str = "cpu") -> np.ndarray:
     env._backend, env.device = backend, torch.device(device)
     env.texels = torch.from_numpy(textures.texels()).to(device)
     for key in ("cells", "spheres", "colours", *MOTION):
@@ -43,9 +43,9 @@ def drawn(backend: Any, env: FastMemoryMazeVecEnv, top: bool, side: int, device:
 
 
 @pytest.mark.parametrize(("size", "good_visibility", "substeps"), [(9, False, 7), (11, True, 5)])
-def test_bodies_move_equally(size: int, good_visibility: bool, substeps: int) -> None:
-    env = played(size, good_visibility=good_visibility)
-    fast, slow = (advanced(backend, env, substeps) for backend in (cpu, plain))
+def test_backends_agree_on_physics(size: int, good_visibility: bool, substeps: int) -> None:
+    env = make_env(size, good_visibility=good_visibility)
+    fast, slow = (advance(backend, env, substeps) for backend in (cpu, plain))
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
     assert good_visibility or fast[4].any(), "the prompted target should have been touched"
@@ -55,12 +55,12 @@ def test_bodies_move_equally(size: int, good_visibility: bool, substeps: int) ->
 @pytest.mark.parametrize(
     ("size", "good_visibility", "top", "side"), [(9, False, False, 65), (15, True, False, 51), (11, False, True, 67)]
 )
-def test_pictures_are_equal(size: int, good_visibility: bool, top: bool, side: int) -> None:
-    env = played(size, good_visibility=good_visibility)
-    fast, slow = (drawn(backend, env, top, side).astype(int) for backend in (cpu, plain))
-    away = np.abs(fast - slow)
-    # numba's logarithm and order of sums may turn a rounding, and a ray that meets an edge exactly
-    assert (away > 1).mean() < 1e-3 and (away > 0).mean() < 0.01 and fast.std() > 10
+def test_backends_agree_on_images(size: int, good_visibility: bool, top: bool, side: int) -> None:
+    env = make_env(size, good_visibility=good_visibility)
+    fast, slow = (draw(backend, env, top, side).astype(int) for backend in (cpu, plain))
+    difference = np.abs(fast - slow)
+    # numba's approximate logarithm and order of sums may change a rounding, or the side of an edge that a ray hits
+    assert (difference > 1).mean() < 1e-3 and (difference > 0).mean() < 0.01 and fast.std() > 10
     env.close()
 
 
@@ -77,18 +77,18 @@ def test_mipmaps_are_means_of_the_level_before() -> None:
         assert np.abs(mean - coarse).max() <= 0.5
 
 
-def test_the_cache_sees_every_source() -> None:
+def test_the_digest_covers_every_source() -> None:
     assert {f"{name}.py" for name in dialect.SOURCES} <= {path.name for path in dialect.HERE.iterdir()}
     assert dialect.digest() == dialect.digest() > 0
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(("size", "good_visibility", "substeps"), [(9, False, 50), (15, True, 5)])
-def test_bodies_move_equally_on_cuda(size: int, good_visibility: bool, substeps: int) -> None:
+def test_cuda_agrees_on_physics(size: int, good_visibility: bool, substeps: int) -> None:
     from longdream.envs.fast_memory_maze import cuda
 
-    env = played(size, good_visibility=good_visibility)
-    fast, slow = advanced(cuda, env, substeps, "cuda"), advanced(cpu, env, substeps)
+    env = make_env(size, good_visibility=good_visibility)
+    fast, slow = advance(cuda, env, substeps, "cuda"), advance(cpu, env, substeps)
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
     env.close()
@@ -98,13 +98,13 @@ def test_bodies_move_equally_on_cuda(size: int, good_visibility: bool, substeps:
 @pytest.mark.parametrize(
     ("size", "good_visibility", "top", "side"), [(9, False, False, 65), (15, True, False, 51), (11, False, True, 67)]
 )
-def test_pictures_are_equal_on_cuda(size: int, good_visibility: bool, top: bool, side: int) -> None:
+def test_cuda_agrees_on_images(size: int, good_visibility: bool, top: bool, side: int) -> None:
     from longdream.envs.fast_memory_maze import cuda
 
-    env = played(size, good_visibility=good_visibility)
-    slow, fast = drawn(cpu, env, top, side).astype(int), drawn(cuda, env, top, side, "cuda").astype(int)
-    away = np.abs(fast - slow)
-    assert (away > 1).mean() < 5e-3 and (away > 0).mean() < 0.02  # float32 there
+    env = make_env(size, good_visibility=good_visibility)
+    slow, fast = draw(cpu, env, top, side).astype(int), draw(cuda, env, top, side, "cuda").astype(int)
+    difference = np.abs(fast - slow)
+    assert (difference > 1).mean() < 5e-3 and (difference > 0).mean() < 0.02  # CUDA computes in float32
     env.close()
 
 
@@ -115,9 +115,10 @@ def test_frames_stay_on_the_device() -> None:
     host.reset_tensors(0)
     for step in range(20):
         actions = torch.tensor([1, step % 6, 4])
-        rows, same = env.step_tensors(actions), host.step_tensors(actions)
+        rows = env.step_tensors(actions)
+        expected = host.step_tensors(actions)
     assert all(value.is_cuda for value in rows)
-    assert (rows.obs.cpu().int() - same.obs.int()).abs().float().mean() < 0.05
+    assert (rows.obs.cpu().int() - expected.obs.int()).abs().float().mean() < 0.05
     np.testing.assert_allclose(env.get_probes()["agent_pos"], host.get_probes()["agent_pos"], atol=1e-5)
     state = env.get_state()
     host.set_state(state)

@@ -1,4 +1,4 @@
-"""The twin of Memory Maze as an environment: rows, seeds, copies that do not know of each other, mistakes."""
+"""The fast Memory Maze as an environment: rows, seeds, independence of the copies, and error messages."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from longdream.envs.fast_memory_maze.mazes import COLOURS, episode
 from longdream.envs.memory_maze.sizes import SIZES
 
 ID = "longdream/FastMemoryMaze-9x9-v0"
-SHORT = {"control_freq": 0.04}  # ten steps an episode, of 5,000 substeps
+SHORT = {"control_freq": 0.04}  # ten steps per episode, each of 5,000 substeps
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def same(a: list[tuple[np.ndarray, ...]], b: list[tuple[np.ndarray, ...]]) -> bo
     return all(np.array_equal(x, y) for s, t in zip(a, b, strict=True) for x, y in zip(s, t, strict=True))
 
 
-def test_it_is_registered_natively_vectorised() -> None:
+def test_the_registration_has_a_vector_class() -> None:
     env = gym.make_vec(ID, num_envs=3, vectorization_mode="vector_entry_point")
     assert isinstance(env, FastMemoryMazeVecEnv) and env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
     assert env.observation_space.shape == (3, 64, 64, 3) and env.single_action_space == gym.spaces.Discrete(6)
@@ -62,7 +62,7 @@ def test_one_copy_is_a_gymnasium_environment(size: int) -> None:
     env.close()
 
 
-def test_one_copy_has_probes_and_ends_once() -> None:
+def test_one_copy_has_probes_and_needs_reset_after_the_end() -> None:
     env = gym.make(ID, probes=True, disable_env_checker=True, **SHORT).unwrapped
     with pytest.raises(ResetNeeded, match="call reset"):
         env.step(0)
@@ -78,8 +78,8 @@ def test_one_copy_has_probes_and_ends_once() -> None:
         env.step(7)
 
 
-def test_it_runs_in_workers() -> None:
-    vector = AsyncVectorEnv([lambda: gym.make("envs:" + ID)] * 2, context="forkserver")
+def test_it_runs_in_worker_processes() -> None:
+    vector = AsyncVectorEnv([lambda: gym.make("longdream:" + ID)] * 2, context="forkserver")
     frames, _ = vector.reset(seed=5)
     alone = gym.make(ID)
     assert np.array_equal(frames[1], alone.reset(seed=6)[0])
@@ -116,17 +116,19 @@ def test_seeds_decide_everything(make: Any) -> None:
     assert not np.array_equal(env.reset()[0], again), "without a seed the next episode begins"
 
 
-def test_seeds_mean_the_same_in_another_process() -> None:
+def test_a_seed_gives_the_same_episode_in_another_process() -> None:
     code = (
-        "import gymnasium as gym, envs, hashlib\n"
+        "import gymnasium as gym, hashlib, longdream\n"
         f"env = gym.make('{ID}')\nframe = env.reset(seed=11)[0]\n"
         "for a in (1, 4, 5, 2): frame = env.step(a)[0]\nprint(hashlib.sha256(frame.tobytes()).hexdigest())"
     )
-    told = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
-    assert told[0].stdout == told[1].stdout and len(told[0].stdout) > 60
+    outputs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)
+    ]
+    assert outputs[0].stdout == outputs[1].stdout and len(outputs[0].stdout) > 60
 
 
-def test_a_copy_alone_is_the_same_as_among_many(make: Any) -> None:
+def test_a_copy_does_not_depend_on_the_other_copies(make: Any) -> None:
     many, alone = make(64, **SHORT), make(1, **SHORT)
     actions = np.random.default_rng(1).integers(6, size=(13, 64))
     first, single = many.reset(seed=100)[0], alone.reset(seed=137)[0]
@@ -135,7 +137,7 @@ def test_a_copy_alone_is_the_same_as_among_many(make: Any) -> None:
     assert same([tuple(x[37:38] for x in row) for row in rows], own)
 
 
-def test_threads_change_nothing(make: Any) -> None:
+def test_the_number_of_threads_does_not_matter(make: Any) -> None:
     actions = np.random.default_rng(1).integers(6, size=(4, 7))
     runs = []
     for threads in (1, 3):
@@ -155,7 +157,7 @@ def test_a_world_continues_exactly() -> None:
     for action in actions[:7]:
         world.step(action)
     state = world.get_state()
-    rows = [world.step(action) for action in actions[7:]]  # over the ends of two episodes
+    rows = [world.step(action) for action in actions[7:]]  # across the ends of two episodes
     other.reset()
     other.set_state(state)
     for action, row in zip(actions[7:], rows, strict=True):
@@ -165,7 +167,7 @@ def test_a_world_continues_exactly() -> None:
     other.close()
 
 
-def test_tensors_are_what_arrays_are(make: Any) -> None:
+def test_tensor_methods_equal_array_methods(make: Any) -> None:
     env, other = make(2), make(2)
     assert np.array_equal(env.reset(seed=0)[0], other.reset_tensors(0).numpy())
     row, rows = env.step(np.array([1, 2])), other.step_tensors(torch.tensor([1, 2], dtype=torch.int32))
@@ -175,7 +177,7 @@ def test_tensors_are_what_arrays_are(make: Any) -> None:
     assert reward.shape == truncated.shape == (2,)
 
 
-def test_the_prompt_is_the_frame_and_touching_it_is_rewarded(make: Any) -> None:
+def test_the_frame_shows_the_prompt_and_touching_it_is_rewarded(make: Any) -> None:
     env = make(1, probes=True)
     frames, info = env.reset(seed=4)
     prompts = []
@@ -183,17 +185,17 @@ def test_the_prompt_is_the_frame_and_touching_it_is_rewarded(make: Any) -> None:
         colour = (info["target_color"][0].astype(float) * 255 * 0.7).astype(int)
         assert np.abs(frames[0, [0, 1, -1, 5], [9, 0, 30, -1]].astype(int) - colour).max() <= 1
         prompts.append(int(info["target_index"][0]))
-        # at 0.39 cells from its centre the prompted target is not touched yet, at 0.38 it is (docs)
+        # the target is touched at 0.38 cells from its centre, and not at 0.395 (docs/fast-memory-maze.md)
         target = (info["targets_pos"][0, prompts[-1]] + 1) * scene.CELL
-        for away, reward in ((0.79, 0.0), (0.76, 1.0)):
-            env.body[0] = torch.tensor([target[0] + away, target[1], 0.2, 0, 0, 0, 0, 0, 0])
-            frames, got, *_, info = env.step(np.array([0]))
-            assert got[0] == reward
+        for distance, reward in ((0.79, 0.0), (0.76, 1.0)):
+            env.body[0] = torch.tensor([target[0] + distance, target[1], 0.2, 0, 0, 0, 0, 0, 0])
+            frames, received, *_, info = env.step(np.array([0]))
+            assert received[0] == reward
         assert info["target_index"][0] != prompts[-1]
     assert set(prompts) == {0, 1, 2}
 
 
-def test_another_target_than_the_prompted_one_means_nothing(make: Any) -> None:
+def test_touching_another_target_has_no_effect(make: Any) -> None:
     env = make(1, probes=True)
     info = env.reset(seed=4)[1]
     other = (int(info["target_index"][0]) + 1) % 3
@@ -226,7 +228,7 @@ def test_probes_agree_with_each_other_and_with_motion(make: Any) -> None:
     assert (cross > 0.1).all(), "left is anticlockwise"
 
 
-def test_options_are_seen(make: Any) -> None:
+def test_options_change_the_observation(make: Any) -> None:
     plain = make(1).reset(seed=1)[0]
     assert make(1, camera_resolution=96).reset(seed=1)[0].shape == (1, 96, 96, 3)
     for options in ({"top_camera": True}, {"good_visibility": True}):
@@ -239,7 +241,7 @@ def test_options_are_seen(make: Any) -> None:
     assert [frame.shape for frame in rendered.render()] == [(480, 480, 3)] * 2
 
 
-def test_mazes_do_not_repeat_and_follow_the_rules() -> None:
+def test_mazes_differ_and_are_valid() -> None:
     made = [episode(9, False, seed, index) for seed in range(60) for index in range(5)]
     assert len({e.cells.tobytes() for e in made}) == len(made)
     walls = {tuple(np.unique(e.cells[e.cells >= scene.WALL])) for e in made}
@@ -252,7 +254,7 @@ def test_mazes_do_not_repeat_and_follow_the_rules() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "told"),
+    ("kwargs", "message"),
     [
         ({"size": 10}, "size=10: there are 9, 11, 13, 15"),
         ({"camera_resolution": 32}, "must be 64 to 480"),
@@ -264,18 +266,18 @@ def test_mazes_do_not_repeat_and_follow_the_rules() -> None:
         ({"num_envs": 0}, "at least 1 copy"),
     ],
 )
-def test_what_cannot_be_is_told(kwargs: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_arguments_are_reported(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         FastMemoryMazeVecEnv(**kwargs)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_cuda_is_told() -> None:
+def test_a_missing_cuda_device_is_reported() -> None:
     with pytest.raises(UserError, match="no CUDA device here; use device='cpu'"):
         FastMemoryMazeVecEnv(device="cuda")
 
 
-def test_wrong_calls_are_told(make: Any) -> None:
+def test_invalid_calls_are_reported(make: Any) -> None:
     env = make(2)
     with pytest.raises(ResetNeeded, match="reset before step"):
         env.step(np.array([0, 0]))
@@ -284,7 +286,7 @@ def test_wrong_calls_are_told(make: Any) -> None:
     with pytest.raises(UserError, match="not negative"):
         env.reset(seed=-5)
     env.reset(seed=0)
-    for bad, told in (([0, 6], "action 6"), ([-1, 0], "action -1"), ([0], r"\(1,\)"), ([0.5, 1.0], "float64")):
-        with pytest.raises(UserError, match=told):
+    for bad, message in (([0, 6], "action 6"), ([-1, 0], "action -1"), ([0], r"\(1,\)"), ([0.5, 1.0], "float64")):
+        with pytest.raises(UserError, match=message):
             env.step(np.array(bad))
     env.step(np.array([0, 5]))

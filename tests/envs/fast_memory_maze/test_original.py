@@ -1,4 +1,4 @@
-"""The twin beside the original: its constants, and what `longdream bench fidelity` measures, on a small scale."""
+"""The fast Memory Maze compared with the original: its constants, and `longdream bench fidelity` on a small scale."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ def real(request: pytest.FixtureRequest) -> Iterator[Any]:
     env.close()
 
 
-def test_the_body_has_the_compiled_model_s_constants(real: Any) -> None:
+def test_physics_constants_equal_the_compiled_models(real: Any) -> None:
     model, data = real.physics.model.ptr, real.physics.data.ptr
     rules, _ = plain.modules()
     mass = np.zeros((5, 5))
@@ -36,7 +36,7 @@ def test_the_body_has_the_compiled_model_s_constants(real: Any) -> None:
     shell = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, "walker/shell")
     ground = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, "ground")
     reference, impedance = model.geom_solref[shell], model.geom_solimp[shell]
-    found = {
+    expected = {
         "STEP": model.opt.timestep,
         "GRAVITY": -model.opt.gravity[2],
         "RADIUS": model.geom_size[shell, 0],
@@ -53,7 +53,7 @@ def test_the_body_has_the_compiled_model_s_constants(real: Any) -> None:
         "DAMPING": 2 / (impedance[1] * reference[0]),
         "TORSION": max(model.geom_friction[shell, 1], model.geom_friction[ground, 1]),
     }
-    for key, value in found.items():
+    for key, value in expected.items():
         assert getattr(rules, key) == pytest.approx(value, rel=1e-8), key
     assert max(model.geom_friction[shell, 0], model.geom_friction[ground, 0]) == 1
     np.testing.assert_array_equal(impedance, [0.9, 0.95, 0.001, 0.5, 2])
@@ -61,7 +61,7 @@ def test_the_body_has_the_compiled_model_s_constants(real: Any) -> None:
     assert real.substeps == 50
 
 
-def test_the_scene_has_the_compiled_model_s_constants(real: Any) -> None:
+def test_scene_constants_equal_the_compiled_models(real: Any) -> None:
     model, data = real.physics.model.ptr, real.physics.data.ptr
     high = real.arena.z_height < 1
     camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "walker/egocentric")
@@ -86,8 +86,8 @@ def test_the_scene_has_the_compiled_model_s_constants(real: Any) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_mazes_have_the_original_s_statistics(size: int) -> None:
-    """Free cells, cells of rooms, and targets: means of as many mazes within five standard errors."""
+def test_mazes_have_the_originals_statistics(size: int) -> None:
+    """The mean numbers of free cells and of room cells agree within five standard errors."""
     env = gym.make(f"longdream/MemoryMaze-{size}x{size}-v0", disable_env_checker=True).unwrapped
     rng, theirs, ours = np.random.default_rng(0), [], []
     arena = env.simulation.arena
@@ -108,26 +108,26 @@ def test_mazes_have_the_original_s_statistics(size: int) -> None:
 
 
 def test_fidelity(tmp_path: Path) -> None:
-    found = fidelity.measure(states=8, approaches=6, episodes=0, out=tmp_path)
-    assert found["psnr_mean"] >= 30 and found["psnr_p05"] >= 24
-    assert found["pose_error_1"] <= 1e-6, "where nothing but rounding differs"
-    assert found["pose_error_10_open"] <= 1e-5 and found["pose_error_10_contact"] <= 0.01
-    assert found["touch_agreement"] >= 0.95 and found["counts"]["pictures"] == 32
+    result = fidelity.measure(states=8, approaches=6, episodes=0, out=tmp_path)
+    assert result["psnr_mean"] >= 30 and result["psnr_p05"] >= 24
+    assert result["pose_error_1"] <= 1e-6, "where nothing but rounding differs"
+    assert result["pose_error_10_open"] <= 1e-5 and result["pose_error_10_contact"] <= 0.01
+    assert result["touch_agreement"] >= 0.95 and result["counts"]["pictures"] == 32
     assert imageio.imread(tmp_path / "fidelity-9x9.png").shape == (192, 576, 3)
 
 
 @pytest.mark.parametrize("options", [{"good_visibility": True}, {"top_camera": True}])
 def test_options_look_as_in_the_original(options: dict[str, bool]) -> None:
     env = gym.make("longdream/MemoryMaze-9x9-v0", disable_env_checker=True, **options).unwrapped
-    twin = FastMemoryMazeVecEnv(1, 9, **options)
+    fast = FastMemoryMazeVecEnv(1, 9, **options)
     env.reset(seed=2)
-    twin.reset_tensors(0)
+    fast.reset_tensors(0)
     for action in (1, 4, 1):
         frame = env.step(action)[0]
-    fidelity.match(twin, env.simulation)
-    assert fidelity.psnr(frame, twin.observe()[0].numpy()) >= 30
+    fidelity.match(fast, env.simulation)
+    assert fidelity.psnr(frame, fast.observe()[0].numpy()) >= 30
     env.close()
-    twin.close()
+    fast.close()
 
 
 def test_returns_are_compared() -> None:
@@ -141,11 +141,14 @@ def test_returns_are_compared() -> None:
 
 
 def test_bench_maze_measures_both() -> None:
-    found = maze.measure(copies=2, rounds=1, steps=2, upstream_steps=2)
-    assert found["device"] == "cpu" and found["copies"] == 2 and 0 < found["physics_share"] < 1
-    assert found["ratio"] == pytest.approx(found["steps_per_s"] / found["upstream_steps_per_s"], rel=0.05)
-    alone = maze.measure(copies=1, rounds=1, steps=1, upstream=False)
-    assert alone["ratio"] is alone["upstream_steps_per_s"] is None and alone["steps_per_s"] > 0
+    result = maze.measure(copies=2, rounds=1, steps=2, upstream_steps=2)
+    assert result["device"] == "cpu" and result["copies"] == 2 and 0 < result["physics_share"] < 1
+    assert result["ratio"] == pytest.approx(result["steps_per_s"] / result["upstream_steps_per_s"], rel=0.05)
+    without_upstream = maze.measure(copies=1, rounds=1, steps=1, upstream=False)
+    assert (
+        without_upstream["ratio"] is without_upstream["upstream_steps_per_s"] is None
+        and without_upstream["steps_per_s"] > 0
+    )
 
 
 def test_benches_refuse_nonsense() -> None:

@@ -1,4 +1,4 @@
-"""Memory Maze as a Gymnasium environment: spaces, seeds, options, ends, mistakes, and the wrappers people use."""
+"""Memory Maze as a Gymnasium environment: spaces, seeds, options, time limit, error messages and common wrappers."""
 
 import hashlib
 import subprocess
@@ -53,7 +53,7 @@ def test_gymnasium_and_stable_baselines_accept_it(env: gym.Env) -> None:
         sb3_check(fresh)
 
 
-def test_stable_baselines_learns_in_it() -> None:
+def test_stable_baselines_trains_in_it() -> None:
     from stable_baselines3 import PPO
 
     model = PPO("CnnPolicy", gym.make(ID), n_steps=16, batch_size=8, n_epochs=1, device="cpu", seed=0)
@@ -61,7 +61,7 @@ def test_stable_baselines_learns_in_it() -> None:
     assert model.num_timesteps == 16
 
 
-def test_the_same_seed_is_the_same_maze_here_and_in_another_process(env: gym.Env) -> None:
+def test_a_seed_gives_the_same_episode_in_another_process(env: gym.Env) -> None:
     here = walk(env, 11)
     code = "import sys; sys.path.insert(0, 'tests/envs/memory_maze'); import test_memory_maze as t;"
     code += "import gymnasium as gym, hashlib;"
@@ -70,17 +70,17 @@ def test_the_same_seed_is_the_same_maze_here_and_in_another_process(env: gym.Env
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == hashlib.sha256(here.tobytes()).hexdigest()
     assert "gym " not in done.stderr and "WARNING" not in done.stderr
-    np.testing.assert_array_equal(walk(env, 11), here)  # whatever was played before
+    np.testing.assert_array_equal(walk(env, 11), here)  # independent of earlier episodes
 
 
-def test_without_a_seed_the_stream_goes_on(env: gym.Env) -> None:
+def test_without_a_seed_the_next_episode_follows(env: gym.Env) -> None:
     seeds = (2, None, None, 2**70 + 2)
     first, again = ([env.reset(seed=seed)[1]["maze_layout"] for seed in seeds] for _ in range(2))
     np.testing.assert_array_equal(first, again)
     assert len({layout.tobytes() for layout in first}) == 4
 
 
-def test_nothing_random_is_left_to_the_global_generator(env: gym.Env) -> None:
+def test_the_global_generator_is_not_used(env: gym.Env) -> None:
     np.random.seed(1)
     before = walk(env, 5, WALK[:3])
     np.random.seed(2)
@@ -108,32 +108,33 @@ def test_an_episode_has_a_thousand_steps() -> None:
         assert sum(1 for _ in iter(lambda: simulation.step(0)[1], True)) + 1 == 1000
 
 
-def test_probes_fit_each_other(env: gym.Env) -> None:
+def test_probes_are_consistent(env: gym.Env) -> None:
     _, info = env.reset(seed=8)
     first = {key: np.copy(value) for key, value in info.items()}
     assert info["maze_layout"].dtype == np.uint8 and set(np.unique(info["maze_layout"])) == {0, 1}
     for place in (info["agent_pos"], *info["targets_pos"]):
         assert info["maze_layout"][int(place[1]), int(place[0])] == 1
     ahead, right = info["agent_dir"], info["agent_dir"][::-1] * [1, -1]
-    seen = (info["targets_pos"] - info["agent_pos"]) @ np.stack([right, ahead], 1)
-    np.testing.assert_allclose(info["targets_vec"], seen, atol=1e-6)
+    expected = (info["targets_pos"] - info["agent_pos"]) @ np.stack([right, ahead], 1)
+    np.testing.assert_allclose(info["targets_vec"], expected, atol=1e-6)
     assert np.linalg.norm(ahead) == pytest.approx(1)
     turned = env.step(2)[4]["agent_dir"]
     assert np.cross([*ahead, 0], [*turned, 0])[2] > 0.2  # left is anticlockwise
     moved = env.step(1)[4]
     for key, value in first.items():
-        np.testing.assert_array_equal(info[key], value)  # told once, it stays
+        np.testing.assert_array_equal(info[key], value)  # later steps must not change arrays that were returned before
         assert type(moved[key]) in (np.ndarray, np.int64)
 
 
-def test_forward_goes_along_the_direction(env: gym.Env) -> None:
-    _, info = env.reset(seed=5)  # a spot with room ahead
+def test_forward_moves_along_the_direction_of_view(env: gym.Env) -> None:
+    _, info = env.reset(seed=5)  # the agent has free space ahead
     *_, after = env.step(1)
-    way = after["agent_pos"] - info["agent_pos"]
-    assert way @ info["agent_dir"] == pytest.approx(np.linalg.norm(way), abs=1e-6) and np.linalg.norm(way) > 0.1
+    moved = after["agent_pos"] - info["agent_pos"]
+    distance = np.linalg.norm(moved)
+    assert moved @ info["agent_dir"] == pytest.approx(distance, abs=1e-6) and distance > 0.1
 
 
-def test_the_border_is_the_prompt(env: gym.Env) -> None:
+def test_the_border_has_the_prompts_colour(env: gym.Env) -> None:
     obs, info = env.reset(seed=4)
     color = (info["target_color"] * 255 * 0.7).astype(np.uint8)
     np.testing.assert_array_equal(obs[:2], np.broadcast_to(color, (2, 64, 3)))
@@ -142,16 +143,18 @@ def test_the_border_is_the_prompt(env: gym.Env) -> None:
 
 
 def test_render_modes() -> None:
-    pictures = {}
+    frames = {}
     for mode in ("rgb_array", "top"):
         with closing(gym.make(ID, render_mode=mode)) as env:
             obs, _ = env.reset(seed=6)
-            pictures[mode] = env.render()
-            np.testing.assert_array_equal(env.step(1)[0], walk(env, 6, [1])[1])  # drawing large changes no frame
-    assert pictures["rgb_array"].shape == pictures["top"].shape == (480, 480, 3)
-    small = pictures["rgb_array"][30:-30, 30:-30].astype(float).mean((0, 1))
+            frames[mode] = env.render()
+            np.testing.assert_array_equal(
+                env.step(1)[0], walk(env, 6, [1])[1]
+            )  # rendering does not change the observations
+    assert frames["rgb_array"].shape == frames["top"].shape == (480, 480, 3)
+    small = frames["rgb_array"][30:-30, 30:-30].astype(float).mean((0, 1))
     np.testing.assert_allclose(small, obs[4:-4, 4:-4].astype(float).mean((0, 1)), atol=6)
-    red, blue = pictures["top"][..., 0].astype(int), pictures["top"][..., 2].astype(int)
+    red, blue = frames["top"][..., 0].astype(int), frames["top"][..., 2].astype(int)
     assert ((blue > 100) & (red < 10)).sum() > 20  # the blue ear
     with closing(gym.make(ID)) as env:
         env.reset(seed=6)
@@ -160,7 +163,7 @@ def test_render_modes() -> None:
 
 @pytest.mark.parametrize("vector", [SyncVectorEnv, partial(AsyncVectorEnv, context="forkserver")])
 def test_vector_environments(vector) -> None:
-    make = partial(gym.make, "envs:" + ID, probes=True)
+    make = partial(gym.make, "longdream:" + ID, probes=True)
     with closing(vector([make, make])) as envs:
         obs, infos = envs.reset(seed=[3, 4])
         assert obs.shape == (2, 64, 64, 3) and infos["agent_pos"].shape == (2, 2)
@@ -169,7 +172,7 @@ def test_vector_environments(vector) -> None:
         np.testing.assert_array_equal(np.stack(frames)[:, 1], walk(alone, 4, WALK[:4]))
 
 
-def test_a_world_of_it_continues_exactly() -> None:
+def test_a_world_continues_exactly() -> None:
     with closing(World(ID, 2, 3)) as world, closing(World(ID, 2, 3)) as other:
         world.reset()
         rng = np.random.default_rng(0)
@@ -189,22 +192,22 @@ def test_videos_are_recorded(tmp_path: Path) -> None:
     assert [path.stat().st_size > 1000 for path in tmp_path.glob("*.mp4")] == [True]
 
 
-def test_options_change_what_they_say() -> None:
-    seen = {}
+def test_options_have_their_effect() -> None:
+    frames = {}
     for name, options in {"": {}, "low": {"good_visibility": True}, "top": {"top_camera": True}}.items():
         with closing(MemoryMazeEnv(9, **options)) as env:
-            seen[name], _ = env.reset(seed=9)
+            frames[name], _ = env.reset(seed=9)
     with closing(MemoryMazeEnv(9, camera_resolution=96)) as env:
         obs, _ = env.reset(seed=9)
         assert obs.shape == (96, 96, 3) and obs in env.observation_space
     with closing(MemoryMazeEnv(9, probes=True, randomize_colors=True)) as env:
         colors = {tuple(env.reset(seed=seed)[1]["target_color"].round(3)) for seed in range(5)}
-    assert not np.array_equal(seen[""], seen["low"]) and not np.array_equal(seen[""], seen["top"])
+    assert not np.array_equal(frames[""], frames["low"]) and not np.array_equal(frames[""], frames["top"])
     assert len(colors) > 2
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"size": 10}, "size=10: there are 9, 11, 13, 15"),
         ({"camera_resolution": 32}, "camera_resolution=32: it must be 64 to 480"),
@@ -214,12 +217,12 @@ def test_options_change_what_they_say() -> None:
         ({"render_mode": "human"}, "render_mode='human': use None"),
     ],
 )
-def test_an_option_that_cannot_be_is_told(options: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_options_are_reported(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         MemoryMazeEnv(**{"size": 9, **options})
 
 
-def test_a_step_that_cannot_be_is_told() -> None:
+def test_invalid_steps_are_reported() -> None:
     with closing(MemoryMazeEnv(9)) as env:
         with pytest.raises(ResetNeeded, match="call reset before step"):
             env.step(0)
@@ -230,14 +233,14 @@ def test_a_step_that_cannot_be_is_told() -> None:
         assert env.step(np.int64(1))[0].shape == (64, 64, 3)
 
 
-def test_known_returns_are_told_by_id() -> None:
+def test_known_returns_by_id() -> None:
     assert references(ID) == {"random": 0.22, "human": 26.4, "oracle": 34.8}
-    assert references("envs:longdream/FastMemoryMaze-15x15-v0")["oracle"] == 87.7
+    assert references("longdream:longdream/FastMemoryMaze-15x15-v0")["oracle"] == 87.7
     assert references(ID, {"probes": True}) and not references(ID, {"control_freq": 8.0})
     assert references("longdream/Recall-v0") == references("longdream/MemoryMaze-9x11-v0") == {}
 
 
-def test_the_package_is_left_as_it_was_found() -> None:
+def test_making_it_leaves_modules_and_warning_filters_unchanged() -> None:
     code = "import gymnasium as gym, longdream, sys, warnings; before = list(warnings.filters);"
     code += f"gym.make('{ID}'); assert warnings.filters == before;"
     code += "print('gym' in sys.modules, 'memory_maze' in sys.modules, 'memory_maze.maze' in sys.modules)"

@@ -1,4 +1,4 @@
-"""Scripted policies: their geometry beside a slow truth, and what they reach in the real maze."""
+"""Scripted policies: their geometry, compared with slow references, and their returns in the original Memory Maze."""
 
 from collections import deque
 
@@ -6,35 +6,36 @@ import numpy as np
 import pytest
 
 from longdream.envs.memory_maze.env import MemoryMazeEnv, simulation_class, upstream_imports
-from longdream.envs.memory_maze.policies import Navigator, Oracle, Pilot, Policy, Random, aim, distances, visible
+from longdream.envs.memory_maze.policies import Navigator, Oracle, PathFollower, Policy, Random, aim, distances, visible
 
 
 def slow_distances(layout: np.ndarray, x: int, y: int) -> np.ndarray:
-    """Breadth-first, a cell at a time."""
-    far = np.full(layout.shape, np.inf)
-    far[y, x], queue = 0, deque([(x, y)])
+    """Breadth-first search, one cell at a time."""
+    distance = np.full(layout.shape, np.inf)
+    distance[y, x] = 0
+    queue = deque([(x, y)])
     while queue:
         x, y = queue.popleft()
         for u, v in ((x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1)):
             inside = 0 <= u < layout.shape[1] and 0 <= v < layout.shape[0]
-            if inside and layout[v, u] and far[v, u] == np.inf:
-                far[v, u] = far[y, x] + 1
+            if inside and layout[v, u] and distance[v, u] == np.inf:
+                distance[v, u] = distance[y, x] + 1
                 queue.append((u, v))
-    return far
+    return distance
 
 
 @pytest.mark.parametrize(("n", "size"), [(1, 1), (3, 5), (7, 9), (2, 15)])
-def test_distances_are_those_of_a_plain_search(n: int, size: int) -> None:
+def test_distances_equal_those_of_breadth_first_search(n: int, size: int) -> None:
     rng = np.random.default_rng(size)
     layout = (rng.random((n, size, size)) < 0.7).astype(np.uint8)
     goal = rng.integers(size, size=(n, 2)) + 0.3
     layout[np.arange(n), goal[:, 1].astype(int), goal[:, 0].astype(int)] = 1
-    found = distances(layout, goal)
+    result = distances(layout, goal)
     for i in range(n):
-        np.testing.assert_array_equal(found[i], slow_distances(layout[i], *goal[i].astype(int)))
+        np.testing.assert_array_equal(result[i], slow_distances(layout[i], *goal[i].astype(int)))
 
 
-def test_walls_hide_and_corners_are_not_cut_too_close() -> None:
+def test_walls_block_the_view_and_corners_need_clearance() -> None:
     layout = np.array([[[1, 1, 1], [1, 0, 1], [1, 1, 1]]] * 5, np.uint8)
     a = np.array([(0.5, 0.5)] * 5)
     b = np.array([(2.5, 0.5), (0.5, 2.5), (2.5, 2.5), (1.9, 0.95), (2.95, 0.5)])
@@ -43,17 +44,18 @@ def test_walls_hide_and_corners_are_not_cut_too_close() -> None:
     assert not visible(layout[:1], a[:1], np.array([(2.5, 0.01)]))
 
 
-def test_the_aim_is_the_farthest_place_in_sight() -> None:
+def test_aim_is_the_farthest_visible_point() -> None:
     layout = np.ones((1, 5, 5), np.uint8)
     layout[0, 1:, 1:4] = 0  # two corridors joined along y = 0
-    here, goal = np.array([(0.5, 4.5)]), np.array([(4.5, 4.5)])
-    far = distances(layout, goal)
-    np.testing.assert_array_equal(aim(layout, far, here, goal), [(0.5, 0.5)])
-    np.testing.assert_array_equal(aim(layout, far, np.array([(4.5, 0.5)]), goal), goal)
+    position = np.array([(0.5, 4.5)])
+    goal = np.array([(4.5, 4.5)])
+    distance = distances(layout, goal)
+    np.testing.assert_array_equal(aim(layout, distance, position, goal), [(0.5, 0.5)])
+    np.testing.assert_array_equal(aim(layout, distance, np.array([(4.5, 0.5)]), goal), goal)
 
 
 class Mazes:
-    """Real mazes without pictures, their probes stacked."""
+    """Several original Memory Mazes without rendering, with their probes stacked."""
 
     def __init__(self, size: int, seeds: list[int]) -> None:
         make = simulation_class(draws=False)
@@ -76,34 +78,35 @@ class Mazes:
         return np.array(rewards), np.array(actions)
 
 
-def test_the_oracle_finds_what_chance_does_not() -> None:
+def test_the_oracle_reaches_targets_and_random_actions_do_not() -> None:
     rewards, actions = Mazes(9, [0, 1, 2]).play(Oracle(), 400)
     assert (rewards.sum(0) >= 5).all()  # 28 in 1,000 steps, on average
     assert actions.dtype == np.int64
     chance, _ = Mazes(9, [0]).play(Random(np.random.default_rng(0)), 100)
     assert chance.sum() <= 1
-    alone, same = Mazes(9, [1]).play(Oracle(), 60)
-    np.testing.assert_array_equal(same[:, 0], actions[:60, 1])
-    np.testing.assert_array_equal(alone[:, 0], rewards[:60, 1])
+    single_rewards, single_actions = Mazes(9, [1]).play(Oracle(), 60)
+    np.testing.assert_array_equal(single_actions[:, 0], actions[:60, 1])
+    np.testing.assert_array_equal(single_rewards[:, 0], rewards[:60, 1])
 
 
 def test_the_navigator_wanders_through_the_whole_maze() -> None:
     mazes = Mazes(9, [3])
     policy = Navigator(np.random.default_rng(0))
     policy.reset(1)
-    seen, points = set(), set()
+    visited = set()
+    goals = set()
     for _ in range(600):
         probes = mazes.probes()
         mazes.copies[0].step(policy.act(probes)[0])
-        seen.add(tuple(probes["agent_pos"][0].astype(int)))
-        points.add(tuple(policy.goal[0]))
-    assert len(seen) > 0.5 * probes["maze_layout"].sum()
-    assert len(points) > 8
-    for x, y in points:
+        visited.add(tuple(probes["agent_pos"][0].astype(int)))
+        goals.add(tuple(policy.goal[0]))
+    assert len(visited) > 0.5 * probes["maze_layout"].sum()
+    assert len(goals) > 8
+    for x, y in goals:
         assert probes["maze_layout"][0, int(y), int(x)] == 1
 
 
-def test_noise_replaces_that_share_of_the_actions() -> None:
+def test_noise_is_the_fraction_of_random_actions() -> None:
     n, rng = 500, np.random.default_rng(0)
     probes = {
         "maze_layout": np.ones((n, 9, 9), np.uint8),
@@ -112,13 +115,13 @@ def test_noise_replaces_that_share_of_the_actions() -> None:
     }
     policy = Navigator(rng, noise=0.5)
     policy.reset(n)
-    noisy = policy.act(probes)
-    pilot = Pilot()
-    pilot.reset(n)
-    assert (noisy != pilot.act(probes, policy.goal)).mean() == pytest.approx(0.5 * 5 / 6, abs=0.07)
+    actions = policy.act(probes)
+    follower = PathFollower()
+    follower.reset(n)
+    assert (actions != follower.act(probes, policy.goal)).mean() == pytest.approx(0.5 * 5 / 6, abs=0.07)
 
 
-def test_touches_are_upstreams() -> None:
+def test_touches_equal_upstreams() -> None:
     ours = MemoryMazeEnv(9, probes=True)
     with upstream_imports():
         from memory_maze import tasks
@@ -126,7 +129,9 @@ def test_touches_are_upstreams() -> None:
     policy = Oracle()
     policy.reset(1)
     obs, info = ours.reset(seed=3)
-    step, total, prompts = theirs.reset(), 0.0, []
+    step = theirs.reset()
+    total = 0.0
+    prompts = []
     for _ in range(150):
         np.testing.assert_array_equal(obs, step.observation)
         action = policy.act({key: np.asarray(value)[None] for key, value in info.items()})[0]

@@ -1,10 +1,10 @@
-"""A side environment with MineRL 0.4.4's Python half and without Minecraft.
+"""Builds a virtual environment with the Python part of MineRL 0.4.4, without Minecraft.
 
-    python tests/envs/minerl_side.py PYTHON FOLDER
+    python tests/envs/minerl/minerl_side.py PYTHON FOLDER
 
-The source distribution is unpacked, not installed: its set-up builds the game with Java. FOLDER then holds a virtual
-environment, the package `minerl`, and `minerl_fake.py`, which makes MineRL's own fake environment for any of its tasks.
-Whatever MineRL says about spaces, actions and observations is then said by its own code.
+The source distribution is unpacked, not installed, because its setup builds the game with Java. FOLDER then holds the
+virtual environment, the package `minerl`, and `minerl_fake.py`, which makes MineRL's fake environment for any of its
+tasks. Spaces, actions and observations therefore come from MineRL's own code.
 """
 
 import hashlib
@@ -73,13 +73,13 @@ def make(task, drawn=False, steps=20):
 
 
 def recipe(version: str) -> str:
-    """A word that changes with what is built."""
-    told = repr((version, SOURCE, TOOLS, NEEDS, FAKE))
-    return f"minerl-side-{version}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    """A folder name that changes with everything that is built."""
+    parts = repr((version, SOURCE, TOOLS, NEEDS, FAKE))
+    return f"minerl-side-{version}-{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
 
 
 def build(python: str, folder: Path) -> Path:
-    """Make it in a folder that is not there yet, with an interpreter of 3.8 to 3.10; its own interpreter comes back."""
+    """Build it in a new folder with an interpreter of 3.8 to 3.10. Returns the virtual environment's interpreter."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         made = Path(work) / "side"
@@ -98,7 +98,7 @@ def build(python: str, folder: Path) -> Path:
                     member.name = f"minerl/{name}"
                     packed.extract(member, made, filter="data")
         (made / "minerl_fake.py").write_text(FAKE)
-        shutil.move(made, folder)  # whole or not at all
+        shutil.move(made, folder)  # atomic: the folder is complete or does not exist
     return interpreter(folder)
 
 
@@ -114,5 +114,7 @@ def run(*command: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python tests/envs/minerl_side.py PYTHON FOLDER   (PYTHON: an interpreter of 3.8 to 3.10)")
+        sys.exit(
+            "usage: python tests/envs/minerl/minerl_side.py PYTHON FOLDER   (PYTHON: an interpreter of 3.8 to 3.10)"
+        )
     print(build(sys.argv[1], Path(sys.argv[2])))

@@ -15,7 +15,7 @@ from gymnasium.utils.env_checker import check_env
 from other_pythons import interpreters
 
 from longdream.agent.config import options
-from longdream.agent.train import online as loop
+from longdream.agent.train.trainer import OnlineTrainer
 from longdream.envs.minerl.actions import Flat, action_set
 from longdream.envs.minerl.controls import CONTROLS, Controls
 from longdream.envs.minerl.env import MineRLEnv
@@ -28,10 +28,10 @@ KINDS = ("flat", "factored", "vpt")
 @pytest.fixture(scope="session")
 def side() -> dict[str, Any]:
     """Arguments that lead to the side environment; it is made once a machine."""
-    found = [(v, path) for v in minerl_side.VERSIONS for path in interpreters(v)]
-    if not found:
+    candidates = [(v, path) for v in minerl_side.VERSIONS for path in interpreters(v)]
+    if not candidates:
         pytest.skip(f"there is no Python {', '.join(minerl_side.VERSIONS)} with pip here")
-    version, python = found[0]
+    version, python = candidates[0]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "longdream"
     folder = cache / minerl_side.recipe(version)
     made = minerl_side.interpreter(folder)
@@ -75,7 +75,7 @@ def test_every_action_of_every_set_lies_in_the_action_space(task: str, make: Cal
                 drawn[:, factor] = np.arange(size)
                 actions += [*drawn]
         for action in actions:
-            env._looks = 0.0
+            env._pitch = 0.0
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # a refused action would be a fault that is survived with a warning
                 _, _, _, truncated, info = env.step(action)
@@ -107,10 +107,10 @@ def test_every_observation_converts(task: str, make: Callable[..., MineRLEnv]) -
         np.testing.assert_allclose([np.square(obs["compass"]).sum() for obs in seen], 1, rtol=1e-5)
 
 
-def test_numbers_stand_under_the_name_that_they_have(make: Callable[..., MineRLEnv]) -> None:
+def test_entries_match_their_names(make: Callable[..., MineRLEnv]) -> None:
     env = make("NavigateDense", drawn=True)
     far = env.remote.reset(seed=1)[0]
-    obs = env._seen(far)
+    obs = env._convert(far)
     assert obs["inventory"][env.names["inventory"].index("dirt")] == far["inventory"]["dirt"]
     assert np.rad2deg(np.arctan2(*obs["compass"])) == pytest.approx(far["compass"]["angle"], abs=1e-3)
 
@@ -142,7 +142,7 @@ def test_ticks_of_an_action(make: Callable[..., MineRLEnv]) -> None:
     assert env.step(number["noop"])[0]["image"].dtype == np.uint8
 
 
-def test_the_action_space_is_told_apart_from_others(side: dict[str, Any]) -> None:
+def test_other_action_spaces_are_refused(side: dict[str, Any]) -> None:
     with pytest.raises(Exception, match="no action space of a MineRL task"):
         MineRLEnv("Treechop", side["python"], env="gym:CartPole-v1", environ=side["environ"])
     plain = RemoteEnv(**side, kwargs={"task": "ObtainDiamond"})
@@ -160,5 +160,5 @@ def test_a_training_run_goes_through_the_whole_loop(side: dict[str, Any], tmp_pa
             "evaluate.final_episodes": 1,
         },
     )
-    found = loop.train(config, tmp_path / "run", console=False)
-    assert found["updates"] > 0 and found["episodes"] == 1 and found["length_mean"] == 8
+    summary = OnlineTrainer.train(config, tmp_path / "run", console=False)
+    assert summary["updates"] > 0 and summary["episodes"] == 1 and summary["length_mean"] == 8

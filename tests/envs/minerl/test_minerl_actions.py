@@ -72,7 +72,7 @@ def test_the_camera_is_finest_near_rest() -> None:
     np.testing.assert_array_equal(camera_bins(np.array([-500.0, 500.0])), [0, 10])
 
 
-def test_what_a_player_does_at_once_becomes_the_nearest_action() -> None:
+def test_encode_chooses_the_nearest_action() -> None:
     ticks = {
         "forward": [1, 1, 0, 0, 1, 1],
         "back": [0, 1, 0, 0, 0, 0],
@@ -82,9 +82,9 @@ def test_what_a_player_does_at_once_becomes_the_nearest_action() -> None:
         "camera": [[0, 0], [0, 0], [0, 2], [30, 0], [0, 0], [-1, 1]],
     }
     flat = action_set("flat", CONTROLS["ObtainDiamond"], "ObtainDiamond")
-    told = [flat.names[0][number] for number in flat.encode(ticks)]
-    assert told[0] == "forward" and told[2:4] == ["attack", "craft_planks"] and told[5] == "forward_jump"
-    assert told[4] in ("attack", "forward")
+    chosen = [flat.names[0][number] for number in flat.encode(ticks)]
+    assert chosen[0] == "forward" and chosen[2:4] == ["attack", "craft_planks"] and chosen[5] == "forward_jump"
+    assert chosen[4] in ("attack", "forward")
     factored = action_set("factored", CONTROLS["ObtainDiamond"], "ObtainDiamond")
     names = [
         {names[number] for names, number in zip(factored.names, row, strict=True)} for row in factored.encode(ticks)
@@ -93,7 +93,7 @@ def test_what_a_player_does_at_once_becomes_the_nearest_action() -> None:
     assert {"attack", "forward"} <= names[4] and "planks" in names[3] and "jump" in names[5]
 
 
-def test_flat_actions_are_those_that_the_task_can_be_told() -> None:
+def test_flat_actions_are_those_that_the_task_supports() -> None:
     sizes = {task: len(action_set("flat", CONTROLS[task], task).names[0]) for task in CONTROLS}
     assert sizes == {
         "Treechop": 13,
@@ -106,13 +106,13 @@ def test_flat_actions_are_those_that_the_task_can_be_told() -> None:
     assert [len(n) for n in action_set("factored", HUMAN, "BasaltFindCave").names if "ESC" in n] == [2]
 
 
-def test_bad_ticks_are_told() -> None:
+def test_invalid_ticks_are_reported() -> None:
     flat = action_set("flat", CONTROLS["ObtainDiamond"], "ObtainDiamond")
     camera = np.zeros((3, 2))
     for ticks, message in (
         ({"forward": [1]}, "need a camera of shape"),
         ({"camera": camera, "forward": [1, 0]}, "3 ticks, but 'forward'"),
-        ({"camera": camera, "craft": [0, 1, 0]}, "not by words such as"),
+        ({"camera": camera, "craft": [0, 1, 0]}, "must hold words such as"),
         ({"camera": camera * np.nan}, "not finite"),
     ):
         with pytest.raises(UserError, match=message):
@@ -121,7 +121,7 @@ def test_bad_ticks_are_told() -> None:
         action_set("flatt", HUMAN)
 
 
-def test_bad_arguments_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_arguments_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LONGDREAM_MINERL_PYTHON", raising=False)
     for arguments, message in (
         ({"task": "Treechoop"}, "no MineRL task 'Treechoop': use Treechop"),
@@ -136,9 +136,9 @@ def test_bad_arguments_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_controls_of_a_space() -> None:
-    told = {"camera": spaces.Box(-180, 180, (2,)), "attack": spaces.Discrete(2), "place": Enum(["dirt", NONE])}
-    assert Controls.of(spaces.Dict(told)) == Controls(("attack",), {"place": ("dirt", NONE)})
-    for wrong in ({"camera": told["attack"]}, {"attack": told["attack"]}, told | {"power": spaces.Discrete(3)}):
+    parts = {"camera": spaces.Box(-180, 180, (2,)), "attack": spaces.Discrete(2), "place": Enum(["dirt", NONE])}
+    assert Controls.of(spaces.Dict(parts)) == Controls(("attack",), {"place": ("dirt", NONE)})
+    for wrong in ({"camera": parts["attack"]}, {"attack": parts["attack"]}, parts | {"power": spaces.Discrete(3)}):
         with pytest.raises(UserError, match="no action space of a MineRL task"):
             Controls.of(spaces.Dict(wrong))
 

@@ -1,4 +1,4 @@
-"""An environment in another interpreter is what it would be in this one: spaces, values, old interfaces, rows."""
+"""An environment in another interpreter behaves as in this one: spaces, values, old interfaces, rows."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ from longdream.envs import World, remote_server
 from longdream.envs.contract import EnvError, UserError
 from longdream.envs.remote import Enum, RemoteEnv
 
-# What Gymnasium's spaces can hold, sent out as an action and back as an observation.
+# An environment that returns its action as the observation, with every kind of Gymnasium space.
 ECHO = """
 import gymnasium as gym
 import numpy as np
@@ -81,7 +81,7 @@ def echo_world(far_folder: Path) -> None:
     (far_folder / "echo_world.py").write_text(ECHO)
 
 
-def test_it_is_what_it_would_be_in_this_process(remote):
+def test_it_behaves_as_in_this_process(remote):
     there, here = remote("CartPole-v1"), gym.make("CartPole-v1")
     assert there.observation_space == here.observation_space and there.action_space == here.action_space
     assert data_equivalence(there.reset(seed=3), here.reset(seed=3), exact=True)
@@ -95,12 +95,12 @@ def test_it_is_what_it_would_be_in_this_process(remote):
     assert ends > 1
 
 
-def test_spaces_and_their_values_travel_whole(remote, tmp_path, monkeypatch):
+def test_spaces_and_values_are_transmitted_exactly(remote, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import echo_world
 
     there, here = remote("echo_world:Echo"), echo_world.everything(with_enum=False)
-    assert list(there.observation_space.spaces) == list(here.spaces)  # in their order
+    assert list(there.observation_space.spaces) == list(here.spaces)  # in the same order
     pair = there.observation_space["pair"][1]
     word = pair.spaces.pop("word")
     assert there.observation_space == here
@@ -117,7 +117,7 @@ def test_spaces_and_their_values_travel_whole(remote, tmp_path, monkeypatch):
     sys.modules.pop("echo_world")
 
 
-def test_a_space_that_cannot_travel_is_named():
+def test_an_unsupported_space_is_named():
     with pytest.raises(UserError, match=r"the observation\.a\[1\] space is a Sequence") as error:
         RemoteEnv(sys.executable, "echo_world:sequences")
     assert "\n" not in str(error.value)
@@ -129,7 +129,7 @@ def test_an_observation_that_looks_like_one_with_an_info(remote):
     assert env.observation_space.contains(obs) and info == {"options": None}
 
 
-def test_ids_of_modules_are_made(remote):
+def test_an_id_with_a_module_can_be_made(remote):
     env = remote("echo_world:Echo-v0", render_mode="rgb_array")
     assert isinstance(env.action_space, gym.spaces.Dict)
     env.reset()
@@ -155,7 +155,7 @@ def test_old_interface(remote):
     assert (env.reset()[0] != first).all() and (env.reset(seed=2)[0] != first).all()
 
 
-def test_messages_arrive_as_what_they_were(tmp_path):
+def test_messages_keep_values_and_types(tmp_path):
     import socket
 
     ends = socket.socketpair()
@@ -185,7 +185,7 @@ def test_messages_arrive_as_what_they_were(tmp_path):
     os.close(handle)
 
 
-def test_the_file_that_is_sent_suits_the_oldest_interpreter():
+def test_the_server_file_supports_the_oldest_interpreter():
     source = Path(remote_server.__file__).read_bytes()
     tree = ast.parse(source, feature_version=(3, 7))
     assert source.isascii()
@@ -196,7 +196,7 @@ def test_the_file_that_is_sent_suits_the_oldest_interpreter():
 
 def test_several_side_by_side():
     kwargs = {"python": sys.executable, "env": "CartPole-v1"}
-    there = gym.make_vec("envs:longdream/Remote-v0", 3, "async", **kwargs)
+    there = gym.make_vec("longdream:longdream/Remote-v0", 3, "async", **kwargs)
     here = gym.make_vec("CartPole-v1", 3, "sync")
     try:
         np.testing.assert_array_equal(there.reset(seed=4)[0], here.reset(seed=4)[0])
@@ -230,12 +230,12 @@ def test_rows_and_exact_continuation(mode):
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_world_counts_what_its_copies_survived(mode):
+def test_a_world_counts_the_faults_of_its_copies(mode):
     world = World(f"remote:{sys.executable}:old_world:Old", 2, 0, mode=mode)
     try:
         world.reset()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tested above; of processes of their own they are printed there
+            warnings.simplefilter("ignore")  # tested elsewhere; worker processes print their own warnings
             row = world.step(world.spec.action.encode(np.array([0, 3])))
         assert row.truncated.tolist() == [False, True] and world.faults == 1
         row = world.step(world.spec.action.encode(np.array([0, 0])))
@@ -244,7 +244,7 @@ def test_a_world_counts_what_its_copies_survived(mode):
         world.close()
 
 
-def test_an_episode_that_cannot_be_run_again_is_no_state():
+def test_a_fault_while_restoring_a_state_is_an_error():
     world = World(f"remote:{sys.executable}:old_world:Old", 1, 0)
     world.reset()
     state = world.get_state()
@@ -256,6 +256,6 @@ def test_an_episode_that_cannot_be_run_again_is_no_state():
 @pytest.mark.parametrize(
     "env_id", ["remote:", "remote:CartPole-v1", f"remote:{sys.executable}:", "remote::CartPole-v1"]
 )
-def test_the_short_spelling_is_explained(env_id):
+def test_an_incomplete_remote_id_is_explained(env_id):
     with pytest.raises(UserError, match="is not remote:PYTHON:ENV, such as"):
         World(env_id, 1, 0)

@@ -1,4 +1,4 @@
-"""What is said when an environment in another interpreter does not start, dies, hangs or raises, and what is left."""
+"""Error messages and clean-up when an environment in another interpreter does not start, dies, hangs or raises."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def all_gone(processes: list[int], within_s: float = 10.0) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("python", "env", "told"),
+    ("python", "env", "message"),
     [
         ("/no/such/python", "old_world:Old", "there is no interpreter '/no/such/python'"),
         (
@@ -49,12 +49,12 @@ def all_gone(processes: list[int], within_s: float = 10.0) -> bool:
         (sys.executable, "old_world:Young", "old_world has no callable Young and no environment Young is registered"),
     ],
 )
-def test_what_does_not_start_says_why(tmp_path, python, env, told):
+def test_a_failed_start_is_explained(tmp_path, python, env, message):
     (tmp_path / "broken.py").write_text("import engine\n")
     (tmp_path / "engine.py").write_text("cogs = []\ncogs[3]\n")
     (tmp_path / "leaves.py").write_text("import os\nprint('not today')\nos._exit(3)\n")
     before = descriptors()
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         RemoteEnv(python, env)
     assert "\n" not in str(error.value) and descriptors() == before
     if env == "broken:Old":
@@ -67,7 +67,7 @@ def test_arguments_out_of_range_are_refused(kwargs):
         RemoteEnv(sys.executable, "old_world:Old", **kwargs)
 
 
-def test_wrong_arguments_of_the_environment_are_told():
+def test_wrong_arguments_of_the_environment_are_reported():
     with pytest.raises(UserError, match="unexpected keyword argument 'wheels'"):
         RemoteEnv(sys.executable, "old_world:Old", kwargs={"wheels": 3})
 
@@ -80,7 +80,7 @@ def test_a_start_that_takes_too_long(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("action", "told"),
+    ("action", "message"),
     [
         (3, r"died in step \(exit code 7\)"),
         (4, r"died in step \(ended by SIGSEGV\)"),
@@ -88,21 +88,21 @@ def test_a_start_that_takes_too_long(tmp_path):
         (6, "gave no answer to step within 2 s"),
     ],
 )
-def test_a_fault_ends_the_episode_and_another_process_goes_on(remote, action, told):
+def test_a_fault_truncates_the_episode_and_reset_starts_a_process(remote, action, message):
     env = remote(timeout_s=2.0, restarts=1, kwargs={"print_lines": 9})
     env.reset(seed=0)
     obs, *_, info = env.step(0)
-    with pytest.warns(UserWarning, match=told):
-        found = env.step(action)
-    np.testing.assert_array_equal(found[0], obs)
-    assert found[0] is not obs and found[1:4] == (0.0, False, True)
-    assert found[4]["remote_faults"] == env.faults == 1 and found[4]["remote_fault"].startswith(told[:8])
-    assert all_gone([info["pid"], info["keeper"]])
+    with pytest.warns(UserWarning, match=message):
+        row = env.step(action)
+    np.testing.assert_array_equal(row[0], obs)
+    assert row[0] is not obs and row[1:4] == (0.0, False, True)
+    assert row[4]["remote_faults"] == env.faults == 1 and row[4]["remote_fault"].startswith(message[:8])
+    assert all_gone([info["pid"], info["supervisor"]])
     with pytest.raises(RuntimeError, match="reset comes first"):
         env.step(0)
     again, info = env.reset()
     assert env.observation_space.contains(again) and "remote_faults" not in info
-    env.step(1)  # an episode played to its end: faults in a row are counted anew
+    env.step(1)  # an episode played to its end resets the count of consecutive faults
     env.reset()
     with pytest.warns(UserWarning, match="fault 2"):
         env.step(action)
@@ -110,8 +110,8 @@ def test_a_fault_ends_the_episode_and_another_process_goes_on(remote, action, to
     with pytest.raises(EnvError, match="fault 2 without an episode played to its end, and restarts=1") as error:
         env.step(action)
     assert env.faults == 3
-    said = error.value.trace
-    assert {3: "the wheel came off", 4: "Segmentation fault", 5: "no such wheel", 6: "stuck_here"}[action] in said
+    output = error.value.trace
+    assert {3: "the wheel came off", 4: "Segmentation fault", 5: "no such wheel", 6: "stuck_here"}[action] in output
 
 
 def test_a_fault_in_render_ends_the_episode_at_the_next_step(remote):
@@ -120,9 +120,9 @@ def test_a_fault_in_render_ends_the_episode_at_the_next_step(remote):
     os.kill(int(Path(f"/proc/{env._server.process.pid}/task/{env._server.process.pid}/children").read_text()), 9)
     with pytest.warns(UserWarning, match=r"died in render \(ended by SIGKILL\)"):
         assert env.render() is None
-    obs, *found, info = env.step(0)
+    obs, *rest, info = env.step(0)
     np.testing.assert_array_equal(obs, first)
-    assert found == [0.0, False, True] and info["remote_faults"] == 1
+    assert rest == [0.0, False, True] and info["remote_faults"] == 1
     with pytest.raises(RuntimeError, match="reset comes first"):
         env.step(0)
 
@@ -147,18 +147,18 @@ def test_a_fault_in_reset_is_tried_again(remote):
         remote(kwargs={"marks": "dies-at-once"}, restarts=0).reset()
 
 
-def test_close_closes_the_environment_and_ends_what_does_not_listen(remote, tmp_path, monkeypatch):
+def test_close_ends_every_process(remote, tmp_path, monkeypatch):
     env = remote()
     env.reset()
-    processes = [env.step(0)[4][key] for key in ("pid", "keeper")]
-    assert os.getsid(processes[0]) != os.getsid(0)  # Ctrl-C does not reach it before us
+    processes = [env.step(0)[4][key] for key in ("pid", "supervisor")]
+    assert os.getsid(processes[0]) != os.getsid(0)  # so that Ctrl-C reaches only this process
     env.close()
     env.close()
     assert (tmp_path / "closed").exists() and all_gone(processes, 0.0)
     monkeypatch.setattr("longdream.envs.remote.CLOSE_S", 1.0)
     env = remote(kwargs={"stubborn": True})
     env.reset()
-    processes = [env.step(0)[4][key] for key in ("pid", "keeper")]
+    processes = [env.step(0)[4][key] for key in ("pid", "supervisor")]
     env.close()
     assert all_gone(processes, 0.0)
 
@@ -166,13 +166,13 @@ def test_close_closes_the_environment_and_ends_what_does_not_listen(remote, tmp_
 OURS = """
 import sys
 import gymnasium as gym
-env = gym.make("envs:longdream/Remote-v0", python=sys.executable, env="old_world:Old").unwrapped
+env = gym.make("longdream:longdream/Remote-v0", python=sys.executable, env="old_world:Old").unwrapped
 env.reset()
 env.step(7)
 """
 
 
-def test_nothing_survives_us_killed(tmp_path):
+def test_no_process_survives_when_this_one_is_killed(tmp_path):
     ours = subprocess.Popen([sys.executable, "-c", OURS], env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
     try:
         deadline = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""Real old interpreters with the real old gym, where this machine has any and the packages can be had."""
+"""Old interpreters with old gym, if this machine has such an interpreter and can install the packages."""
 
 import subprocess
 import sys
@@ -21,17 +21,17 @@ GYMS = {"gym==0.19.0": "numpy<1.24", "gym==0.26.2": "numpy<2"}
 @pytest.fixture(scope="module", params=GYMS)
 def old_gym(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The oldest Python here, and a folder with an old gym for it: arguments of RemoteEnv."""
-    found = next((path for version in OLD for path in interpreters(version)), None)
-    if found is None:
+    python = next((path for version in OLD for path in interpreters(version)), None)
+    if python is None:
         pytest.skip(f"there is no Python {', '.join(OLD)} with pip here")
     folder = str(tmp_path_factory.mktemp("gym"))
     packages = [request.param, GYMS[request.param]]
     done = subprocess.run(
-        [found, "-m", "pip", "install", "-q", "-t", folder, *packages], capture_output=True, text=True
+        [python, "-m", "pip", "install", "-q", "-t", folder, *packages], capture_output=True, text=True
     )
     if done.returncode:
-        pytest.skip(f"{' '.join(packages)} cannot be installed with {found}: {done.stderr[-300:]}")
-    return {"python": found, "environ": {"PYTHONPATH": folder}}
+        pytest.skip(f"{' '.join(packages)} cannot be installed with {python}: {done.stderr[-300:]}")
+    return {"python": python, "environ": {"PYTHONPATH": folder}}
 
 
 def test_old_gym(old_gym: dict[str, Any]) -> None:
@@ -67,15 +67,15 @@ def test_old_time_limit(old_gym: dict[str, Any]) -> None:
         env.close()
 
 
-def test_an_interpreter_that_is_too_old_is_told() -> None:
-    found = interpreters("3.6")
-    if not found:
+def test_an_interpreter_that_is_too_old_is_reported() -> None:
+    paths = interpreters("3.6")
+    if not paths:
         pytest.skip("there is no Python 3.6 here")
     with pytest.raises(UserError, match=r"it said: Python 3\.7 or newer is needed, this is 3\.6"):
-        RemoteEnv(found[0], "CartPole-v1")
+        RemoteEnv(paths[0], "CartPole-v1")
 
 
-def test_an_interpreter_without_numpy_is_told(tmp_path: Path) -> None:
+def test_an_interpreter_without_numpy_is_reported(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     bare = str(tmp_path / "bare" / "bin" / "python")
     with pytest.raises(UserError, match=rf"numpy is missing here .*: {tmp_path}.* -m pip install numpy"):

@@ -98,11 +98,11 @@ def test_by_preset(folder: Path) -> None:
     assert json.loads(Path("runs/preset/summary.json").read_text())["env_steps"] >= 60
 
 
-def test_what_does_not_start_is_one_line_and_what_it_said(capsys: pytest.CaptureFixture) -> None:
+def test_a_failed_start_is_one_line_and_the_output_of_the_process(capsys: pytest.CaptureFixture) -> None:
     where = f"remote:{sys.executable}:no_such_world:Short"
     assert cli.main(["train", "tiny", "--env", where, "--json"]) == 2
     out, err = capsys.readouterr()
-    told = err.splitlines()
-    assert "it raised in make: ModuleNotFoundError: No module named 'no_such_world'" in told[0]
-    assert told[-1] == "ModuleNotFoundError: No module named 'no_such_world'" and len(told) > 3
+    lines_of_error = err.splitlines()
+    assert "it raised in make: ModuleNotFoundError: No module named 'no_such_world'" in lines_of_error[0]
+    assert lines_of_error[-1] == "ModuleNotFoundError: No module named 'no_such_world'" and len(lines_of_error) > 3
     assert "no_such_world" in json.loads(out)["error"] and not Path("runs").exists()

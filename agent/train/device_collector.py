@@ -1,0 +1,127 @@
+"""Collecting experience where M learns, from an environment that makes tensors: see agent/data/device_replay.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longdream.agent.core.agent import Agent, Carry
+from longdream.agent.core.cuda_graphs import Graphed
+from longdream.agent.data.device_replay import DeviceReplay, DeviceRow
+from longdream.agent.train.collector import SURPRISES, carry_from_tree, carry_to_tree
+from longdream.controller.types import Planning
+from longdream.envs.make import World, derive_seed
+
+
+class DeviceCollector:
+    """A `RowCollector` for an environment that makes tensors. Per step the host sees nothing but the flags of episodes
+    that ended."""
+
+    def __init__(self, world: World, agent: Agent, replay: DeviceReplay, rng: np.random.Generator, seed: int):
+        self.vector: Any = world.vector
+        self.world = world
+        self.agent = agent
+        self.replay = replay
+        n = world.num_envs
+        device = agent.device
+        self.random = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+        obs = self.vector.reset_tensors([derive_seed(seed, i, 0) for i in range(n)])
+        no = torch.zeros(n, dtype=torch.bool, device=device)
+        self.row = DeviceRow(self._pack(obs), ~no, no.float(), no, no)
+        self.first = np.ones(n, bool)
+        self.carry: Carry = agent.initial(n)
+        # return, length and the parts of surprise of the running episodes
+        self.running = torch.zeros(2 + len(SURPRISES), n, device=device)
+        graphed = agent.capturable and not isinstance(agent.controller, Planning)  # plans branch on values
+        self.take_in = Graphed(self._take_in) if graphed else self._take_in
+        self.env_steps = 0
+        self.episodes = 0
+        self.reward = torch.zeros((), dtype=torch.float64, device=device)
+
+    def take_reward(self) -> float:
+        reward = float(self.reward)
+        self.reward.zero_()
+        return reward
+
+    @torch.no_grad()
+    def step(self, random: bool) -> list[dict[str, float]]:
+        row = self.row
+        self.carry, account, chosen = self.take_in(self.carry, row)
+        self.running += account
+        self.reward += account[0].sum()
+        choice = self._choice(row, chosen, random)
+        action = torch.nn.functional.one_hot(choice, self.agent.spec.action.parts[0]).float()
+        self.carry = self.carry._replace(action=action)
+        # the surprise of an M that has not learned anything is no priority
+        surprise = torch.zeros_like(account[-1]) if random else account[-1]
+        self.replay.add(row, action, surprise, self.first)
+        over = row.terminated | row.truncated
+        self.first = over.cpu().numpy()  # the row after an end is a first one
+        ended = self._ended(self.first)
+        obs, reward, terminated, truncated = self.vector.step_tensors(choice)
+        self.row = DeviceRow(self._pack(obs), over, reward, terminated, truncated)
+        self.env_steps += int((~self.first).sum())
+        return ended
+
+    def _choice(self, row: DeviceRow, chosen: Tensor, random: bool) -> Tensor:
+        """Actions `(n,)`: random ones, or the agent's with `learn.explore` random ones among them."""
+        learn = self.agent.config.learn
+        n = self.world.num_envs
+        device = self.agent.device
+        choice = torch.randint(self.agent.spec.action.parts[0], (n,), device=device, generator=self.random)
+        if learn.sticky:
+            again = torch.rand(n, device=device, generator=self.random) < learn.sticky
+            choice = torch.where(again & ~row.is_first, self.carry.action.argmax(-1), choice)
+        if not random:
+            explore = torch.rand(n, device=device, generator=self.random) < learn.explore
+            choice = torch.where(explore, choice, chosen)
+        return choice
+
+    def _take_in(self, carry: Carry, row: DeviceRow) -> tuple[Carry, Tensor, Tensor]:
+        """The carry after the row; its reward, length and surprises `(2 + parts, n)`; the agent's actions `(n,)`."""
+        carry, surprise = self.agent.observe(carry, row)
+        assert surprise is not None
+        account = torch.stack([row.reward, (~row.is_first).float(), *surprise, surprise.total()])
+        return carry, torch.nan_to_num(account, 0.0, 0.0, 0.0), self.agent.choose(carry, False).argmax(-1)
+
+    def _pack(self, obs: Any) -> dict[str, Tensor]:
+        return dict(obs) if isinstance(obs, dict) else {next(iter(self.agent.spec.obs)): obs}
+
+    def _ended(self, over: np.ndarray) -> list[dict[str, float]]:
+        which = np.flatnonzero(over)
+        if not which.size:
+            return []
+        at = torch.from_numpy(which).to(self.agent.device)
+        total, length, *surprises = self.running[:, at].cpu().numpy()
+        self.running[:, at] = 0
+        self.episodes += len(which)
+        means = dict(zip(SURPRISES, surprises / np.maximum(length, 1), strict=True))
+        columns = {"return": total, "length": length, **means}
+        return [{f"episode/{key}": float(value[i]) for key, value in columns.items()} for i in range(len(which))]
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "world": self.vector.get_state(),
+            "row": {"obs": dict(self.row.obs), **{key: getattr(self.row, key) for key in DeviceRow._fields[1:]}},
+            "carry": carry_to_tree(self.carry),
+            "running": self.running,
+            "first": self.first,
+            "random": self.random.get_state(),
+            "counters": [self.env_steps, self.episodes],
+            "reward": float(self.reward),
+        }
+
+    def set_state(self, tree: dict[str, Any]) -> None:
+        device = self.agent.device
+        self.vector.set_state(tree["world"])
+        flags = {key: value.to(device) for key, value in tree["row"].items() if key != "obs"}
+        self.row = DeviceRow({key: value.to(device) for key, value in tree["row"]["obs"].items()}, **flags)
+        self.carry = carry_from_tree(tree["carry"], device)
+        self.running = tree["running"].to(device)
+        self.first = np.array(tree["first"])
+        self.random.set_state(tree["random"].cpu())
+        self.env_steps, self.episodes = tree["counters"]
+        self.reward.fill_(tree["reward"])
