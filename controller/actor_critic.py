@@ -1,4 +1,4 @@
-"""The default C: an actor-critic that learns in dreams, after DreamerV3 (arXiv 2301.04104)."""
+"""The default C: an actor-critic that learns in dreams, after DreamerV3 (Hafner et al. 2023, arXiv 2301.04104)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from longdream.controller.distributions import Distribution, distribution, outpu
 from longdream.controller.returns import ReturnScale, lambda_returns
 from longdream.controller.types import ControllerConfig
 from longdream.worldmodel.dream import Clip, Dream
-from longdream.worldmodel.heads import TwoHot, mlp
+from longdream.worldmodel.heads import TwoHot
+from longdream.worldmodel.networks import mlp
 from longdream.worldmodel.types import Loss
 
 
 class ActorCritic(nn.Module):
-    """REINFORCE on lambda-returns with a two-hot critic, which a slow copy of itself regularises."""
+    """REINFORCE on lambda-returns, with a two-hot critic that is regularised towards a slow copy of itself."""
 
     capturable = True
 
     def __init__(self, config: ControllerConfig, features: int, parts: Sequence[int], actions: int):
         super().__init__()
-        self.config, self.parts = config, tuple(parts)
+        self.config = config
+        self.parts = tuple(parts)
         self.actor = mlp(features, config.hidden, outputs(parts, actions), config.layers, zero=True)
         self.two_hot = TwoHot(config.bins)
         self.critic = mlp(features, config.hidden, len(self.two_hot.bins), config.layers, zero=True)
@@ -48,13 +50,13 @@ class ActorCritic(nn.Module):
         logits = self.critic(dream.feat)
         value = self.two_hot.mean(logits.detach())
         returns = lambda_returns(dream.reward, discount, value, config.lam)
-        # how likely the dream still is going on when a step is taken
+        # probability that the dream has not ended before a step, with the discount
         weight = torch.cat([dream.weight[:, None], discount[:, :-1]], 1).cumprod(1)
         total = weight.sum().clamp(min=1e-6)
 
         policy = self.policy(dream.feat[:, :-1])
         advantage = (returns - value[:, :-1]) / self.scale.update(returns)
-        if config.centred:
+        if config.center_advantages:
             advantage = advantage - (weight * advantage).sum() / total
         entropy = policy.entropy()
         actor = -(weight * (advantage * policy.log_prob(dream.action) + config.entropy * entropy)).sum() / total
@@ -72,8 +74,10 @@ class ActorCritic(nn.Module):
         return Loss(actor + critic, metrics)
 
     def replay_loss(self, clip: Clip) -> Loss:
-        """The critic's loss on lambda-returns of what really came (DreamerV3's replay value loss). They are those of
-        the policies that acted then, and lean on today's values beyond 1 / (1 - lam) steps."""
+        """The critic's loss on lambda-returns of real clips (DreamerV3's replay value loss).
+
+        Their actions come from earlier policies. Beyond about 1 / (1 - lam) steps the present values stand in for them.
+        """
         logits = self.critic(clip.feat)
         value = self.two_hot.mean(logits.detach())
         returns = lambda_returns(clip.reward, self.config.gamma * clip.cont, value, self.config.lam, clip.known)
@@ -83,7 +87,7 @@ class ActorCritic(nn.Module):
         return Loss(loss, {"replay_critic": loss.detach()})
 
     def _value_loss(self, feat: Tensor, logits: Tensor, returns: Tensor) -> Tensor:
-        """Of the critic's logits at feat: towards the returns, and towards the slow critic."""
+        """Loss `(...)` of the critic's logits at feat, towards the returns and towards the slow critic."""
         with torch.no_grad():
             slow = self.two_hot.mean(self.slow(feat))
         return self.two_hot.loss(logits, returns) + self.two_hot.loss(logits, slow)
@@ -91,4 +95,4 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def after_update(self) -> None:
         for slow, fast in zip(self.slow.parameters(), self.critic.parameters(), strict=True):
-            slow.lerp_(fast, self.config.slow_rate)
+            slow.lerp_(fast, self.config.target_ema)

@@ -9,21 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longdream.worldmodel.heads import draw
+from longdream.worldmodel.categorical import draw_index
 
 
 def draw_factors(probs: Sequence[Tensor]) -> Tensor:
-    """One class of each factor, drawn from its probabilities `(..., n)`: one-hots side by side, `(..., A)`."""
-    return torch.cat([F.one_hot(draw(p), p.shape[-1]).to(p.dtype) for p in probs], -1)
+    """One-hot vectors side by side, `(..., A)`: a class of each factor, drawn from its probabilities `(..., n)`."""
+    return torch.cat([F.one_hot(draw_index(p), p.shape[-1]).to(p.dtype) for p in probs], -1)
 
 
 def likeliest_factors(probs: Sequence[Tensor]) -> Tensor:
-    """The likeliest class of each factor, of probabilities or logits `(..., n)`: one-hots side by side, `(..., A)`."""
+    """One-hot vectors side by side, `(..., A)`: the likeliest class of each factor, by probabilities or logits
+    `(..., n)`."""
     return torch.cat([F.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype) for p in probs], -1)
 
 
 class Categoricals:
-    """Independent categorical factors, with a share `unimix` of a uniform distribution mixed into each.
+    """Independent categorical factors, each mixed with a uniform distribution of weight `unimix`.
 
     Args:
         logits: `(..., sum(parts))`.
@@ -33,7 +34,7 @@ class Categoricals:
         probs = (
             (1 - unimix) * p.softmax(-1) + unimix / n for p, n in zip(logits.split(list(parts), -1), parts, strict=True)
         )
-        # where unimix is 0 a softmax can underflow, and 0 log 0 is not a number
+        # with unimix = 0 a softmax can underflow, and 0 log 0 is not a number
         self.probs = [p.clamp(min=torch.finfo(p.dtype).tiny) for p in probs]
 
     def sample(self) -> Tensor:
@@ -53,8 +54,9 @@ class Categoricals:
 
 
 class BoundedNormal:
-    """A normal per dimension, mean in [-1, 1] by tanh, deviation in [0.1, 1]; draws may leave the box and are clipped
-    where used.
+    """A normal distribution per dimension, with mean in [-1, 1] by tanh and standard deviation in [0.1, 1].
+
+    Samples may leave the box [-1, 1]; they are clipped where they are used.
 
     Args:
         raw: `(..., 2 A)`.
@@ -62,7 +64,8 @@ class BoundedNormal:
 
     def __init__(self, raw: Tensor):
         mean, spread = raw.chunk(2, -1)
-        self.mean, self.deviation = mean.tanh(), 0.1 + 0.9 * torch.sigmoid(spread + 2)
+        self.mean = mean.tanh()
+        self.deviation = 0.1 + 0.9 * torch.sigmoid(spread + 2)
 
     def sample(self) -> Tensor:
         return self.mean + self.deviation * torch.randn_like(self.mean)
@@ -82,11 +85,10 @@ Distribution = Categoricals | BoundedNormal
 
 
 def outputs(parts: Sequence[int], size: int) -> int:
-    """How many numbers a policy puts out: a logit per class of each factor, or mean and spread of each of `size`
-    dimensions."""
+    """Size of a policy's output: a logit per class of each factor, or mean and spread of each of `size` dimensions."""
     return sum(parts) if parts else 2 * size
 
 
 def distribution(raw: Tensor, parts: Sequence[int], unimix: float) -> Distribution:
-    """The distribution that a policy's output `(..., outputs)` stands for."""
+    """The distribution that a policy's output `(..., outputs)` parametrises."""
     return Categoricals(raw, parts, unimix) if parts else BoundedNormal(raw)

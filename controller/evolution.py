@@ -1,41 +1,65 @@
-"""A linear policy found by evolution in dreams, after World Models (Ha and Schmidhuber 2018, arXiv 1803.10122, section
-2.3), by CMA-ES (Hansen and Ostermeier 2001; the `cma` package)."""
+"""A linear policy found by CMA-ES in dreams (Hansen and Ostermeier 2001; the `cma` package), after World Models (Ha and
+Schmidhuber 2018, arXiv 1803.10122, section 2.3)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from longdream.controller.distributions import Categoricals, likeliest_factors
 from longdream.controller.types import ControllerConfig
 from longdream.worldmodel.dream import Dream, Dreamer, Starts, imagine
+from longdream.worldmodel.fields import AT_LEAST_1, POSITIVE, validated
 from longdream.worldmodel.types import Loss
 
-LARGE = 1_000
-"""Weights from which on the search keeps a variance for each instead of all covariances: a matrix of them is too
-slow."""
+MANY_WEIGHTS = 1_000
+"""From so many weights on, the search adapts a diagonal covariance: a full matrix would be too slow."""
 NOISE = 0.3
-"""Deviation of boxes where the policy is not greedy."""
-SEARCH = ("mean", "mean_old", "sigma", "pc", "countiter", "countevals")
-ABOUT_SIGMA = ("ps", "_ps_updated_iteration")
-ABOUT_SHAPE = ("C", "B", "D", "last_update", "count_tell", "count_eigen")
+"""Standard deviation of box actions where the policy is not greedy."""
+SEARCH_FIELDS = ("mean", "mean_old", "sigma", "pc", "countiter", "countevals")
+SIGMA_FIELDS = ("ps", "_ps_updated_iteration")
+COVARIANCE_FIELDS = ("C", "B", "D", "last_update", "count_tell", "count_eigen")
+
+
+@dataclass(frozen=True)
+class EvolutionSettings:
+    """`controller.kwargs` of `evolution`."""
+
+    population: Annotated[int, Ge(4)] = 64
+    """Candidates per generation; an update is a generation."""
+    moments: Annotated[int, AT_LEAST_1] = 16
+    """Dreams per candidate; all candidates start from the same states."""
+    horizon: Annotated[int, AT_LEAST_1] = 24
+    """Steps per dream. It has to reach from the start of an episode to a reward, since no value estimates what lies
+    beyond."""
+    deviation: Annotated[float, POSITIVE] = 0.1
+    """Standard deviation of the first generation's weights."""
 
 
 class Evolution(nn.Module):
-    """act = W feat + b. A generation is a population of W and b, all of which dream at once from the same moments, and
-    are ranked by their mean discounted return. The policy is the mean of the search's distribution.
+    """A linear policy, act = W feat + b.
 
-    Nothing here has a gradient. A checkpoint holds the search whole.
+    A generation is a population of candidates (W, b). All dream at once from the same states and are ranked by their
+    mean discounted return. The policy acts with the mean of the search distribution. Nothing here has a gradient. A
+    checkpoint holds the whole state of the search.
+
+    Raises:
+        ValueError: settings that do not exist or are out of range.
     """
 
     def __init__(self, config: ControllerConfig, features: int, parts: Sequence[int], actions: int):
         super().__init__()
-        self.config, self.parts, self.features = config, tuple(parts), features
+        self.config = config
+        self.parts = tuple(parts)
+        self.features = features
+        self.settings = validated(EvolutionSettings, config.kwargs, "controller.kwargs")
         self.outputs = sum(parts) if parts else actions
         self.mean: Tensor
         self.register_buffer("mean", torch.zeros((features + 1) * self.outputs))
@@ -50,37 +74,37 @@ class Evolution(nn.Module):
         return out.tanh() + NOISE * torch.randn_like(out)
 
     def loss(self, dream: Dream) -> Loss:
-        raise NotImplementedError("evolution learns by improve, not by a gradient")
+        raise NotImplementedError("evolution learns by improve, not by gradient")
 
     def after_update(self) -> None:
-        """Nothing follows here."""
+        """Nothing to do."""
 
     @torch.no_grad()
     def improve(self, model: Dreamer, starts: Starts) -> dict[str, Tensor]:
-        """A generation, judged from `moments` of the starts that had not ended."""
-        told = self.config.evolution
-        index = torch.multinomial(starts.weight.clamp(min=1e-9), told.moments, replacement=True)
+        """One generation, evaluated from `moments` of the starts whose episode had not ended."""
+        settings = self.settings
+        index = torch.multinomial(starts.weight.clamp(min=1e-9), settings.moments, replacement=True)
         feat, state = pytree.tree_map(
-            lambda t: t[index].repeat(told.population, *[1] * (t.ndim - 1)), (starts.feat, starts.state)
+            lambda t: t[index].repeat(settings.population, *[1] * (t.ndim - 1)), (starts.feat, starts.state)
         )
-        asked = self.search.ask()
-        weights = torch.as_tensor(np.stack(asked), dtype=torch.float32, device=feat.device)
+        candidates = self.search.ask()
+        weights = torch.as_tensor(np.stack(candidates), dtype=torch.float32, device=feat.device)
 
         def policy(feat: Tensor) -> Tensor:
-            out = self._outputs(weights, feat.unflatten(0, (told.population, told.moments)))
+            out = self._outputs(weights, feat.unflatten(0, (settings.population, settings.moments)))
             return self._decide(out.flatten(0, 1))
 
-        dream = imagine(model, Starts(feat, state, torch.ones_like(feat[:, 0])), policy, told.horizon)
+        dream = imagine(model, Starts(feat, state, torch.ones_like(feat[:, 0])), policy, settings.horizon)
         discount = self.config.gamma * dream.cont
-        reached = torch.cat([torch.ones_like(discount[:, :1]), discount[:, :-1]], 1).cumprod(1)
-        worth = (reached * dream.reward).sum(1).view(told.population, told.moments).mean(1)
-        if bool(worth.isfinite().all()):  # a dream that is not finite costs its own generation and no later one
-            self.search.tell(asked, (-worth).double().cpu().tolist())
+        weight = torch.cat([torch.ones_like(discount[:, :1]), discount[:, :-1]], 1).cumprod(1)
+        returns = (weight * dream.reward).sum(1).view(settings.population, settings.moments).mean(1)
+        if bool(returns.isfinite().all()):  # otherwise the generation is dropped, and later ones are unharmed
+            self.search.tell(candidates, (-returns).double().cpu().tolist())
             self.mean.copy_(torch.as_tensor(self.search.mean))
-        return {"return": worth.mean(), "best": worth.amax(), "deviation": torch.tensor(float(self.search.sigma))}
+        return {"return": returns.mean(), "best": returns.amax(), "deviation": torch.tensor(float(self.search.sigma))}
 
     def _outputs(self, weights: Tensor, feat: Tensor) -> Tensor:
-        """Of P policies `(P, (F + 1) * outputs)` at feat `(P, M, F)`: `(P, M, outputs)`."""
+        """Outputs `(P, M, outputs)` of P policies with weights `(P, (F + 1) * outputs)` at feat `(P, M, F)`."""
         matrix = weights.unflatten(1, (self.features + 1, self.outputs))
         return torch.baddbmm(matrix[:, -1:], feat, matrix[:, :-1])
 
@@ -90,35 +114,42 @@ class Evolution(nn.Module):
     # -- the search ---------------------------------------------------------------------------------------------------
 
     def _new_search(self) -> Any:
-        import cma  # here: it takes a second, which every command would wait for
+        import cma  # here, since the import takes a second that every command would have to wait
 
-        def normal(*shape: int) -> np.ndarray:  # torch's stream, so that a checkpoint of that is enough
+        def normal(*shape: int) -> np.ndarray:  # by torch's generator, whose state checkpoints already hold
             return torch.randn(*(int(n) for n in shape), dtype=torch.float64).numpy()
 
-        told, size = self.config.evolution, len(self.mean)
-        options = {"popsize": told.population, "CMA_diagonal": size >= LARGE, "randn": normal, "seed": np.nan}
-        return cma.CMAEvolutionStrategy(np.zeros(size), told.deviation, options | {"verbose": -9})
+        size = len(self.mean)
+        options = {
+            "popsize": self.settings.population,
+            "CMA_diagonal": size >= MANY_WEIGHTS,
+            "randn": normal,
+            "seed": np.nan,
+            "verbose": -9,
+        }
+        return cma.CMAEvolutionStrategy(np.zeros(size), self.settings.deviation, options)
 
-    def _kept(self) -> list[tuple[str, Any, str]]:
-        """Name, owner and attribute of all that the next generations depend on."""
+    def _search_state(self) -> list[tuple[str, Any, str]]:
+        """Name, owner and attribute of everything that the next generations depend on."""
         search = self.search
-        kept = [(name, search, name) for name in SEARCH]
-        kept += [(f"sigma.{name}", search.adapt_sigma, name) for name in ABOUT_SIGMA]
-        if len(self.mean) >= LARGE:
-            return [*kept, ("scaling", search.sigma_vec, "scaling")]
-        return kept + [(f"shape.{name}", search.sm, name) for name in ABOUT_SHAPE]
+        fields = [(name, search, name) for name in SEARCH_FIELDS]
+        fields += [(f"sigma.{name}", search.adapt_sigma, name) for name in SIGMA_FIELDS]
+        if len(self.mean) >= MANY_WEIGHTS:
+            return [*fields, ("scaling", search.sigma_vec, "scaling")]
+        return fields + [(f"shape.{name}", search.sm, name) for name in COVARIANCE_FIELDS]
 
     def get_extra_state(self) -> dict[str, Any]:
         if self.search.countiter == 0:
             return {}
-        return {name: np.array(getattr(owner, key)) for name, owner, key in self._kept()}
+        return {name: np.array(getattr(owner, key)) for name, owner, key in self._search_state()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.search = self._new_search()
         if not state:
             return
-        first = self.search.ask()  # some of what is kept is only made in the first generation
-        self.search.tell(first, list(range(len(first))))
-        for name, owner, key in self._kept():
+        # one generation of any kind, since some of the attributes only exist after it
+        candidates = self.search.ask()
+        self.search.tell(candidates, list(range(len(candidates))))
+        for name, owner, key in self._search_state():
             value = np.asarray(state[name])
             setattr(owner, key, value.copy() if value.ndim else value.item())

@@ -1,10 +1,12 @@
-"""Planning in M at every real step: the cross-entropy method (PlaNet, Hafner et al. 2019, arXiv 1811.04551, algorithm
-2) and model predictive path integral control with a learnt value and policy (TD-MPC, Hansen et al. 2022, arXiv
+"""Planning in M at every real step: the cross-entropy method (PlaNet; Hafner et al. 2019, arXiv 1811.04551, algorithm
+2) and model predictive path integral control with a learned value and policy (TD-MPC; Hansen et al. 2022, arXiv
 2203.04955, algorithm 1)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,37 +17,75 @@ from longdream.controller.distributions import draw_factors, likeliest_factors
 from longdream.controller.types import ControllerConfig
 from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts, imagine
 from longdream.worldmodel.dynamics import State
+from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1, POSITIVE, validated
 from longdream.worldmodel.types import Loss
 
-FLOOR = 0.1
-"""What is left of uncertainty: deviation of boxes, and share of a uniform distribution over classes. Without some, the
-first lucky candidates would decide."""
+MIN_UNCERTAINTY = 0.1
+"""Least standard deviation of box actions, and share of a uniform distribution over classes. Without it, the search
+would settle on the first lucky candidates."""
+
+
+@dataclass(frozen=True)
+class PlannerSettings:
+    """`controller.kwargs` of `planner`. A real step costs M iterations * horizon dreamt steps of `candidates`
+    copies."""
+
+    method: Literal["cem", "mppi"] = "mppi"
+    """cem: the cross-entropy method on dreamt rewards alone; only M is learned. mppi: candidates are weighted by their
+    return, a learned value estimates the return beyond the horizon, and a learned policy proposes some candidates."""
+    candidates: Annotated[int, AT_LEAST_1] = 64
+    """Action sequences that are dreamt in each iteration."""
+    elites: Annotated[int, AT_LEAST_1] = 8
+    """The best of them, around which the next iteration samples."""
+    iterations: Annotated[int, AT_LEAST_1] = 3
+    """Rounds of sampling per real step."""
+    horizon: Annotated[int, AT_LEAST_1] = 12
+    """Steps of a plan."""
+    proposals: Annotated[int, AT_LEAST_0] = 8
+    """Additional candidates that the policy proposes (mppi)."""
+    temperature: Annotated[float, POSITIVE] = 0.5
+    """Softness of the elites' weights, in units of the gap between the best and the worst of them (mppi)."""
+
+
+class Plan(NamedTuple):
+    """A distribution over action sequences, each `(n, H, A)`.
+
+    mean: probabilities of the factors' classes, or mean of box actions. deviation: standard deviation of box actions,
+    unused for factors.
+    """
+
+    mean: Tensor
+    deviation: Tensor
 
 
 class Planner(nn.Module):
-    """Draws sequences of actions, dreams them, draws again around the best; does the first action of what remains.
+    """Samples action sequences, dreams them, samples again around the best, and takes the first action of the result.
 
-    With method mppi an actor-critic learns in dreams beside: its value stands for what comes after the horizon, and
-    its policy proposes candidates. With cem there is nothing to learn, and rewards beyond the horizon are not seen.
-    Every real step plans anew: no plan is carried over.
+    With mppi, an actor-critic (the guide) learns in dreams at the same time. Its value estimates the return beyond the
+    horizon, and its policy proposes candidates. With cem nothing is learned, and rewards beyond the horizon are not
+    seen. Every real step plans from scratch.
 
     Raises:
-        ValueError: more elites than candidates.
+        ValueError: settings that do not exist or are out of range, or more elites than candidates.
     """
 
     def __init__(self, config: ControllerConfig, features: int, parts: Sequence[int], actions: int):
         super().__init__()
-        self.config, self.parts, self.actions = config, tuple(parts), actions
-        told = config.planner
-        if told.elites > told.candidates:
-            raise ValueError(f"controller.planner.elites = {told.elites} of {told.candidates} candidates: use less")
-        self.guide = ActorCritic(config, features, parts, actions) if told.method == "mppi" else None
+        self.config = config
+        self.parts = tuple(parts)
+        self.actions = actions
+        self.settings = validated(PlannerSettings, config.kwargs, "controller.kwargs")
+        if self.settings.elites > self.settings.candidates:
+            raise ValueError(
+                f"controller.kwargs.elites = {self.settings.elites} of {self.settings.candidates} candidates: use less"
+            )
+        self.guide = ActorCritic(config, features, parts, actions) if self.settings.method == "mppi" else None
 
     def act(self, feat: Tensor, greedy: bool) -> Tensor:
-        """Without looking ahead: what the guide would do, or anything."""
+        """Without planning: an action of the guide, or a random one."""
         if self.guide is not None:
             return self.guide.act(feat, greedy)
-        return self._draw(self._nothing_known(feat, 1), 1)[:, 0, 0]
+        return self._sample(self._uninformed(feat, 1), 1)[:, 0, 0]
 
     def loss(self, dream: Dream) -> Loss:
         assert self.guide is not None
@@ -61,19 +101,20 @@ class Planner(nn.Module):
 
     @torch.no_grad()
     def plan(self, model: Dreamer, feat: Tensor, state: State, greedy: bool) -> Tensor:
-        told, batch = self.config.planner, len(feat)
-        plan = self._nothing_known(feat, told.horizon)
-        pool = self._proposals(model, feat, state)
-        for _ in range(told.iterations):
-            drawn = self._draw(plan, told.candidates)
-            dream = self._dream(model, feat, state, drawn)
-            found = drawn, self._worth(dream).view(batch, -1)
-            actions, worth = (torch.cat(both, 1) for both in zip(pool, found, strict=True)) if pool else found
-            best, index = worth.topk(told.elites, 1)
+        settings = self.settings
+        plan = self._uninformed(feat, settings.horizon)
+        proposals = self._proposals(model, feat, state)
+        for _ in range(settings.iterations):
+            actions = self._sample(plan, settings.candidates)
+            returns = self._returns(self._dream(model, feat, state, actions)).view(len(feat), -1)
+            if proposals is not None:
+                actions = torch.cat([proposals[0], actions], 1)
+                returns = torch.cat([proposals[1], returns], 1)
+            best, index = returns.topk(settings.elites, 1)
             elites = actions.gather(1, index[:, :, None, None].expand(-1, -1, *actions.shape[2:]))
             plan = self._around(elites, self._weights(best))
-        first = plan[0][:, :1], plan[1][:, :1]
-        return self._likeliest(first) if greedy else self._draw(first, 1)[:, 0, 0]
+        first = Plan(plan.mean[:, :1], plan.deviation[:, :1])
+        return self._likeliest(first) if greedy else self._sample(first, 1)[:, 0, 0]
 
     # -- candidates: (n, K, H, A) -------------------------------------------------------------------------------------
 
@@ -83,57 +124,60 @@ class Planner(nn.Module):
         return imagine(model, _copies(feat, state, actions.shape[1]), lambda _: next(steps), actions.shape[2])
 
     def _proposals(self, model: Dreamer, feat: Tensor, state: State) -> tuple[Tensor, Tensor] | None:
-        """What the policy would do, `(n, K, H, A)`, and what it would bring `(n, K)`."""
-        told = self.config.planner
-        if self.guide is None or not told.proposals:
+        """Actions `(n, K, H, A)` of the guide's policy and their returns `(n, K)`."""
+        settings = self.settings
+        if self.guide is None or not settings.proposals:
             return None
-        starts = _copies(feat, state, told.proposals)
-        dream = imagine(model, starts, lambda feat: self.act(feat, False).clamp(-1, 1), told.horizon)
-        return dream.action.unflatten(0, (len(feat), -1)), self._worth(dream).view(len(feat), -1)
+        starts = _copies(feat, state, settings.proposals)
+        dream = imagine(model, starts, lambda feat: self.act(feat, False).clamp(-1, 1), settings.horizon)
+        return dream.action.unflatten(0, (len(feat), -1)), self._returns(dream).view(len(feat), -1)
 
-    def _worth(self, dream: Dream) -> Tensor:
-        """Return of each dream, with what its last state is worth, if there is a value."""
+    def _returns(self, dream: Dream) -> Tensor:
+        """Discounted return `(B,)` of each dream, with the guide's value of its last state."""
         discount = self.config.gamma * dream.cont
-        reached = torch.cat([torch.ones_like(discount[:, :1]), discount], 1).cumprod(1)
-        worth = (reached[:, :-1] * dream.reward).sum(1)
-        return worth if self.guide is None else worth + reached[:, -1] * self.guide.value(dream.feat[:, -1])
+        weight = torch.cat([torch.ones_like(discount[:, :1]), discount], 1).cumprod(1)
+        returns = (weight[:, :-1] * dream.reward).sum(1)
+        return returns if self.guide is None else returns + weight[:, -1] * self.guide.value(dream.feat[:, -1])
 
     def _weights(self, best: Tensor) -> Tensor:
-        """Of elites with returns `(n, E)`, best first."""
+        """Weights of elites by their returns `(n, E)`, best first."""
         if self.guide is None:
             return torch.full_like(best, 1 / best.shape[1])
         gap = (best[:, :1] - best[:, -1:]).clamp(min=1e-6)
-        return ((best - best[:, :1]) / (self.config.planner.temperature * gap)).softmax(1)
+        return ((best - best[:, :1]) / (self.settings.temperature * gap)).softmax(1)
 
-    # -- distributions over sequences: probabilities (n, H, A) of factors' classes, or mean and deviation of boxes -----
+    # -- distributions over action sequences --------------------------------------------------------------------------
 
-    def _nothing_known(self, like: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+    def _uninformed(self, like: Tensor, horizon: int) -> Plan:
+        """The plan before anything is known, for each row of `like`."""
         zeros = like.new_zeros(len(like), horizon, self.actions)
         if not self.parts:
-            return zeros, zeros + 1
-        return zeros + torch.cat([like.new_full((n,), 1 / n) for n in self.parts]), zeros
+            return Plan(zeros, zeros + 1)
+        return Plan(zeros + torch.cat([like.new_full((n,), 1 / n) for n in self.parts]), zeros)
 
-    def _draw(self, plan: tuple[Tensor, Tensor], count: int) -> Tensor:
-        middle, deviation = (v[:, None].expand(-1, count, -1, -1) for v in plan)
+    def _sample(self, plan: Plan, count: int) -> Tensor:
+        """`count` action sequences from each plan."""
+        mean, deviation = (v[:, None].expand(-1, count, -1, -1) for v in plan)
         if self.parts:
-            return draw_factors(middle.split(list(self.parts), -1))
-        return (middle + deviation * torch.randn_like(middle)).clamp(-1, 1)
+            return draw_factors(mean.split(list(self.parts), -1))
+        return (mean + deviation * torch.randn_like(mean)).clamp(-1, 1)
 
-    def _around(self, elites: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _around(self, elites: Tensor, weight: Tensor) -> Plan:
+        """The plan fitted to elites `(n, E, H, A)` with weights `(n, E)`."""
         weight = weight[:, :, None, None]
         mean = (weight * elites).sum(1)
         if not self.parts:
-            spread = (weight * (elites - mean[:, None]).square()).sum(1).sqrt()
-            return mean, spread.clamp(min=FLOOR)
-        uniform, zeros = self._nothing_known(mean.flatten(1), mean.shape[1])
-        return torch.lerp(mean, uniform, FLOOR), zeros
+            deviation = (weight * (elites - mean[:, None]).square()).sum(1).sqrt()
+            return Plan(mean, deviation.clamp(min=MIN_UNCERTAINTY))
+        uniform, zeros = self._uninformed(mean.flatten(1), mean.shape[1])
+        return Plan(torch.lerp(mean, uniform, MIN_UNCERTAINTY), zeros)
 
-    def _likeliest(self, first: tuple[Tensor, Tensor]) -> Tensor:
-        middle = first[0][:, 0]
-        return likeliest_factors(middle.split(list(self.parts), -1)) if self.parts else middle
+    def _likeliest(self, first: Plan) -> Tensor:
+        mean = first.mean[:, 0]
+        return likeliest_factors(mean.split(list(self.parts), -1)) if self.parts else mean
 
 
 def _copies(feat: Tensor, state: State, count: int) -> Starts:
-    """Every moment `count` times, copies side by side."""
+    """`count` copies of every start, side by side."""
     feat, state = pytree.tree_map(lambda t: t.repeat_interleave(count, 0), (feat, state))
     return Starts(feat, state, torch.ones_like(feat[:, 0]))

@@ -1,4 +1,4 @@
-"""Returns of dreamt trajectories."""
+"""Lambda-returns, and their scale."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def lambda_returns(
     R_t = r_t + g_t ((1 - lam) v_{t+1} + lam R_{t+1}), R_H = v_H.
 
     Args:
-        reward, discount: `(B, H)`, arriving after the action at t; discount is gamma times the chance to go on.
+        reward, discount: `(B, H)`, of the action at t; discount is gamma times the probability of continuing.
         value: `(B, H + 1)`, of the states at 0 to H.
-        follows: `(B, H)`, whether the step at t goes on from the one at t - 1; where not, that one ends with v_t.
-            All do if None.
+        follows: `(B, H)`, whether step t continues step t - 1. Where it does not, the return of step t - 1 ends with
+            v_t. None: all do.
 
     Returns:
         `(B, H)`.
@@ -35,14 +35,17 @@ def lambda_returns(
 
 
 LONG = 256
-"""Steps above which returns are not summed one after another, each in kernels of its own."""
+"""Steps above which returns are computed by doubling, since a loop launches kernels of its own for every step."""
 
 
 def _by_doubling(reward: Tensor, discount: Tensor, value: Tensor, lam: float, follows: Tensor | None) -> Tensor:
-    """lambda_returns in log2 H rounds (Hillis and Steele 1986): after each, `own` sums twice as many steps and `share`
-    is what the return behind them counts."""
-    own, share = reward + discount * (1 - lam) * value[:, 1:], discount * lam
-    ends = torch.zeros_like(share, dtype=torch.bool)  # steps that what comes after is no part of
+    """lambda_returns in log2 H rounds, by a parallel scan (Hillis and Steele 1986).
+
+    After each round `own` sums twice as many steps, and `share` is the weight of the return that follows them.
+    """
+    own = reward + discount * (1 - lam) * value[:, 1:]
+    share = discount * lam
+    ends = torch.zeros_like(share, dtype=torch.bool)  # last steps, after which only the value counts
     ends[:, -1] = True
     if follows is not None:
         ends[:, :-1] |= ~follows[:, 1:]
@@ -57,7 +60,8 @@ def _by_doubling(reward: Tensor, discount: Tensor, value: Tensor, lam: float, fo
 
 
 class ReturnScale(torch.nn.Module):
-    """max(floor, P95 - P5) of returns, averaged over updates: advantages are divided by it (2301.04104, eq. 7)."""
+    """max(floor, P95 - P5) of returns, averaged over updates. Advantages are divided by it (arXiv 2301.04104, eq.
+    7)."""
 
     low: Tensor
     high: Tensor
@@ -66,7 +70,8 @@ class ReturnScale(torch.nn.Module):
 
     def __init__(self, floor: float, rate: float = 0.01):
         super().__init__()
-        self.floor, self.rate = floor, rate
+        self.floor = floor
+        self.rate = rate
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
@@ -74,9 +79,9 @@ class ReturnScale(torch.nn.Module):
 
     @torch.no_grad()
     def update(self, returns: Tensor) -> Tensor:
-        """Take in returns of any shape; the scale, a scalar tensor."""
+        """Update the averages with returns of any shape; returns the scale, a scalar tensor."""
         low, high = torch.quantile(returns.flatten(), self.ends.to(returns)).unbind()
-        # a dream that is not finite costs its own update and no later one
+        # returns that are not finite must not spoil the averages of later updates
         finite = (high - low).isfinite()
         rate = torch.where(self.started, self.rate, 1.0)
         self.low.lerp_(torch.where(finite, low, self.low), rate)

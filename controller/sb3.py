@@ -1,14 +1,17 @@
-"""Any algorithm of Stable-Baselines3 (or of a package built on it, like sb3-contrib) as C: it learns in dreams through
-a VecEnv, and acts in reality by its own `predict`."""
+"""Any algorithm of Stable-Baselines3, or of a package built on it such as sb3-contrib, as C.
+
+It learns in dreams through a VecEnv and acts in reality by its own `predict`.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -20,28 +23,43 @@ from torch.utils import _pytree as pytree
 
 from longdream.controller.types import ControllerConfig
 from longdream.worldmodel.dream import Dream, Dreamer, Starts
+from longdream.worldmodel.fields import AT_LEAST_1, validated
 from longdream.worldmodel.types import Loss
 
-TAKES = {
+ALGORITHMS = {
     spaces.Discrete: "PPO, A2C, DQN",
     spaces.MultiDiscrete: "PPO, A2C",
     spaces.Box: "PPO, A2C, SAC, TD3, DDPG",
 }
-"""Algorithms of stable_baselines3 by the actions that they can take."""
+"""Algorithms of stable_baselines3 by the action spaces that they support."""
+
+
+@dataclass(frozen=True)
+class Sb3Settings:
+    """`controller.kwargs` of an algorithm of Stable-Baselines3, in addition to the algorithm's own arguments.
+
+    gamma and n_steps default to controller.gamma and controller.horizon.
+    """
+
+    copies: Annotated[int, AT_LEAST_1] = 64
+    """Parallel dreams. An update of C is controller.horizon steps of each."""
+    callback: str = ""
+    """A callback of SB3, as a dotted path `package.module:Class`."""
 
 
 class StableBaselines(nn.Module):
-    """An SB3 algorithm that sees features as observations. An update of C is one `learn` over horizon * copies dreamt
-    steps, all of whose dreams begin at the update's moments; none outlasts the horizon.
+    """An SB3 algorithm whose observations are features.
 
-    Its weights and optimisers are in the run's checkpoint, as tensors; `export` writes SB3's own zip beside. What an
-    off-policy algorithm keeps in its replay buffer is not saved: resumed, it begins to fill it anew.
+    An update of C is one `learn` over horizon * copies dreamt steps. All dreams start from the update's `starts`, and
+    none is longer than the horizon. The algorithm's weights and optimizers are in the run's checkpoint, as tensors;
+    `export` writes SB3's own zip as well. The replay buffer of an off-policy algorithm is not saved: a resumed run
+    fills a new one.
 
     Args:
-        algorithm: the class.
+        algorithm: the algorithm's class.
 
     Raises:
-        ValueError: it cannot take these actions, or these arguments.
+        ValueError: the algorithm does not support these actions or arguments.
     """
 
     def __init__(
@@ -53,43 +71,46 @@ class StableBaselines(nn.Module):
         algorithm: type[BaseAlgorithm],
     ):
         super().__init__()
-        told = config.sb3
-        self.config, self.parts = config, tuple(parts)
-        self.env = DreamVec(features, _space(parts, actions), told.copies, config.horizon)
-        known = inspect.signature(algorithm.__init__).parameters
-        given = {"gamma": config.gamma, "n_steps": config.horizon, "device": "cpu"}
-        given = {key: value for key, value in given.items() if key in known} | told.kwargs
+        arguments = dict(config.kwargs)
+        own = {name: arguments.pop(name) for name in ("copies", "callback") if name in arguments}
+        self.settings = validated(Sb3Settings, own, "controller.kwargs")
+        self.config = config
+        self.parts = tuple(parts)
+        self.env = DreamVec(features, _space(parts, actions), self.settings.copies, config.horizon)
+        accepted = inspect.signature(algorithm.__init__).parameters
+        defaults = {"gamma": config.gamma, "n_steps": config.horizon, "device": "cpu"}
+        defaults = {name: value for name, value in defaults.items() if name in accepted}
         make = cast(Any, algorithm)
-        with own_numpy():
+        with numpy_seeded_by_torch():
             try:
-                self.algorithm: BaseAlgorithm = make("MlpPolicy", self.env, **given)
+                self.algorithm: BaseAlgorithm = make("MlpPolicy", self.env, **(defaults | arguments))
             except AssertionError as error:
                 kind = type(self.env.action_space)
                 raise ValueError(
                     f"controller.kind = {algorithm.__name__} cannot take {kind.__name__} actions: "
-                    f"{TAKES[kind]} can ({_line(error)})"
+                    f"{ALGORITHMS[kind]} can ({_line(error)})"
                 ) from None
             except (TypeError, ValueError) as error:
-                raise ValueError(f"controller.sb3.kwargs = {told.kwargs}: {_line(error)}") from None
-        self.callback = _callback(told.callback)
+                raise ValueError(f"controller.kwargs = {arguments}: {_line(error)}") from None
+        self.callback = _callback(self.settings.callback)
 
     def act(self, feat: Tensor, greedy: bool) -> Tensor:
-        with own_numpy():
+        with numpy_seeded_by_torch():
             chosen, _ = self.algorithm.predict(feat.cpu().numpy(), deterministic=greedy)
         return encode(chosen, self.parts).to(feat.device)
 
     def loss(self, dream: Dream) -> Loss:
-        raise NotImplementedError("an SB3 algorithm learns by improve")
+        raise NotImplementedError("an SB3 algorithm learns by improve, not by gradient")
 
     def after_update(self) -> None:
-        """Nothing follows here."""
+        """Nothing to do."""
 
     def improve(self, model: Dreamer, starts: Starts) -> dict[str, Tensor]:
-        """One `learn` of the algorithm in dreams from these moments."""
+        """One `learn` of the algorithm in dreams from `starts`."""
         self.env.open(model, starts)
-        self.algorithm._last_obs = None  # the dreams under way were of other moments
-        steps = self.config.horizon * self.config.sb3.copies
-        with own_numpy():
+        self.algorithm._last_obs = None  # unfinished dreams started from other states
+        steps = self.config.horizon * self.settings.copies
+        with numpy_seeded_by_torch():
             self.algorithm.learn(steps, callback=self.callback, reset_num_timesteps=False)
         return {"return": torch.tensor(self.env.mean_return), "steps": torch.tensor(self.algorithm.num_timesteps)}
 
@@ -106,8 +127,11 @@ class StableBaselines(nn.Module):
 
 
 class DreamVec(VecEnv):
-    """Dreams from given moments as a VecEnv of SB3: observations are features; a dream that is over begins anew in the
-    same step, with `terminal_observation` and `TimeLimit.truncated` in its info."""
+    """Dreams from given starts as a VecEnv of SB3, whose observations are features.
+
+    A dream that has ended is replaced by a new one in the same step, with `terminal_observation` and
+    `TimeLimit.truncated` in its info.
+    """
 
     def __init__(self, features: int, action_space: spaces.Space, copies: int, horizon: int):
         super().__init__(copies, spaces.Box(-np.inf, np.inf, (features,), np.float32), action_space)
@@ -116,15 +140,18 @@ class DreamVec(VecEnv):
         self.mean_return = 0.0
 
     def open(self, model: Dreamer, starts: Starts) -> None:
-        """Dream from these moments from now on."""
-        self.model, self.starts = model, starts
-        self.device, self.returns = starts.feat.device, []
+        """Start later dreams from these states."""
+        self.model = model
+        self.starts = starts
+        self.device = starts.feat.device
+        self.returns: list[float] = []
 
     @torch.no_grad()
     def reset(self) -> np.ndarray:
-        self.now = self._fresh(self.num_envs)
-        self.age, self.total = np.zeros(self.num_envs, int), np.zeros(self.num_envs)
-        return self.now[0].cpu().numpy()
+        self.feat_and_state = self._draw_starts(self.num_envs)
+        self.age = np.zeros(self.num_envs, int)
+        self.total = np.zeros(self.num_envs)
+        return self.feat_and_state[0].cpu().numpy()
 
     def step_async(self, actions: np.ndarray) -> None:
         self.actions = actions
@@ -132,35 +159,40 @@ class DreamVec(VecEnv):
     @torch.no_grad()
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         assert self.model is not None
-        feat, state = self.now
+        feat, state = self.feat_and_state
         parts = tuple(getattr(self.action_space, "nvec", [getattr(self.action_space, "n", 0)]))
         action = encode(self.actions, parts if parts[0] else ()).to(self.device).clamp(-1, 1)
-        reward, cont = self.model.consequence.expect(feat, action)
+        reward, cont = self.model.reward_continue.expect(feat, action)
         _, feat, state = self.model.dream_step(feat, state, action)
         ended = (torch.rand_like(cont) >= cont).cpu().numpy()
         self.age += 1
-        rewards, late = reward.cpu().numpy(), (self.age >= self.horizon) & ~ended
+        truncated = (self.age >= self.horizon) & ~ended
+        rewards = reward.cpu().numpy()
         self.total += rewards
-        seen, infos = feat.cpu().numpy().copy(), [{} for _ in range(self.num_envs)]
-        self.now = feat, state
-        if (over := np.flatnonzero(ended | late)).size:
+        observations = feat.cpu().numpy().copy()
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        self.feat_and_state = (feat, state)
+        if (over := np.flatnonzero(ended | truncated)).size:
             for i in over:
-                infos[i] = {"terminal_observation": seen[i].copy(), "TimeLimit.truncated": bool(late[i])}
+                infos[i] = {"terminal_observation": observations[i].copy(), "TimeLimit.truncated": bool(truncated[i])}
             self.returns += self.total[over].tolist()
             self.mean_return = float(np.mean(self.returns))
-            fresh, rows = self._fresh(len(over)), torch.from_numpy(over).to(self.device)
-            for held, new in zip(pytree.tree_leaves(self.now), pytree.tree_leaves(fresh), strict=True):
-                held[rows] = new
-            seen[over] = fresh[0].cpu().numpy()
-            self.age[over], self.total[over] = 0, 0.0
-        return seen, rewards, ended | late, infos
+            drawn = self._draw_starts(len(over))
+            rows = torch.from_numpy(over).to(self.device)
+            for old, new in zip(pytree.tree_leaves(self.feat_and_state), pytree.tree_leaves(drawn), strict=True):
+                old[rows] = new
+            observations[over] = drawn[0].cpu().numpy()
+            self.age[over] = 0
+            self.total[over] = 0.0
+        return observations, rewards, ended | truncated, infos
 
-    def _fresh(self, count: int) -> tuple[Tensor, Any]:
+    def _draw_starts(self, count: int) -> tuple[Tensor, Any]:
+        """Features and states of `count` starts whose episode had not ended."""
         index = torch.multinomial(self.starts.weight.clamp(min=1e-9), count, replacement=True)
         return pytree.tree_map(lambda t: t[index], (self.starts.feat, self.starts.state))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         return [getattr(self, attr_name, None)] * self.num_envs
@@ -176,7 +208,7 @@ class DreamVec(VecEnv):
 
 
 def encode(chosen: np.ndarray, parts: Sequence[int]) -> Tensor:
-    """SB3's actions `(n,)`, `(n, factors)` or, for boxes, `(n, A)` as `(n, A)`."""
+    """SB3's actions `(n,)`, `(n, factors)` or, for a box, `(n, A)` to encoded actions `(n, A)`."""
     values = torch.as_tensor(np.asarray(chosen))
     if not parts:
         return values.float()
@@ -185,9 +217,11 @@ def encode(chosen: np.ndarray, parts: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def own_numpy() -> Iterator[None]:
-    """Inside, numpy's global stream, which SB3 draws from, is seeded from torch's, so that a checkpoint of that is
-    enough; outside, it goes on as if nothing had been drawn."""
+def numpy_seeded_by_torch() -> Iterator[None]:
+    """A context in which numpy's global generator, which SB3 draws from, is seeded by torch's.
+
+    Checkpoints then need torch's generator alone. Outside, numpy's continues as if nothing had been drawn.
+    """
     before = np.random.get_state()
     np.random.seed(int(torch.randint(2**31, ())))
     try:
@@ -209,7 +243,7 @@ def _callback(name: str) -> Any:
     try:
         return getattr(import_module(module), attribute)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"controller.sb3.callback = {name}: {_line(error)}; give package.module:Class") from None
+        raise ValueError(f"controller.kwargs.callback = {name}: {_line(error)}; give package.module:Class") from None
 
 
 def _line(error: BaseException) -> str:

@@ -1,33 +1,35 @@
-"""What every C is, and how it is configured."""
+"""The interface of controllers (C), and their configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts
 from longdream.worldmodel.dynamics import State
+from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1, POSITIVE, SHARE
 from longdream.worldmodel.types import Loss
 
 
 class Controller(Protocol):
-    """What every C offers. An `nn.Module` built as `Class(config, features, parts, actions)`: features F, the sizes of
-    categorical action factors (empty for a box) and A, the length of an encoded action.
+    """Any C. An `nn.Module` built as `Class(config, features, parts, actions)`: features is F; parts are the sizes of
+    categorical action factors, none for a box; actions is A, the length of an encoded action.
 
-    It may also say `capturable = True`: `act` can be recorded in a CUDA graph (the same work at every call, nothing
-    moved to the host). It may be `Planning`, `Improving`, `Replaying`, `Exporting`. One without weights that have
-    gradients is never asked for a loss.
+    It may also set `capturable = True`: a CUDA graph can capture `act`, which does the same work at every call and
+    moves nothing to the host. It may also be `Planning`, `Improving`, `Replaying` or `Exporting`. The loss of a C
+    without trainable parameters is never computed.
     """
 
     def act(self, feat: Tensor, greedy: bool) -> Tensor:
-        """feat `(B, F)` to an encoded action `(B, A)`; boxes may need clipping to [-1, 1]."""
+        """feat `(B, F)` to an encoded action `(B, A)`; box actions may need clipping to [-1, 1]."""
         ...
 
     def loss(self, dream: Dream) -> Loss:
-        """What to minimise, given dreams that `act` was followed in."""
+        """The loss to minimise, given dreams under `act`."""
         ...
 
     def after_update(self) -> None:
@@ -37,137 +39,79 @@ class Controller(Protocol):
 
 @runtime_checkable
 class Planning(Protocol):
-    """A C that looks ahead in M before it acts in reality. In dreams that it learns from, `act` decides."""
+    """A C that plans in M before it acts in reality. In the dreams that it learns from, it acts by `act`."""
 
     def plan(self, model: Dreamer, feat: Tensor, state: State, greedy: bool) -> Tensor:
-        """What to do at feat `(B, F)` with M's state there: an encoded action `(B, A)`. Without gradient."""
+        """The encoded action `(B, A)` at feat `(B, F)` and M's state there, without gradient."""
         ...
 
 
 @runtime_checkable
 class Improving(Protocol):
-    """A C that learns in a way of its own instead of by the gradient of `loss`."""
+    """A C that learns in a way of its own, not by the gradient of `loss`."""
 
     def improve(self, model: Dreamer, starts: Starts) -> dict[str, Tensor]:
-        """One update from moments to dream from; returns scalars to log."""
+        """One update in dreams from `starts`; returns scalars to log."""
         ...
 
 
 @runtime_checkable
 class Replaying(Protocol):
-    """A C that can learn from what really happened too (`controller.replay_value`)."""
+    """A C that can learn from real clips as well (`controller.replay_value`)."""
 
     def replay_loss(self, clip: Clip) -> Loss:
-        """What to minimise beside the loss in dreams, given real clips as M sees them."""
+        """A loss to minimise in addition to the one in dreams, given real clips as M sees them."""
         ...
 
 
 @runtime_checkable
 class Exporting(Protocol):
-    """A C that other programs can read."""
+    """A C that can write files for other programs."""
 
     def export(self, folder: Path) -> None:
-        """Write its files into the folder of the run, whose training has ended."""
+        """Write its files into the run's folder, at the end of training."""
         ...
 
 
 @dataclass(frozen=True)
-class PlannerConfig:
-    """How `planner` plans. M's cost of a real step is iterations * horizon dreamt steps of `candidates` copies."""
-
-    method: Literal["cem", "mppi"] = "mppi"
-    """cem: the cross-entropy method on dreamt rewards alone; nothing is learned but M. mppi: candidates weighted by
-    their return, with a learnt value at the horizon and a learnt policy that proposes some of them."""
-    candidates: int = 64
-    """Sequences of actions that are dreamt at a time."""
-    elites: int = 8
-    """The best of them, that the next ones are drawn around."""
-    iterations: int = 3
-    horizon: int = 12
-    """Steps of a plan."""
-    proposals: int = 8
-    """How many more candidates the policy proposes (mppi)."""
-    temperature: float = 0.5
-    """Softness of the elites' weights, in units of the gap between the best and the worst of them (mppi)."""
-
-
-@dataclass(frozen=True)
-class TreeConfig:
-    """How `tree` searches."""
-
-    simulations: int = 16
-    """Dreamt steps per real step and copy."""
-    considered: int = 4
-    """Actions at the root that are tried at all."""
-    visit_weight: float = 50.0
-    """Values count as much as if an action had been tried so many times more often (c_visit)."""
-    value_weight: float = 0.1
-    """Weight of values, scaled to [0, 1], against the policy's logits (c_scale)."""
-
-
-@dataclass(frozen=True)
-class EvolutionConfig:
-    """How `evolution` searches."""
-
-    population: int = 64
-    """Candidates per generation; an update is a generation."""
-    moments: int = 16
-    """Dreams that each candidate is judged by, the same for all."""
-    horizon: int = 24
-    """Steps of each: as far as to a reward from where an episode begins, since no value stands for what comes later."""
-    deviation: float = 0.1
-    """Of the first generation's weights."""
-
-
-@dataclass(frozen=True)
-class Sb3Config:
-    """How an algorithm of Stable-Baselines3 learns (`kind` = stable_baselines3:PPO, sb3_contrib:TRPO, ...)."""
-
-    copies: int = 64
-    """Dreams side by side. An update of C is controller.horizon steps of each."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the algorithm; gamma and n_steps are controller.gamma and controller.horizon."""
-    callback: str = ""
-    """A callback of SB3, as dotted path `package.module:Class`."""
-
-
-@dataclass(frozen=True)
 class ControllerConfig:
-    """Which C, how it dreams, how it learns."""
+    """Which C, how it dreams and how it learns."""
 
     kind: str = "actor_critic"
     """actor_critic, planner, tree, evolution, an algorithm of Stable-Baselines3 (stable_baselines3:PPO), or a dotted
     path `package.module:Class` to a Controller of your own."""
-    hidden: int = 128
-    layers: int = 2
-    bins: int = 255
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Settings of that kind of C, listed in docs/controllers.md. For an algorithm of Stable-Baselines3, its
+    arguments."""
+    hidden: Annotated[int, AT_LEAST_1] = 128
+    """Width of the policy's and the critic's MLP."""
+    layers: Annotated[int, AT_LEAST_1] = 2
+    """Hidden layers of these MLPs."""
+    bins: Annotated[int, Ge(3)] = 255
     """Bins of the two-hot critic."""
-    starts: int = 24
+    imagination_starts: Annotated[int, AT_LEAST_1] = 24
     """Dreams per replayed clip."""
-    horizon: int = 15
+    horizon: Annotated[int, AT_LEAST_1] = 15
     """Steps per dream."""
-    decisive: float = 0.0
-    """Share of the dreams that begin at most `horizon` rows before a real reward, in clips that have one. Where rewards
-    are rare, few other dreams meet any."""
-    gamma: float = 0.997
-    lam: float = 0.95
-    entropy: float = 3e-4
-    unimix: float = 0.01
+    reward_start_fraction: Annotated[float, Interval(ge=0, le=0.99)] = 0.0
+    """Share of the dreams that start at most `horizon` rows before a real reward, in clips that have one. Where rewards
+    are rare, few other dreams reach one."""
+    gamma: Annotated[float, SHARE] = 0.997
+    """Discount per step."""
+    lam: Annotated[float, SHARE] = 0.95
+    """Lambda of the lambda-returns."""
+    entropy: Annotated[float, AT_LEAST_0] = 3e-4
+    """Weight of the policy's entropy."""
+    unimix: Annotated[float, SHARE] = 0.01
     """Share of a uniform distribution in categorical policies."""
-    return_floor: float = 1.0
+    return_floor: Annotated[float, POSITIVE] = 1.0
     """Advantages are divided by the spread of returns, or by this if it is larger."""
-    slow_rate: float = 0.02
-    """Rate at which the slow critic follows."""
-    centred: bool = False
-    """Take the mean off advantages. Values lag behind returns by hundreds of updates; until they have caught up, all
-    actions look good or bad together, and a policy loses its entropy, or all else, whatever is better (Chung et al.
-    2021, arXiv 2008.13773)."""
-    replay_value: float = 0.0
-    """Weight of learning values from real clips too, which holds them to what really came where dreams err. 0: C sees
-    no reward but through M."""
-    temperature: float = 1.0
-    """Randomness of the dreams, 1 as learned."""
-    planner: PlannerConfig = field(default_factory=PlannerConfig)
-    tree: TreeConfig = field(default_factory=TreeConfig)
-    evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
-    sb3: Sb3Config = field(default_factory=Sb3Config)
+    target_ema: Annotated[float, SHARE] = 0.02
+    """Rate at which the target critic follows the critic (an exponential moving average)."""
+    center_advantages: bool = False
+    """Subtract the mean of the advantages. Values lag behind returns by hundreds of updates. Until they have caught up,
+    all actions look good or all look bad, and the policy collapses whichever is better (Chung et al. 2021, arXiv
+    2008.13773)."""
+    replay_value: Annotated[float, AT_LEAST_0] = 0.0
+    """Weight of the critic's loss on real clips, in addition to the one in dreams; it corrects values where dreams are
+    wrong. 0: C sees rewards through M alone."""

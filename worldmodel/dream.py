@@ -1,4 +1,4 @@
-"""Dreaming: M rolled forward from real moments under a policy."""
+"""Dreaming: M rolled forward from states of real clips, under a policy or given actions."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from longdream.worldmodel.dynamics import State
 
 
 class Dreamer(Protocol):
-    """What a dream asks of M; a `WorldModel` is one."""
+    """What a dream needs of M; a `WorldModel` provides it."""
 
     @property
-    def consequence(self) -> Any:
-        """`expect(feat (..., F), action (..., A))`: the expected reward `(...)` and the probability of going on."""
+    def reward_continue(self) -> Any:
+        """`expect(feat (..., F), action (..., A))`: the expected reward `(...)` and the probability of continuing."""
         ...
 
     def dream_step(
         self, feat: Tensor, state: State, action: Tensor, temperature: float = 1.0, steps: int | None = None
     ) -> tuple[Tensor, Tensor, State]:
-        """An action `(B, A)` taken at feat `(B, F)` and state to the next z, feat and state."""
+        """An action `(B, A)`, taken at feat `(B, F)` and state, to the next z, feat and state."""
         ...
 
 
 class Starts(NamedTuple):
-    """Moments to dream from: feat `(B, F)`, the state after that frame, and weight `(B,)`: 0 where the episode had
-    ended."""
+    """States that dreams start from.
+
+    feat: `(B, F)`. state: M's, after the same frame. weight: `(B,)`, 0 where the episode had ended, else 1.
+    """
 
     feat: Tensor
     state: State
@@ -36,10 +38,10 @@ class Starts(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """What really happened over T rows, as M sees it. Row t + 1 is the consequence of the action chosen from feat_t.
+    """A real clip of T rows as M sees it. Row t + 1 is the consequence of the action chosen from feat_t.
 
-    feat: `(B, T, F)`. reward, cont: `(B, T - 1)`, arriving with row t + 1; cont is 0 where that terminated. known:
-    `(B, T - 1)`, whether rows t and t + 1 are of one episode and both were seen clean.
+    feat: `(B, T, F)`. reward, cont: `(B, T - 1)`, of row t + 1; cont is 0 where it terminated. known: `(B, T - 1)`,
+    whether rows t and t + 1 are of one episode and both were seen clean.
     """
 
     feat: Tensor
@@ -49,10 +51,10 @@ class Clip(NamedTuple):
 
 
 class Dream(NamedTuple):
-    """H dreamt steps. Row t's action is chosen from feat_t; its reward and cont arrive with feat_{t+1}.
+    """H dreamt steps. The action of row t is chosen from feat_t; its reward and cont arrive with feat_{t+1}.
 
-    feat: `(B, H + 1, F)`. action: `(B, H, A)`. reward, cont: `(B, H)`, expected reward and probability of going on.
-    z: `(B, H, N, D)`, latents of the frames after each action. weight: `(B,)` of the starts.
+    feat: `(B, H + 1, F)`. action: `(B, H, A)`. reward, cont: `(B, H)`, expected reward and probability of
+    continuing. z: `(B, H, N, D)`, latents of the frames after each action. weight: `(B,)`, of the starts.
     """
 
     feat: Tensor
@@ -72,27 +74,33 @@ def imagine(
     temperature: float = 1.0,
     steps: int | None = None,
 ) -> Dream:
-    """Dream `horizon` steps from each start, acting as `policy` says: feat `(B, F)` to action `(B, A)`.
+    """Dream `horizon` steps from each start under a policy, from feat `(B, F)` to action `(B, A)`.
 
-    A policy for boxes may draw outside [-1, 1]; M sees actions as the environment would take them, clipped.
+    A policy for box actions may sample outside [-1, 1]. M sees the clipped action, as the environment would.
     """
-    feat, state = starts.feat, starts.state
-    feats, actions, zs = [feat], [], []
+    feat = starts.feat
+    state = starts.state
+    feats = [feat]
+    actions = []
+    zs = []
     for _ in range(horizon):
         action = policy(feat)
         z, feat, state = model.dream_step(feat, state, action.clamp(-1, 1), temperature, steps)
         feats.append(feat)
         actions.append(action)
         zs.append(z)
-    feat, action = torch.stack(feats, 1), torch.stack(actions, 1)
-    reward, cont = model.consequence.expect(feat[:, :-1], action.clamp(-1, 1))
+    feat = torch.stack(feats, 1)
+    action = torch.stack(actions, 1)
+    reward, cont = model.reward_continue.expect(feat[:, :-1], action.clamp(-1, 1))
     return Dream(feat, action, reward, cont, torch.stack(zs, 1), starts.weight)
 
 
 @torch.no_grad()
 def follow(model: Dreamer, starts: Starts, action: Tensor) -> Tensor:
-    """Dream under given actions `(B, H, A)`: the features after each, `(B, H, F)`."""
-    feat, state, feats = starts.feat, starts.state, []
+    """Dream under given actions `(B, H, A)`; the features after each, `(B, H, F)`."""
+    feat = starts.feat
+    state = starts.state
+    feats = []
     for step in range(action.shape[1]):
         _, feat, state = model.dream_step(feat, state, action[:, step])
         feats.append(feat)

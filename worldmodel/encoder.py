@@ -1,8 +1,8 @@
-"""V, the encoder: turns observations into N latent tokens of D channels per frame, and back.
+"""V, the encoder: observations to N latent tokens of D channels per frame, and back.
 
-Images pass through strided convolutions down to the token grid; vectors and discrete values through a line and an MLP
-that are added to every token. Latents are either continuous, bounded by tanh, or categorical with straight-through
-gradients.
+Images are encoded by strided convolutions down to the token grid. Vectors and discrete values are encoded by a linear
+map plus an MLP, whose sum is added to every token. Latents are continuous and bounded by tanh, or categorical with
+straight-through gradients.
 """
 
 from __future__ import annotations
@@ -11,19 +11,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol, cast
+from typing import Annotated, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 
-from longdream.worldmodel.heads import draw as sample
-from longdream.worldmodel.heads import symexp, symlog
+from longdream.worldmodel.categorical import draw_index
+from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1, AT_LEAST_2
+from longdream.worldmodel.symlog import symexp, symlog
 from longdream.worldmodel.types import Loss
+
+Latent = Literal["continuous", "categorical"]
+UNIMIX = 0.01
+"""Weight of the uniform distribution that is mixed into categorical latents."""
 
 
 class Observed(Protocol):
-    """What V needs to know of one observation key."""
+    """What V needs to know about an observation key."""
 
     @property
     def kind(self) -> Literal["image", "vector", "discrete"]: ...
@@ -37,51 +43,55 @@ class Observed(Protocol):
 class EncoderConfig:
     """Size and latent form of V."""
 
-    grid: int = 1
+    grid: Annotated[int, Interval(ge=1, le=16)] = 1
     """Side of the token grid, 1 to 16: N = grid * grid tokens per frame. Observations without images always have 1."""
-    channels: int = 32
-    """D: channels per token; for categorical latents, how many one-hot variables times their classes."""
-    latent: Literal["auto", "continuous", "categorical"] = "auto"
-    """Kind of latents; auto: the kind that the objective asks for."""
-    classes: int = 8
-    """Classes of each categorical variable; must divide channels."""
-    unimix: float = 0.01
-    """Share of a uniform distribution mixed into categorical latents."""
-    depth: int = 16
+    channels: Annotated[int, AT_LEAST_1] = 32
+    """D: channels per token; for categorical latents, the number of variables times their classes."""
+    classes: Annotated[int, AT_LEAST_2] = 8
+    """Classes per categorical variable; must divide channels."""
+    depth: Annotated[int, AT_LEAST_1] = 16
     """Channels of the first convolution; doubled at each halving, up to 8 times."""
-    hidden: int = 128
-    """Width of the MLPs for vectors and discrete values."""
-    noise: float = 0.0
-    """Deviation of noise on continuous latents while V learns to decode them. It pushes observations that differ apart,
-    so that M's small errors stay small ones."""
+    noise: Annotated[float, AT_LEAST_0] = 0.0
+    """Standard deviation of noise on continuous latents while V learns to decode them. It pushes the latents of
+    different observations apart, so that small errors of M decode to small errors."""
 
 
 class Encoder(nn.Module):
-    """V. Observations `{key: (..., *shape)}` to latents `(..., N, D)` and back."""
+    """V. Observations `{key: (..., *shape)}` to latents `(..., N, D)` and back.
 
-    def __init__(self, config: EncoderConfig, spec: Mapping[str, Observed]):
+    Args:
+        spec: what each observation key is. latent: the kind of latents, which the objective determines.
+
+    Raises:
+        ValueError: channels that are not a multiple of the classes, or an image that does not fit the grid.
+    """
+
+    def __init__(self, config: EncoderConfig, spec: Mapping[str, Observed], latent: Latent):
         super().__init__()
-        if config.latent == "categorical" and config.channels % config.classes:
+        self.latent = latent
+        if latent == "categorical" and config.channels % config.classes:
             raise ValueError(
                 f"encoder.channels = {config.channels} is not a multiple of encoder.classes = {config.classes}"
             )
-        self.config, self.spec = config, dict(spec)
+        self.config = config
+        self.spec = dict(spec)
         self.images = sorted(k for k, s in spec.items() if s.kind == "image")
         self.flats = sorted(k for k, s in spec.items() if s.kind != "image")
         self.grid = config.grid if self.images else 1
-        self.tokens, self.channels = self.grid**2, config.channels
+        self.tokens = self.grid**2
+        self.channels = config.channels
         self.vision = nn.ModuleDict({module_name(k): Vision(config, self.grid, spec[k].shape) for k in self.images})
         self.sizes = {k: spec[k].n if spec[k].kind == "discrete" else math.prod(spec[k].shape) for k in self.flats}
         flat = sum(self.sizes.values())
         if flat:
             self.scale = nn.ModuleDict({module_name(k): RunningScale(n) for k, n in self._vectors().items()})
-            self.flat_in = Flat(flat, config.hidden, config.channels, skip=flat**-0.5)
-            self.flat_out = Flat(self.tokens * config.channels, config.hidden, flat, skip=0.0)
-        if config.latent == "continuous":
-            # without a norm, V was seen to sit at the mean image; with one, vectors would lose their length
+            self.flat_in = Flat(flat, 4 * config.channels, config.channels, skip=flat**-0.5)
+            self.flat_out = Flat(self.tokens * config.channels, 4 * config.channels, flat, skip=0.0)
+        if latent == "continuous":
+            # without a norm, V got stuck at the mean image; vectors have none, since it would remove their length
             self.norm = nn.RMSNorm(config.channels) if self.images else nn.Identity()
 
-    def _eye(self, key: str) -> Vision:
+    def _vision(self, key: str) -> Vision:
         return cast(Vision, self.vision[module_name(key)])
 
     def _scale(self, key: str) -> RunningScale:
@@ -91,11 +101,12 @@ class Encoder(nn.Module):
         return {k: n for k, n in self.sizes.items() if self.spec[k].kind == "vector"}
 
     def forward(self, obs: Mapping[str, Tensor], draw: bool = False) -> Tensor:
-        """Latents `(..., N, D)`: tanh-bounded, or one-hots of the likeliest class (of a drawn one where `draw`)."""
+        """Latents `(..., N, D)`: bounded by tanh, or one-hot vectors of the likeliest classes (of sampled ones if
+        `draw`)."""
         lead = self._lead(obs)
         z = 0
         for key in self.images:
-            z = z + self._eye(key).encode(obs[key].flatten(0, len(lead) - 1))
+            z = z + self._vision(key).encode(obs[key].flatten(0, len(lead) - 1))
         if self.flats:
             z = z + self.flat_in(self._flat(obs, lead))[:, None]
         assert isinstance(z, Tensor)
@@ -118,20 +129,22 @@ class Encoder(nn.Module):
         return out
 
     def loss(self, obs: Mapping[str, Tensor]) -> Loss:
-        """Reconstruction: squared error per pixel or normalised entry, cross-entropy of discrete values; summed over
-        keys."""
+        """Reconstruction error, summed over keys: mean squared error of pixels and of normalised vectors, cross-entropy
+        of discrete values."""
         lead = self._lead(obs)
         for key in self._vectors():
             self._scale(key).update(obs[key].flatten(0, len(lead) - 1).flatten(1))
         z = self(obs, draw=True).flatten(0, len(lead) - 1)
-        if self.config.noise and self.config.latent == "continuous":
+        if self.config.noise and self.latent == "continuous":
             z = z + self.config.noise * torch.randn_like(z)
         raw = self._decode(z, exact=False)
-        metrics, total = {}, torch.zeros((), device=next(iter(raw.values())).device)
+        metrics = {}
+        total = torch.zeros((), device=next(iter(raw.values())).device)
         for key, value in raw.items():
-            target, spec = obs[key].flatten(0, len(lead) - 1), self.spec[key]
+            target = obs[key].flatten(0, len(lead) - 1)
+            spec = self.spec[key]
             if spec.kind == "image":
-                error = F.mse_loss(value, self._eye(key).scaled(target))
+                error = F.mse_loss(value, self._vision(key).scaled(target))
             elif spec.kind == "discrete":
                 error = F.cross_entropy(value, target)
             else:
@@ -155,24 +168,24 @@ class Encoder(nn.Module):
         return torch.cat(parts, -1)
 
     def _decode(self, z: Tensor, exact: bool) -> dict[str, Tensor]:
-        """Flat batch of latents to raw outputs: images in [-0.5, 0.5] at their own resolution if `exact`, vectors
-        normalised."""
-        out = {key: self._eye(key).decode(z, exact) for key in self.images}
+        """Latents `(B, N, D)` to raw outputs: images in [-0.5, 0.5], at their own resolution if `exact`; normalised
+        vectors; logits of discrete values."""
+        out = {key: self._vision(key).decode(z, exact) for key in self.images}
         if self.flats:
             values = self.flat_out(z.flatten(1)).split([self.sizes[k] for k in self.flats], -1)
             out.update(zip(self.flats, values, strict=True))
         return out
 
     def _bound(self, z: Tensor, draw: bool) -> Tensor:
-        if self.config.latent == "continuous":
-            # under autocast too in the precision of the norm's weights: torch warns of what it has to mix
+        if self.latent == "continuous":
+            # in the precision of the norm's weights under autocast too, since torch warns about mixed precisions
             return self.norm(z.to(torch.promote_types(z.dtype, torch.float32))).tanh()
         logits = z.unflatten(-1, (-1, self.config.classes))
         logits = logits - logits.mean(-1, keepdim=True)
         logits = 2 * F.rms_norm(logits, logits.shape[-2:])
-        probs = (1 - self.config.unimix) * logits.softmax(-1) + self.config.unimix / self.config.classes
+        probs = (1 - UNIMIX) * logits.softmax(-1) + UNIMIX / self.config.classes
         if draw:
-            index = sample(probs)
+            index = draw_index(probs)
         else:
             index = probs.argmax(-1)
         hard = F.one_hot(index, self.config.classes).to(probs.dtype)
@@ -180,42 +193,44 @@ class Encoder(nn.Module):
 
 
 def module_name(key: str) -> str:
-    """A name that torch accepts for the module of an observation key: without dots, and no attribute of a
-    ModuleDict."""
+    """A valid module name for an observation key: without dots, and different from all attributes of a ModuleDict."""
     return "key_" + key.replace("%", "%25").replace(".", "%2E")
 
 
 IMAGE_WEIGHT = 10.0
-"""Mean squared error per pixel is small beside losses of order one."""
+"""Weight of images in the loss: their mean squared error is small compared with losses of order one."""
 
 
 class Flat(nn.Module):
-    """Vectors and discrete values to latents, or back: a line plus an MLP.
+    """Vectors and discrete values to latents, or back: a linear map plus an MLP.
 
-    What lies beyond all that was seen so far goes on along the line, and there are no norms, which would let ratios
-    through and lengths fade: a cart further out than ever must not look like one at home.
+    Outside the range of the training data the linear map extrapolates. There is no norm, which would keep directions
+    and
+    discard lengths: a cart that is further out than ever before must not be encoded like one near the origin.
     """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, skip: float):
         super().__init__()
-        self.line = nn.Linear(inputs, outputs)
-        nn.init.normal_(self.line.weight, std=skip)
-        self.curve = nn.Sequential(
+        self.linear = nn.Linear(inputs, outputs)
+        nn.init.normal_(self.linear.weight, std=skip)
+        self.mlp = nn.Sequential(
             nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.line(x) + self.curve(x)
+        return self.linear(x) + self.mlp(x)
 
 
 class Vision(nn.Module):
-    """One image key: `(B, H, W, C)` uint8 to `(B, N, D)` and back. Sizes that do not halve down to the grid are
-    resized first."""
+    """Encoder and decoder of one image key: `(B, H, W, C)` uint8 to `(B, N, D)` and back.
+
+    Images whose size cannot be halved down to the grid are resized first.
+    """
 
     def __init__(self, config: EncoderConfig, grid: int, shape: tuple[int, ...]):
         super().__init__()
         height, width, colours = shape
-        base = max(grid, 4)  # grids under 4 x 4 are merged from 4 x 4
+        base = max(grid, 4)  # smaller grids are merged from 4 x 4
         if base % grid:
             raise ValueError(f"encoder.grid = {grid}: grids under 4 must divide 4 (use 1, 2 or 4 and up)")
         halvings = round(math.log2(min(height, width) / base))
@@ -223,9 +238,12 @@ class Vision(nn.Module):
             raise ValueError(
                 f"image of {height} x {width}: encoder.grid = {grid} needs {2 * base} x {2 * base} pixels or more"
             )
-        self.shape, self.grid, self.merge = (height, width), grid, base // grid
+        self.shape = (height, width)
+        self.grid = grid
+        self.merge = base // grid
         self.size = base * 2**halvings
-        # the first halving only moves 2 x 2 pixels into channels: convolutions at full size would cost most of all
+        # the first halving moves 2 x 2 pixels into channels, since convolutions at full resolution would dominate the
+        # cost
         down: list[nn.Module] = []
         up: list[nn.Module] = []
         depths = [4 * colours] + [config.depth * min(2**i, 8) for i in range(halvings - 1)]
@@ -233,7 +251,8 @@ class Vision(nn.Module):
             down += [nn.Conv2d(fine, coarse, 4, 2, 1), ChannelNorm(coarse), nn.SiLU()]
             up = [nn.ConvTranspose2d(coarse, fine, 4, 2, 1)] + ([ChannelNorm(fine), nn.SiLU()] if i else []) + up
         before = depths[-1]
-        self.down, self.up = nn.Sequential(*down), nn.Sequential(*up)
+        self.down = nn.Sequential(*down)
+        self.up = nn.Sequential(*up)
         for part in (self.down, self.up):
             part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         cell = before * self.merge**2
@@ -252,7 +271,7 @@ class Vision(nn.Module):
         return self.to_token(merge(x, self.merge).flatten(1, 2))
 
     def decode(self, z: Tensor, exact: bool) -> Tensor:
-        """`(B, N, D)` to `(B, H, W, C)` where exact, else at V's own square resolution."""
+        """`(B, N, D)` to `(B, H, W, C)` if `exact`, else at V's own square resolution."""
         x = split(self.from_token(z).unflatten(1, (self.grid, self.grid)), self.merge)
         x = split(self.up(x.movedim(-1, 1)).movedim(1, -1), 2)
         if exact and self.shape != (self.size, self.size):
@@ -261,7 +280,7 @@ class Vision(nn.Module):
 
 
 def merge(x: Tensor, side: int) -> Tensor:
-    """`(B, H, W, C)` to `(B, H / side, W / side, side * side * C)`: squares of pixels become channels."""
+    """`(B, H, W, C)` to `(B, H / side, W / side, side * side * C)`: each square of pixels becomes channels."""
     x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))
     return x.transpose(2, 3).flatten(3)
 
@@ -284,8 +303,11 @@ class ChannelNorm(nn.Module):
 
 
 class RunningScale(nn.Module):
-    """Shifts and scales vectors by the mean and deviation of what was trained on lately. What lies many deviations out
-    is squashed, by a symlog whose bend is at `FAR`: it stays visible, and does not drown the rest."""
+    """Normalises vectors by a running mean and standard deviation.
+
+    Values beyond about `FAR` standard deviations are compressed by a symlog, so that outliers remain distinguishable
+    without dominating the loss.
+    """
 
     FAR = 5.0
 
@@ -301,7 +323,7 @@ class RunningScale(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in x `(B, n)`: a running average whose rate falls to 3e-3."""
+        """Update the averages with x `(B, n)`, at a rate that decreases to 3e-3."""
         self.count += 1
         rate = (1 / self.count).clamp(min=3e-3)
         self.mean.lerp_(x.mean(0), rate)

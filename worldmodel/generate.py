@@ -1,14 +1,14 @@
-"""Streams of generated frames: M rolled forward under given actions, for as long as one likes, in constant memory.
+"""Generation of long clips: M rolled forward under given actions, for any number of frames in constant memory.
 
-Pieces of frames are denoised together and then committed, one piece after another. A piece is a frame (what an agent's
-dream does), a chunk of M's attention, or more; `order` says how its frames are denoised, by a row of the scheduling
-matrix after the other (`forcing.schedule`).
+Frames are generated in pieces. The frames of a piece are denoised together and then committed. A piece is a single
+frame (as in an agent's dream), a chunk of M's attention, or longer. `order` says how the frames of a piece are
+denoised, row by row of a scheduling matrix (`objectives.base.schedule`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,10 @@ class Piece(NamedTuple):
 
 
 def slope(order: str | float, steps: int) -> float:
-    """The slope of the schedule that an order means: `full` 0, all frames of a piece together; `pyramid` 1, each a step
-    behind the one before; `autoregressive` S = `steps`, one after another. A number is a slope itself.
+    """The slope of the schedule for an order.
+
+    `full` is 0: all frames of a piece together. `pyramid` is 1: each frame one step behind the frame before it.
+    `autoregressive` is `steps`: one frame after another. A number is the slope itself.
 
     Raises:
         ValueError: another word.
@@ -44,19 +46,25 @@ def slope(order: str | float, steps: int) -> float:
 
 
 @torch.no_grad()
-def take_in(
+def read_context(
     dynamics: Dynamics, z: Tensor, prev_action: Tensor, first: Tensor, state: State | None = None, piece: int = 250
 ) -> tuple[Tensor, State]:
-    """The last feature `(B, F)` and the state after a context clip: z `(B, T, N, D)`, prev_action `(B, T, A)`, first
-    `(B, T)`; after `state`, if there is one. `piece` frames at a time, rounded up to whole chunks."""
-    known = dynamics.initial(len(z), z.device) if state is None else state
-    chunk = dynamics.config.frames_together
-    piece, feat = -(-piece // chunk) * chunk, z.new_zeros(len(z), 1, dynamics.feature_size)
+    """The last feature `(B, F)` and the state after a context clip.
+
+    Args:
+        z: `(B, T, N, D)`. prev_action: `(B, T, A)`. first: `(B, T)`, frames that begin an episode.
+        state: before the clip; None: nothing was seen.
+        piece: frames processed at a time, rounded up to whole chunks of M's attention.
+    """
+    state = dynamics.initial(len(z), z.device) if state is None else state
+    chunk_frames = dynamics.config.chunk_frames
+    piece = -(-piece // chunk_frames) * chunk_frames
+    feat = z.new_zeros(len(z), 1, dynamics.feature_size)
     for begin in range(0, z.shape[1], piece):
         now = slice(begin, begin + piece)
         level = torch.ones_like(first[:, now], dtype=z.dtype)
-        feat, _, known, _ = dynamics(z[:, now], prev_action[:, now], level, first[:, now], known)
-    return feat[:, -1], known
+        feat, _, state, _ = dynamics(z[:, now], prev_action[:, now], level, first[:, now], state)
+    return feat[:, -1], state
 
 
 @torch.no_grad()
@@ -70,42 +78,39 @@ def generate(
     temperature: float = 1.0,
     order: str | float = "full",
     piece: int | None = None,
-    context_level: float | None = None,
+    context_level: float = 1.0,
     record: Callable[[Step], Step] | None = None,
 ) -> Iterator[Piece]:
-    """Generate T frames from where `take_in` ended, piece after piece, as they are asked for.
+    """Generate T frames after a context (`read_context`), piece by piece, as the iterator is advanced.
 
     Args:
-        feat, state: `(B, F)` and M's, of the last frame that is known.
-        action: `(B, T, A)`, action t leads to generated frame t.
+        feat, state: `(B, F)` and M's, after the last known frame.
+        action: `(B, T, A)`, of which action t leads to generated frame t.
         steps: denoising steps per frame. temperature: see `Objective.sample`.
         order: in which the frames of a piece are denoised, see `slope`.
-        piece: frames denoised together; None: a chunk of M's attention, which is a frame where that is 1.
-        context_level: level at which finished frames are committed, without noise on them (None: the objective's
-            `forcing.context_level`).
-        record: what makes a frame's step faster, such as a CUDA graph of it, whose outputs the next call may overwrite;
-            for single frames, and mixers whose state keeps its size. A piece's state holds until the next piece then.
+        piece: frames denoised together; None: a chunk of M's attention, which may be a single frame.
+        context_level: noise level that M is given for finished frames, which are not noised.
+        record: makes a single frame's step faster, for instance by capturing it as a CUDA graph, whose outputs the next
+            call may overwrite. A piece's state is then valid until the next piece. M's state must not grow.
 
     Raises:
         ValueError: pieces that are not whole chunks, or an objective that only draws single frames.
     """
-    chunk = dynamics.config.frames_together
-    piece = chunk if piece is None else piece
-    if piece < 1 or piece % chunk or action.shape[1] % chunk:
+    chunk_frames = dynamics.config.chunk_frames
+    piece = chunk_frames if piece is None else piece
+    if piece < 1 or piece % chunk_frames or action.shape[1] % chunk_frames:
         raise ValueError(
             f"pieces of {piece} frames, {action.shape[1]} in all: both must be whole chunks of "
-            f"worldmodel.frames_together = {chunk}"
+            f"worldmodel.chunk_frames = {chunk_frames}"
         )
     if piece > 1 and not isinstance(objective, Forcing):
         raise ValueError(
             f"pieces of {piece} frames: {type(objective).__name__} draws frames one by one; leave piece at 1"
         )
-    settings: Any = getattr(objective, "config", None)
-    trust = getattr(settings, "context_level", 1.0) if context_level is None else context_level
 
     def draw(feat: Tensor, state: State, action: Tensor) -> tuple[Tensor, Tensor, State]:
         z = objective.sample(dynamics, feat, state, action, steps, temperature)
-        level = torch.full_like(action[:, 0], trust)
+        level = torch.full_like(action[:, 0], context_level)
         return z, *dynamics.commit(state, z, action, None, level)
 
     step = draw if record is None else record(draw)
@@ -118,10 +123,10 @@ def generate(
                 yield Piece(z[:, None].clone(), feat[:, None].clone(), state)
         else:
             assert isinstance(objective, Forcing)
-            level = torch.full_like(actions[..., 0], trust)
-            begins = torch.zeros_like(level, dtype=torch.bool)
+            level = torch.full_like(actions[..., 0], context_level)
+            first = torch.zeros_like(level, dtype=torch.bool)
             matrix = schedule(actions.shape[1], steps, slope(order, steps))
             z = objective.sample_clip(dynamics, state, actions, matrix, temperature)
-            feats, _, state, _ = dynamics(z, actions, level, begins, state)
+            feats, _, state, _ = dynamics(z, actions, level, first, state)
             feat = feats[:, -1]
             yield Piece(z, feats, state)

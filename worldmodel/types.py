@@ -1,4 +1,4 @@
-"""The few types that V, M and C exchange.
+"""Types that V, M and C exchange.
 
 Shapes: B batch, T time, N latent tokens per frame, D latent channels, A encoded action, F feature.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Loss(NamedTuple):
-    """What every part that learns returns: a scalar to minimise and detached scalars to log."""
+    """A scalar to minimise, and detached scalars to log."""
 
     value: Tensor
     metrics: dict[str, Tensor]
@@ -25,13 +25,13 @@ class Loss(NamedTuple):
 class Batch:
     """Clips of time rows `(obs, is_first, reward, terminated, truncated | action)`.
 
-    reward and flags at t arrive with obs_t, caused by action_{t-1}; action_t is chosen from obs_t.
+    Reward and flags of row t arrive with obs_t, as a consequence of action_{t-1}. action_t is chosen from obs_t.
 
     Attributes:
         obs: each `(B, T, ...)`: images uint8 HWC, vectors float32, discrete values int64.
-        action: `(B, T, A)` float32, one-hots side by side or a box scaled to [-1, 1].
+        action: `(B, T, A)` float32, one-hot vectors side by side or a box scaled to [-1, 1].
         reward, surprise: `(B, T)` float32. is_first, terminated, truncated: `(B, T)` bool.
-        before: `(B, A)` float32, the action before row 0, where that is known.
+        before: `(B, A)` float32, the action before row 0, if it is known.
     """
 
     obs: dict[str, Tensor]
@@ -45,7 +45,7 @@ class Batch:
 
     @classmethod
     def of(cls, rows: dict, device: torch.device | str = "cpu") -> Batch:
-        """Build from the arrays or tensors that a replay returns, in one transfer per field."""
+        """Build from the arrays or tensors of a replay, with one transfer per field."""
 
         def move(x):
             return torch.as_tensor(x).to(device, non_blocking=True)
@@ -54,23 +54,23 @@ class Batch:
         return cls(obs={k: move(v) for k, v in rows["obs"].items()}, **fields)
 
     def fields(self) -> dict[str, Any]:
-        """What it is built of: a tree of tensors."""
+        """Its fields, a tree of tensors that it can be rebuilt from."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def prev_action(self) -> Tensor:
-        """`(B, T, A)`: action_{t-1} at t; where a clip begins (M masks it there) `before`, or zeros."""
+        """`(B, T, A)`: action_{t-1} at t. At t = 0 it is `before`, or zeros; M masks it where an episode begins."""
         before = torch.zeros_like(self.action[:, 0]) if self.before is None else self.before
         return torch.cat([before[:, None], self.action[:, :-1]], 1)
 
     def clip_first(self) -> Tensor:
-        """`(B, T)` bool: is_first, and true at t = 0, since a clip starts without memory."""
+        """`(B, T)` bool: is_first, and true at t = 0, for clips that begin without memory."""
         first = self.is_first.clone()
         first[:, 0] = True
         return first
 
 
-def named(field: str, name: str, known: Mapping[str, type]) -> type:
-    """The class behind a field of the configuration: a known word or a dotted path `package.module:Class`.
+def class_by_name(field: str, name: str, known: Mapping[str, type]) -> type:
+    """The class that a field of the configuration names: a known word or a dotted path `package.module:Class`.
 
     Raises:
         ValueError: neither.

@@ -14,8 +14,10 @@ class Places:
     """Features are one-hots of the place. `step(place (B,), action (B, A))` gives reward, cont and the next place."""
 
     def __init__(self, count: int, step: Step):
-        self.count, self.step, self.dreamt = count, step, 0
-        self.consequence = self
+        self.count = count
+        self.step = step
+        self.dreamt = 0
+        self.reward_continue = self
 
     def feat(self, place: Tensor) -> Tensor:
         return F.one_hot(place, self.count).float()
@@ -38,7 +40,8 @@ class Places:
 
 def chain(place: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Five places in a row. Action 0 takes 0.2 and ends; action 1 walks on, and from the last place pays 1 and ends."""
-    walk, last = action[:, 1] > 0.5, place == 4
+    walk = action[:, 1] > 0.5
+    last = place == 4
     reward = torch.where(walk, last.float(), 0.2)
     return reward, (walk & ~last).float(), (place + walk.long()).clamp(max=4)
 

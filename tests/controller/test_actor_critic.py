@@ -9,7 +9,7 @@ from longdream.controller.actor_critic import ActorCritic
 from longdream.controller.types import ControllerConfig
 from longdream.worldmodel.dream import Clip, Dream
 
-CONFIG = ControllerConfig(hidden=32, layers=1, bins=81, gamma=0.9, entropy=1e-3, return_floor=0.1, slow_rate=0.05)
+CONFIG = ControllerConfig(hidden=32, layers=1, bins=81, gamma=0.9, entropy=1e-3, return_floor=0.1, target_ema=0.05)
 
 
 def build(states: int, parts: tuple[int, ...] = (2,), actions: int = 2, **options) -> ActorCritic:
@@ -20,7 +20,10 @@ def build(states: int, parts: tuple[int, ...] = (2,), actions: int = 2, **option
 def dream(agent: ActorCritic, states: int, horizon: int, step, batch: int = 64) -> Dream:
     """Dreams of a world of numbered states, as one-hots: `step(state, action)` is reward, cont and the next state."""
     state = torch.randint(0, states, (batch,))
-    feats, actions, rewards, conts = [F.one_hot(state, states).float()], [], [], []
+    feats = [F.one_hot(state, states).float()]
+    actions = []
+    rewards = []
+    conts = []
     for _ in range(horizon):
         action = agent.act(feats[-1], greedy=False)
         reward, cont, state = step(state, action)
@@ -33,18 +36,19 @@ def dream(agent: ActorCritic, states: int, horizon: int, step, batch: int = 64) 
 
 
 def learn(agent: ActorCritic, make, updates: int, rate: float = 1e-2) -> None:
-    optimiser = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], rate)
+    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], rate)
     for _ in range(updates):
         value = agent.loss(make()).value
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value.backward()
-        optimiser.step()
+        optimizer.step()
         agent.after_update()
 
 
 def chain(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Five places in a row. Action 0 takes 0.2 and ends; action 1 walks on, and from the last place pays 1 and ends."""
-    walk, last = action[:, 1] > 0.5, state == 4
+    walk = action[:, 1] > 0.5
+    last = state == 4
     reward = torch.where(walk, last.float(), 0.2)
     return reward, (walk & ~last).float(), (state + walk.long()).clamp(max=4)
 
@@ -78,11 +82,11 @@ def walks(batch: int = 16, length: int = 15) -> Clip:
 
 def test_values_are_learned_from_what_really_came() -> None:
     agent = build(6)
-    optimiser = torch.optim.Adam(agent.critic.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(agent.critic.parameters(), 1e-2)
     for _ in range(200):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         agent.replay_loss(walks()).value.backward()
-        optimiser.step()
+        optimizer.step()
         agent.after_update()
     assert agent.value(torch.eye(6)[:5]).tolist() == pytest.approx([0.9**n for n in (4, 3, 2, 1, 0)], abs=0.1)
     assert all(p.grad is None for p in agent.actor.parameters())
@@ -95,12 +99,12 @@ def test_what_really_came_holds_dreams_back() -> None:
     for share in (0.0, 1.0):
         torch.manual_seed(1)
         agent = build(6)
-        optimiser = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], 1e-2)
+        optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], 1e-2)
         for _ in range(150):
             loss = agent.loss(dream(agent, 6, 4, heaven)).value + share * agent.replay_loss(walks()).value
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             agent.after_update()
         values.append(agent.value(torch.eye(6)[:5]).mean().item())
     assert values[0] > 6 and values[1] < 0.8 * values[0]
@@ -124,7 +128,8 @@ def test_factors_learn_apart() -> None:
     """Two factors, each paid by a rule of its own."""
 
     def step(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        first, second = action[:, :2].argmax(-1), action[:, 2:].argmax(-1)
+        first = action[:, :2].argmax(-1)
+        second = action[:, 2:].argmax(-1)
         reward = (first == state).float() + (second == 2 - state).float()
         return reward, torch.zeros_like(reward), state
 
@@ -179,7 +184,8 @@ def test_without_rewards_entropy_makes_a_policy_random(parts: tuple[int, ...]) -
 
 def random_dream(batch: int = 5, horizon: int = 4) -> Dream:
     action = F.one_hot(torch.randint(0, 2, (batch, horizon)), 2).float()
-    reward, cont = torch.randn(batch, horizon), torch.rand(batch, horizon)
+    reward = torch.randn(batch, horizon)
+    cont = torch.rand(batch, horizon)
     feat = torch.randn(batch, horizon + 1, 6)
     return Dream(feat, action, reward, cont, torch.zeros(batch, horizon, 1, 1), torch.ones(batch))
 
@@ -230,7 +236,8 @@ def test_what_comes_after_an_end_teaches_nothing() -> None:
 
 def test_a_better_action_gets_likelier_and_the_scale_of_rewards_is_nothing() -> None:
     """One state, one step: the gradient is the advantage times that of log p, in units of the spread of returns."""
-    feat, action = torch.ones(40, 2, 6), F.one_hot(torch.arange(40) % 2, 2).float()[:, None]
+    feat = torch.ones(40, 2, 6)
+    action = F.one_hot(torch.arange(40) % 2, 2).float()[:, None]
     grads = []
     for size in (1.0, 1000.0):
         agent = build(6, return_floor=1e-3, entropy=0.0)
@@ -247,9 +254,9 @@ def test_a_better_action_gets_likelier_and_the_scale_of_rewards_is_nothing() -> 
 def test_what_all_actions_earn_alike_counts_for_nothing_where_advantages_are_centred() -> None:
     """Returns of 1 more for every action, before values know of it: the actor's gradient is the same."""
 
-    def gradient(centred: bool, more: float) -> Tensor:
+    def gradient(center_advantages: bool, more: float) -> Tensor:
         torch.manual_seed(0)
-        agent = build(3, (4,), 4, centred=centred)
+        agent = build(3, (4,), 4, center_advantages=center_advantages)
         torch.manual_seed(1)
         torch.nn.init.normal_(agent.actor[-1].weight, std=0.5)
 
@@ -257,8 +264,8 @@ def test_what_all_actions_earn_alike_counts_for_nothing_where_advantages_are_cen
             return action[:, 0] + more, torch.zeros(len(state)), state
 
         value = agent.loss(dream(agent, 3, 1, step)).value
-        (found,) = torch.autograd.grad(value, [agent.actor[-1].weight])
-        return found
+        (grad,) = torch.autograd.grad(value, [agent.actor[-1].weight])
+        return grad
 
     torch.testing.assert_close(gradient(True, 1.0), gradient(True, 0.0))
     assert (gradient(False, 1.0) - gradient(False, 0.0)).abs().max() > 1e-2
@@ -266,7 +273,8 @@ def test_what_all_actions_earn_alike_counts_for_nothing_where_advantages_are_cen
 
 def test_actor_and_critic_learn_from_their_own_parts() -> None:
     """The slow critic has no gradient; which actions were taken concerns the actor alone."""
-    agent, dreams = trained_a_little(), random_dream()
+    agent = trained_a_little()
+    dreams = random_dream()
     value, metrics = agent.loss(dreams)
     assert not any(v.requires_grad for v in metrics.values()) and all(v.ndim == 0 for v in metrics.values())
     torch.testing.assert_close(value.detach(), metrics["actor"] + metrics["critic"])
@@ -280,7 +288,7 @@ def test_actor_and_critic_learn_from_their_own_parts() -> None:
 
 
 def test_the_slow_critic_follows_at_its_rate() -> None:
-    agent = build(6, slow_rate=0.25)
+    agent = build(6, target_ema=0.25)
     for slow, fast in zip(agent.slow.parameters(), agent.critic.parameters(), strict=True):
         assert torch.equal(slow, fast) and not slow.requires_grad
     with torch.no_grad():
@@ -296,7 +304,8 @@ def test_the_slow_critic_follows_at_its_rate() -> None:
 
 
 def test_a_new_controller_is_undecided() -> None:
-    agent, feat = build(6, (2, 3), 5), torch.randn(4, 6)
+    agent = build(6, (2, 3), 5)
+    feat = torch.randn(4, 6)
     assert (agent.value(feat) == 0).all()
     probs = agent.policy(feat).probs
     assert [p.tolist() for p in probs] == [[pytest.approx([1 / n] * n)] * 4 for n in (2, 3)]

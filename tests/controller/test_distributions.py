@@ -36,7 +36,8 @@ def test_factors_against_torch(parts: tuple[int, ...], unimix: float) -> None:
 
 @pytest.mark.parametrize("parts", [(4,), (3, 2)])
 def test_samples_are_as_frequent_as_they_should_be(parts: tuple[int, ...]) -> None:
-    logits, n = torch.randn(sum(parts)), 40_000
+    logits = torch.randn(sum(parts))
+    n = 40_000
     draws = Categoricals(logits.expand(n, -1), parts, 0.1)
     often = draws.sample()
     wanted = torch.cat([p[0] for p in draws.probs])
@@ -58,7 +59,8 @@ def test_a_policy_that_is_certain_stays_finite(unimix: float) -> None:
     """Softmax underflows to zero at logits that a long training reaches."""
     logits = torch.tensor([[300.0, 0.0, -300.0]], requires_grad=True)
     policy = Categoricals(logits, (3,), unimix)
-    log_prob, entropy = policy.log_prob(torch.tensor([[1.0, 0.0, 0.0]])), policy.entropy()
+    log_prob = policy.log_prob(torch.tensor([[1.0, 0.0, 0.0]]))
+    entropy = policy.entropy()
     assert log_prob.item() == pytest.approx(math.log(1 - unimix * 2 / 3), abs=1e-5)
     assert entropy.item() == pytest.approx(0, abs=0.1)
     assert torch.autograd.grad((log_prob + entropy).sum(), logits)[0].isfinite().all()

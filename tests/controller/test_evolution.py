@@ -6,15 +6,15 @@ from torch import Tensor
 
 from longdream.controller import evolution
 from longdream.controller.evolution import Evolution
-from longdream.controller.types import ControllerConfig, EvolutionConfig, Improving
+from longdream.controller.types import ControllerConfig, Improving
 from longdream.worldmodel.dream import Starts
 
 CONFIG = ControllerConfig(gamma=0.9)
 
 
 def build(states: int, parts: tuple[int, ...] = (2,), actions: int = 2, **options) -> Evolution:
-    told = replace(EvolutionConfig(population=16, moments=20, horizon=6), **options)
-    return Evolution(replace(CONFIG, evolution=told), states, parts, actions)
+    settings = {"population": 16, "moments": 20, "horizon": 6} | options
+    return Evolution(replace(CONFIG, kwargs=settings), states, parts, actions)
 
 
 def improve(agent: Evolution, world, places: int, generations: int) -> list[dict[str, Tensor]]:
@@ -24,17 +24,17 @@ def improve(agent: Evolution, world, places: int, generations: int) -> list[dict
 
 def test_it_finds_the_late_reward(chained) -> None:
     agent = build(5)
-    told = improve(agent, chained, 5, 60)
+    metrics = improve(agent, chained, 5, 60)
     assert agent.act(torch.eye(5), True)[:, 1].tolist() == [1.0] * 5
     best = sum(0.9**n for n in range(5)) / 5
-    assert told[0]["return"] < 0.8 * best and told[-1]["return"] == pytest.approx(best, abs=0.1)
+    assert metrics[0]["return"] < 0.8 * best and metrics[-1]["return"] == pytest.approx(best, abs=0.1)
     assert isinstance(agent, Improving) and not list(agent.parameters())
 
 
 @pytest.mark.parametrize("large", [False, True])
 def test_boxes(places, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
     if large:
-        monkeypatch.setattr(evolution, "LARGE", 1)
+        monkeypatch.setattr(evolution, "MANY_WEIGHTS", 1)
     target = torch.tensor([[-0.6, 0.4], [0.5, 0.0]])
 
     def step(place: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,16 +51,17 @@ def test_boxes(places, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
 @pytest.mark.parametrize("before", [0, 1, 7])
 def test_a_resumed_search_is_an_uninterrupted_one(chained, monkeypatch, large: bool, before: int) -> None:
     if large:
-        monkeypatch.setattr(evolution, "LARGE", 1)
+        monkeypatch.setattr(evolution, "MANY_WEIGHTS", 1)
     torch.manual_seed(0)
     agent = build(5)
     improve(agent, chained, 5, before)
-    stream, saved = torch.get_rng_state(), agent.state_dict()
+    rng_state = torch.get_rng_state()
+    saved = agent.state_dict()
     improve(agent, chained, 5, 9)
     other = build(5)
     other.load_state_dict(saved)
     assert other.act(torch.eye(5), True).shape == (5, 2)
-    torch.set_rng_state(stream)
+    torch.set_rng_state(rng_state)
     improve(other, chained, 5, 9)
     assert torch.equal(agent.mean, other.mean) and agent.mean.any()
 

@@ -5,21 +5,22 @@ import torch
 from torch import Tensor
 
 from longdream.controller.planner import Planner
-from longdream.controller.types import ControllerConfig, PlannerConfig, Planning
+from longdream.controller.types import ControllerConfig, Planning
 
 CONFIG = ControllerConfig(hidden=32, layers=1, bins=81, gamma=0.9)
 
 
 def build(states: int, parts: tuple[int, ...] = (2,), actions: int = 2, gamma: float = 0.9, **options) -> Planner:
-    told = replace(PlannerConfig(candidates=256, elites=8, iterations=4, horizon=6), **options)
-    return Planner(replace(CONFIG, planner=told, gamma=gamma), states, parts, actions)
+    settings = {"candidates": 256, "elites": 8, "iterations": 4, "horizon": 6} | options
+    return Planner(replace(CONFIG, kwargs=settings, gamma=gamma), states, parts, actions)
 
 
 @pytest.mark.parametrize("greedy", [True, False])
 @pytest.mark.parametrize("method", ["cem", "mppi"])
 def test_it_waits_for_what_is_worth_it(chained, method: str, greedy: bool) -> None:
     """Walking on is worth .9^n, ending 0.2: from the first place too, four steps away, it walks."""
-    planner, place = build(5, method=method), torch.arange(5).repeat(8)
+    planner = build(5, method=method)
+    place = torch.arange(5).repeat(8)
     action = planner.plan(chained, *chained.start(place), greedy)
     share = action[:, 1].mean().item()
     assert share == 1 if greedy else share > 0.8
@@ -74,7 +75,8 @@ def test_boxes(places, method: str) -> None:
 
 def test_several_factors(places) -> None:
     def step(place: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        first, second = action[:, :2].argmax(-1), action[:, 2:].argmax(-1)
+        first = action[:, :2].argmax(-1)
+        second = action[:, 2:].argmax(-1)
         return (first == place).float() + (second == 2 - place).float(), torch.ones(len(place)), place
 
     world = places(2, step)

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from longdream.controller import returns
 from longdream.controller.returns import ReturnScale, lambda_returns
 
-sizes, seeds = st.integers(1, 12), st.integers(0, 2**31)
+sizes = st.integers(1, 12)
+seeds = st.integers(0, 2**31)
 
 
 def draw(batch: int, horizon: int, seed: int):
@@ -19,7 +20,8 @@ def draw(batch: int, horizon: int, seed: int):
 
 def n_step(reward, discount, value, t: int, n: int):
     """Rewards of n steps from t on, then the value of where they lead."""
-    total, scale = torch.zeros_like(reward[:, 0]), torch.ones_like(reward[:, 0])
+    total = torch.zeros_like(reward[:, 0])
+    scale = torch.ones_like(reward[:, 0])
     for i in range(t, t + n):
         total = total + scale * reward[:, i]
         scale = scale * discount[:, i]
@@ -28,7 +30,8 @@ def n_step(reward, discount, value, t: int, n: int):
 
 def test_by_hand() -> None:
     """R_2 = 4 + .5 * 10 = 9; R_1 = 2 + .8 (.5 * 6 + .5 * 9) = 8; R_0 = 1 + .9 (.5 * 4 + .5 * 8) = 6.4."""
-    reward, discount = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.9, 0.8, 0.5]])
+    reward = torch.tensor([[1.0, 2.0, 4.0]])
+    discount = torch.tensor([[0.9, 0.8, 0.5]])
     value = torch.tensor([[100.0, 4.0, 6.0, 10.0]])
     assert lambda_returns(reward, discount, value, 0.5)[0].tolist() == pytest.approx([6.4, 8.0, 9.0])
 
@@ -125,7 +128,8 @@ def test_the_scale_moves_at_its_rate_and_is_saved() -> None:
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_the_scale_survives_returns_that_are_not_finite(broken: float) -> None:
-    scale, spread = ReturnScale(0.1), torch.linspace(0, 10, 101)
+    scale = ReturnScale(0.1)
+    spread = torch.linspace(0, 10, 101)
     scale.update(torch.full((4,), broken))
     assert scale.update(spread).item() == pytest.approx(9)  # the first that is finite counts as the first
     scale.update(torch.cat([spread[:50], torch.full((20,), broken)]))

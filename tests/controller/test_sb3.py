@@ -10,7 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from longdream.controller.sb3 import DreamVec, StableBaselines, _space, encode
-from longdream.controller.types import ControllerConfig, Improving, Sb3Config
+from longdream.controller.types import ControllerConfig, Improving
 from longdream.worldmodel.dream import Starts
 
 CONFIG = ControllerConfig(gamma=0.9, horizon=8)
@@ -19,8 +19,8 @@ QUICK = {"n_epochs": 4, "batch_size": 64, "learning_rate": 3e-3, "ent_coef": 0.0
 
 def build(states: int, algorithm=PPO, parts: tuple[int, ...] = (2,), actions: int = 2, **options) -> StableBaselines:
     kwargs = options.pop("kwargs", QUICK if algorithm is PPO else {})
-    told = Sb3Config(copies=16, kwargs=kwargs, **options)
-    return StableBaselines(replace(CONFIG, sb3=told), states, parts, actions, algorithm)
+    settings = {"copies": 16, **kwargs, **options}
+    return StableBaselines(replace(CONFIG, kwargs=settings), states, parts, actions, algorithm)
 
 
 def improve(agent: StableBaselines, world, places: int, times: int) -> list[dict[str, Tensor]]:
@@ -30,9 +30,9 @@ def improve(agent: StableBaselines, world, places: int, times: int) -> list[dict
 
 def test_ppo_learns_to_wait_in_the_dream(chained) -> None:
     agent = build(5)
-    told = improve(agent, chained, 5, 40)
+    metrics = improve(agent, chained, 5, 40)
     assert agent.act(torch.eye(5), True)[:, 1].tolist() == [1.0] * 5
-    assert told[-1]["return"] > told[0]["return"] + 0.3 and told[-1]["steps"] == 40 * 8 * 16 == chained.dreamt
+    assert metrics[-1]["return"] > metrics[0]["return"] + 0.3 and metrics[-1]["steps"] == 40 * 8 * 16 == chained.dreamt
     assert isinstance(agent, Improving) and not list(agent.parameters())
 
 
@@ -50,14 +50,15 @@ def test_boxes(places) -> None:
 
 def test_one_that_learns_from_its_own_replay(chained) -> None:
     agent = build(5, DQN, kwargs={"learning_starts": 32, "train_freq": 4})
-    told = improve(agent, chained, 5, 3)
-    assert told[-1]["steps"] == 3 * 8 * 16 and np.isfinite(told[-1]["return"].item())
+    metrics = improve(agent, chained, 5, 3)
+    assert metrics[-1]["steps"] == 3 * 8 * 16 and np.isfinite(metrics[-1]["return"].item())
     assert agent.algorithm.replay_buffer.size() == 3 * 8
 
 
 def test_several_factors(places) -> None:
     def step(place: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        first, second = action[:, :2].argmax(-1), action[:, 2:].argmax(-1)
+        first = action[:, :2].argmax(-1)
+        second = action[:, 2:].argmax(-1)
         return (first == place).float() + (second == 2 - place).float(), torch.ones(len(place)), place
 
     agent = build(2, PPO, (2, 3), 5)
@@ -70,13 +71,13 @@ def test_a_resumed_one_goes_on_exactly_and_the_zip_is_sb3s(chained, tmp_path: Pa
     torch.manual_seed(0)
     agent = build(5, algorithm)
     improve(agent, chained, 5, 2)
-    stream = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
     saved = torch.utils._pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, agent.state_dict())
     improve(agent, chained, 5, 3)
     torch.manual_seed(99)
     other = build(5, algorithm)
     other.load_state_dict(saved)
-    torch.set_rng_state(stream)
+    torch.set_rng_state(rng_state)
     improve(other, chained, 5, 3)
     ours, theirs = (dict(a.algorithm.policy.state_dict()) for a in (agent, other))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -94,7 +95,8 @@ def test_dreams_begin_at_moments_that_had_not_ended_and_end_as_sb3_wants(places)
         stop = action[:, 0] > 0.5
         return torch.ones(len(place)), (~stop).float(), torch.where(stop, 2, place)
 
-    world, env = places(3, step), DreamVec(3, _space((2,), 2), copies=4, horizon=3)
+    world = places(3, step)
+    env = DreamVec(3, _space((2,), 2), copies=4, horizon=3)
     place = torch.tensor([0, 1]).repeat(8)
     env.open(world, Starts(*world.start(place), (place == 0).float()))
     obs = env.reset()
@@ -133,7 +135,7 @@ def test_callbacks_are_called(chained) -> None:
         (DQN, (2, 3), {}, "DQN cannot take MultiDiscrete actions: PPO, A2C can"),
         (DQN, (), {}, "DQN cannot take Box actions: PPO, A2C, SAC, TD3, DDPG can"),
         (PPO, (2,), {"kwargs": {"n_stepps": 3}}, "n_stepps"),
-        (PPO, (2,), {"callback": "nowhere:Nothing"}, "controller.sb3.callback = nowhere:Nothing"),
+        (PPO, (2,), {"callback": "nowhere:Nothing"}, "controller.kwargs.callback = nowhere:Nothing"),
     ],
 )
 def test_bad_input(algorithm, parts, options: dict, problem: str) -> None:
@@ -143,9 +145,9 @@ def test_bad_input(algorithm, parts, options: dict, problem: str) -> None:
 
 
 def test_what_takes_which_actions_is_said_truly() -> None:
-    from longdream.controller.sb3 import TAKES
+    from longdream.controller.sb3 import ALGORITHMS
 
-    for space, names in TAKES.items():
+    for space, names in ALGORITHMS.items():
         parts = {"Discrete": (2,), "MultiDiscrete": (2, 3), "Box": ()}[space.__name__]
         for algorithm in (PPO, A2C, DQN, SAC, TD3, stable_baselines3.DDPG):
             try:

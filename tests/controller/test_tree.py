@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longdream.controller.tree import MOST_ACTIONS, Tree, halving
-from longdream.controller.types import ControllerConfig, Planning, TreeConfig
+from longdream.controller.tree import MAX_ACTIONS, Tree, halving
+from longdream.controller.types import ControllerConfig, Planning
 
 CONFIG = ControllerConfig(hidden=32, layers=1, bins=81, gamma=0.9, unimix=0.0)
 
 
 def build(states: int, parts: tuple[int, ...] = (2,), gamma: float = 0.9, **options) -> Tree:
-    return Tree(replace(CONFIG, tree=replace(TreeConfig(), **options), gamma=gamma), states, parts, sum(parts))
+    return Tree(replace(CONFIG, kwargs=options, gamma=gamma), states, parts, sum(parts))
 
 
 def test_an_undecided_policy_with_a_blank_value_walks_as_far_as_it_can_see(chained) -> None:
@@ -44,7 +44,8 @@ def test_it_mends_a_policy_that_is_wrong_and_keeps_one_that_is_right(chained) ->
 
 def random_world(places, states: int, actions: int):
     after = torch.randint(0, states, (states, actions))
-    reward, cont = torch.randn(states, actions), torch.rand(states, actions).round(decimals=1)
+    reward = torch.randn(states, actions)
+    cont = torch.rand(states, actions).round(decimals=1)
 
     def step(place: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         chosen = action.argmax(-1)
@@ -60,7 +61,8 @@ def test_counts_and_means_are_those_of_the_edges_below(places) -> None:
 
     torch.manual_seed(3)
     world, after, reward, cont = random_world(places, 7, 3)
-    tree, value = build(7, (3,), simulations=20), torch.randn(7)
+    tree = build(7, (3,), simulations=20)
+    value = torch.randn(7)
     tree.value = lambda feat: feat @ value
     root = torch.arange(7)
     search = Search(tree, world, *world.start(root), 20)
@@ -72,12 +74,15 @@ def test_counts_and_means_are_those_of_the_edges_below(places) -> None:
         total = torch.zeros(21, 3)
         count = torch.zeros(21, 3)
         for new in range(1, 21):
-            node, action = int(search.parent[b, new]), int(search.through[b, new])
+            node = int(search.parent[b, new])
+            action = int(search.parent_action[b, new])
             assert node < new and int(search.child[b, node, action]) == new
             place[new] = int(after[place[node], action])
-            gain, child = float(value[place[new]]), new
+            gain = float(value[place[new]])
+            child = new
             while True:
-                node, action = int(search.parent[b, child]), int(search.through[b, child])
+                node = int(search.parent[b, child])
+                action = int(search.parent_action[b, child])
                 gain = float(reward[place[node], action] + 0.9 * cont[place[node], action] * gain)
                 total[node, action] += gain
                 count[node, action] += 1
@@ -86,7 +91,7 @@ def test_counts_and_means_are_those_of_the_edges_below(places) -> None:
                 child = node
         torch.testing.assert_close(search.visits[b], count)
         torch.testing.assert_close(search.total[b], total, rtol=1e-4, atol=1e-5)
-        clock = search.moments[1][0][b, :, 0]
+        clock = search.feat_and_state[1][0][b, :, 0]
         depth = {0: 0}
         for new in range(1, 21):
             depth[new] = depth[int(search.parent[b, new])] + 1
@@ -122,13 +127,13 @@ def test_factors_are_searched_together(places) -> None:
 @pytest.mark.parametrize(("considered", "simulations"), list(itertools.product([1, 2, 3, 4, 7, 16], [1, 2, 5, 16, 50])))
 def test_halving_spends_what_it_has(considered: int, simulations: int) -> None:
     considered = min(considered, simulations)
-    phases = halving(considered, simulations)
-    spent = sum(count * visits for count, visits in phases)
-    assert phases[0][0] == considered and simulations - 2 < spent <= simulations
-    assert all(a >= b for (a, _), (b, _) in itertools.pairwise(phases))
+    stages = halving(considered, simulations)
+    spent = sum(count * visits for count, visits in stages)
+    assert stages[0][0] == considered and simulations - 2 < spent <= simulations
+    assert all(a >= b for (a, _), (b, _) in itertools.pairwise(stages))
 
 
 def test_actions_that_cannot_be_searched() -> None:
-    for parts in ((), (MOST_ACTIONS + 1,), (20, 20)):
+    for parts in ((), (MAX_ACTIONS + 1,), (20, 20)):
         with pytest.raises(ValueError, match="use planner"):
             build(3, parts)

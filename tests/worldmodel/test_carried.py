@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from longdream.envs.contract import ObsSpec
-from longdream.worldmodel.dynamics import DynamicsConfig
+from longdream.worldmodel.config import DynamicsConfig
 from longdream.worldmodel.encoder import EncoderConfig
 from longdream.worldmodel.model import HeadsConfig, WorldModel
 from longdream.worldmodel.objectives.base import ForcingConfig, Pass
 from longdream.worldmodel.types import Batch
 
-B, T, A = 3, 12, 4
+B = 3
+T = 12
+A = 4
 
 
 def model(heads: HeadsConfig | None = None, **forcing) -> WorldModel:
@@ -21,7 +23,7 @@ def model(heads: HeadsConfig | None = None, **forcing) -> WorldModel:
         obs,
         A,
         EncoderConfig(channels=8),
-        DynamicsConfig(layers=2, width=16, heads=2, state_size=4, window=3),
+        DynamicsConfig(layers=2, width=16, num_heads=2, state_size=4, window=3),
         ForcingConfig(**forcing),
         heads or HeadsConfig(hidden=16, bins=11),
     )
@@ -34,7 +36,8 @@ def clips() -> Batch:
     flags = torch.zeros(3, B, T, dtype=torch.bool)
     flags[0, :, 0] = True
     flags[0, 1, 7] = True  # an episode begins within the second half
-    action, obs = torch.randn(B, T, A), {"obs": torch.randn(B, T, 5)}
+    action = torch.randn(B, T, A)
+    obs = {"obs": torch.randn(B, T, 5)}
     return Batch(obs, action, torch.randn(B, T), *flags, torch.zeros(B, T))
 
 
@@ -48,40 +51,42 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
     return Batch({key: value[:, start:stop] for key, value in batch.obs.items()}, before=before, **parts)
 
 
-@pytest.mark.parametrize("settings", [{"stream": "two"}, {"objective": "teacher"}], ids=["two", "teacher"])
+@pytest.mark.parametrize("settings", [{"history": "clean"}, {"objective": "teacher"}], ids=["clean", "teacher"])
 def test_two_halves_are_one_clip(settings: dict) -> None:
-    made, batch = model(**settings), clips()
-    _, whole = made.study(batch, 1, state=made.dynamics.initial(B))
-    _, one = made.study(cut(batch, 0, 5), 1, state=made.dynamics.initial(B))
+    made = model(**settings)
+    batch = clips()
+    _, whole = made.clip_loss(batch, 1, state=made.dynamics.initial(B))
+    _, one = made.clip_loss(cut(batch, 0, 5), 1, state=made.dynamics.initial(B))
     assert one.end is not None and not one.end.last.requires_grad
-    _, two = made.study(cut(batch, 5, T), 1, state=one.end)
+    _, two = made.clip_loss(cut(batch, 5, T), 1, state=one.end)
     torch.testing.assert_close(torch.cat([one.feat, two.feat], 1), whole.feat)
     assert two.end is not None and whole.end is not None
     torch.testing.assert_close(two.end.last, whole.end.last)
-    torch.testing.assert_close(two.end.ssm, whole.end.ssm)
-    _, forgot = made.study(cut(batch, 5, T), 1)
+    torch.testing.assert_close(two.end.mixers, whole.end.mixers)
+    _, forgot = made.clip_loss(cut(batch, 5, T), 1)
     assert forgot.end is None and (forgot.feat - two.feat)[0].abs().max() > 1e-3
     torch.testing.assert_close(forgot.feat[1, 2:], two.feat[1, 2:])  # from the new episode on, both know the same
 
 
 def test_noised_frames_are_not_carried() -> None:
-    """In one stream the end of a clip is noised; what is carried has seen it clean."""
-    made, batch = model(stream="one"), clips()
+    """With a noisy history the end of a clip is noised; what is carried has seen it clean."""
+    made = model(history="noisy")
+    batch = clips()
     torch.manual_seed(1)
-    _, out = made.study(batch, 1, state=made.dynamics.initial(B))
-    made.objective = model(stream="two").objective
-    _, clean = made.study(batch, 1, state=made.dynamics.initial(B))
+    _, out = made.clip_loss(batch, 1, state=made.dynamics.initial(B))
+    made.objective = model(history="clean").objective
+    _, clean = made.clip_loss(batch, 1, state=made.dynamics.initial(B))
     assert out.end is not None and clean.end is not None
-    torch.testing.assert_close(out.end.ssm, clean.end.ssm)
+    torch.testing.assert_close(out.end.mixers, clean.end.mixers)
     torch.testing.assert_close(out.end.k, clean.end.k)
 
 
 def test_heads_that_weigh_nothing_are_left_out() -> None:
-    made = model(HeadsConfig(hidden=16, bins=11, reward_weight=0, cont_weight=0))
-    loss, out = made.study(clips(), 1)
+    made = model(HeadsConfig(hidden=16, bins=11, reward_weight=0))
+    loss, out = made.clip_loss(clips(), 1)
     loss.value.backward()
     assert set(loss.metrics) == {"prediction"} and isinstance(out, Pass)
-    assert all(p.grad is None for p in made.consequence.parameters())
+    assert all(p.grad is None for p in made.reward_continue.parameters())
     assert any(p.grad is not None for p in made.dynamics.parameters())
 
 

@@ -4,27 +4,33 @@ code: that is torch's own affair.)"""
 import pytest
 import torch
 
-from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig
-from longdream.worldmodel.objectives.base import Flow, ForcingConfig
+from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.dynamics import Dynamics
+from longdream.worldmodel.objectives.base import ForcingConfig
+from longdream.worldmodel.objectives.flow import Flow
 
 
 @pytest.mark.parametrize(
-    ("mixer", "stream", "starts"), [("hybrid", "one", 0), ("hybrid", "two", 3), ("causal", "one", 0)]
+    ("mixer", "history", "num_starts"), [("hybrid", "noisy", 0), ("hybrid", "clean", 3), ("causal", "noisy", 0)]
 )
-def test_a_compiled_clip_is_the_same(mixer: str, stream: str, starts: int) -> None:
+def test_a_compiled_clip_is_the_same(mixer: str, history: str, num_starts: int) -> None:
     torch.compiler.reset()
-    config = DynamicsConfig(mixer, width=16, heads=2, state_size=8, blocks=(1, 2), window=3, keyed=True)
+    config = DynamicsConfig(
+        mixer, width=16, num_heads=2, state_size=8, blocks=(1, 2), window=3, tied_condition_keys=True
+    )
     model = Dynamics(config, 2, 4, 3)
-    objective = Flow(ForcingConfig(stream=stream), model)
-    z, action, first = torch.rand(2, 10, 4, 4), torch.rand(2, 10, 3), torch.zeros(2, 10, dtype=torch.bool)
+    objective = Flow(ForcingConfig(history=history), model)
+    z = torch.rand(2, 10, 4, 4)
+    action = torch.rand(2, 10, 3)
+    first = torch.zeros(2, 10, dtype=torch.bool)
     first[1, 4] = True
 
     def run() -> list[torch.Tensor]:
         torch.manual_seed(0)
-        out = objective.run(model, z, action, first, starts)
+        out = objective.run(model, z, action, first, num_starts)
         grads = torch.autograd.grad(out.loss, [*model.parameters()], allow_unused=True)
         states: list[torch.Tensor] = []
-        out.starts.map(lambda t: states.append(t.float()) or t)
+        out.start_states.map(lambda t: states.append(t.float()) or t)
         return [out.loss.detach(), out.feat.detach(), *states, *(g for g in grads if g is not None)]
 
     plain = run()
@@ -39,10 +45,11 @@ def test_a_compiled_clip_is_the_same(mixer: str, stream: str, starts: int) -> No
 def test_no_graph_breaks_on_cuda(attention: str) -> None:
     """There, kernels of our own and half precision have their say."""
     torch.compiler.reset()
-    config = DynamicsConfig(width=32, heads=2, state_size=8, blocks=(1, 2), window=3, attention=attention)  # type: ignore[arg-type]
+    config = DynamicsConfig(width=32, num_heads=2, state_size=8, blocks=(1, 2), window=3, attention=attention)  # type: ignore[arg-type]
     model = Dynamics(config, 2, 4, 3).cuda()
     objective = Flow(ForcingConfig(), model)
-    z, action = torch.rand(2, 10, 4, 4, device="cuda"), torch.rand(2, 10, 3, device="cuda")
+    z = torch.rand(2, 10, 4, 4, device="cuda")
+    action = torch.rand(2, 10, 3, device="cuda")
     for layer in model.stack:
         layer.compile(dynamic=False, fullgraph=True, backend="aot_eager" if attention != "flex" else "inductor")
     with torch.autocast("cuda", torch.bfloat16):

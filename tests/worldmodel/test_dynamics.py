@@ -2,9 +2,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig, Output, State
+from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.dynamics import Dynamics, Output, State
+from longdream.worldmodel.mixers import ssm
 
-BATCH, FRAMES, CHANNELS, ACTIONS = 3, 13, 5, 3
+BATCH = 3
+FRAMES = 13
+CHANNELS = 5
+ACTIONS = 3
 # Mixer, token grid, scan blocks: every arrangement of tokens into scans, and none; sizes are odd where they may be.
 KINDS = [
     ("hybrid", 1, (1,)),
@@ -14,24 +19,27 @@ KINDS = [
     ("hybrid", 4, (2,)),
     ("window", 1, (1,)),
     ("window", 2, (1,)),
-    ("hybrid, change", 4, (1, 4)),
-    ("window, change", 1, (1,)),
+    ("hybrid, residual", 4, (1, 4)),
+    ("window, residual", 1, (1,)),
     ("ssm", 2, (1,)),
-    ("ssm+local, change", 2, (1,)),
+    ("ssm+local, residual", 2, (1,)),
     ("causal", 2, (1,)),
-    ("hybrid, keyed", 2, (1, 2)),
+    ("hybrid, tied", 2, (1, 2)),
 ]
 
 
 def build(mixer="hybrid", grid=1, blocks=(1,), dtype=torch.float64, **options) -> Dynamics:
     """An M whose weights are all random: freshly made, its AdaLN does nothing."""
-    shape = {"layers": 2, "width": 21, "heads": 3, "state_size": 5, "window": 3, "chunk": 5}
-    if mixer.endswith(", change"):  # predict changes, also by motion, and see latents
-        mixer, options = mixer.partition(",")[0], {"change": True, "motion": 7, "see_latents": True} | options
-    if mixer.endswith(", keyed"):
-        mixer, options = mixer.partition(",")[0], {"keyed": True} | options
+    shape = {"layers": 2, "width": 21, "num_heads": 3, "state_size": 5, "window": 3}
+    mixer, _, variant = mixer.partition(", ")
+    if variant == "residual":
+        options = {"predict_residual": True, "frame_mlp_width": 7, "feature_skip": True} | options
+    if variant == "tied":
+        options = {"tied_condition_keys": True} | options
     config = DynamicsConfig(mixer=mixer, blocks=blocks, **(shape | options))
-    model = Dynamics(config, grid, CHANNELS, ACTIONS).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssm, "SCAN_CHUNK", 5)  # a clip has several chunks
+        model = Dynamics(config, grid, CHANNELS, ACTIONS).to(dtype)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.2 * torch.randn_like(weight)
@@ -63,7 +71,7 @@ class Clip:
 
 
 def lived(model: Dynamics, frames: int = 4) -> State:
-    """The state of streams that have seen something, one of them less than the others."""
+    """The state of sequences that have seen something, one of them less than the others."""
     past = Clip(model, frames, resets=False)
     past.first[0, -2] = True
     with torch.no_grad():
@@ -81,7 +89,8 @@ def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
 def same_future(model: Dynamics, a: State, b: State) -> None:
     """Two states are one if nothing that M does from them differs; slots that are not valid may."""
     future = Clip(model, 5, resets=False)
-    out_a, out_b = future.run(model, a), future.run(model, b)
+    out_a = future.run(model, a)
+    out_b = future.run(model, b)
     close(out_a.feat, out_b.feat)
     close(out_a.pred, out_b.pred)
 
@@ -90,7 +99,8 @@ def same_future(model: Dynamics, a: State, b: State) -> None:
 def test_parallel_is_streamed(mixer: str, grid: int, blocks: tuple[int, ...]) -> None:
     """forward's clean stream is commit after commit, its query stream is predict at every frame."""
     model = build(mixer, grid, blocks)
-    clip, state = Clip(model), lived(model)
+    clip = Clip(model)
+    state = lived(model)
     out = clip.run(model, state)
     assert out.feat.shape == (BATCH, FRAMES, model.feature_size)
     assert out.pred.shape == clip.z.shape
@@ -105,7 +115,7 @@ def test_parallel_is_streamed(mixer: str, grid: int, blocks: tuple[int, ...]) ->
         feat, state = model.commit(state, clip.z[:, t], action, first, clip.level[:, t])
         close(feat, out.feat[:, t])
     assert begun > 2
-    for a, b in zip(state.ssm, out.state.ssm, strict=True):
+    for a, b in zip(state.mixers, out.state.mixers, strict=True):
         close(a, b)
     assert torch.equal(state.age, out.state.age)
     same_future(model, state, out.state)
@@ -114,20 +124,22 @@ def test_parallel_is_streamed(mixer: str, grid: int, blocks: tuple[int, ...]) ->
 @pytest.mark.parametrize(("mixer", "grid", "blocks"), KINDS)
 def test_a_frame_that_begins_nothing_need_not_be_marked(mixer: str, grid: int, blocks: tuple[int, ...]) -> None:
     model = build(mixer, grid, blocks)
-    clip, state = Clip(model), lived(model)
+    clip = Clip(model)
+    state = lived(model)
     kept, (z, action) = state.map(torch.clone), (clip.z[:, 0], clip.action[:, 0])
     feat, after = model.commit(state, z, action, None)
     expected, same = model.commit(state, z, action, torch.zeros(BATCH, dtype=torch.bool))
     assert torch.equal(feat, expected)
     for ours, theirs in zip((after, state), (same, kept), strict=True):
-        flat = [(*s.ssm, *s.k, *s.v, s.last, s.age) for s in (ours, theirs)]
+        flat = [(*s.mixers, *s.k, *s.v, s.last, s.age) for s in (ours, theirs)]
         assert all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
     assert not torch.allclose(feat, model.commit(state, z, action, torch.ones(BATCH, dtype=torch.bool))[0])
 
 
 def test_a_clean_level_is_the_default_of_commit() -> None:
     model = build()
-    clip, state = Clip(model, resets=False), lived(model)
+    clip = Clip(model, resets=False)
+    state = lived(model)
     args = state, clip.z[:, 0], clip.action[:, 0], clip.first[:, 0]
     feat, _ = model.commit(*args)
     assert torch.equal(feat, model.commit(*args, torch.ones(BATCH, dtype=torch.float64))[0])
@@ -137,10 +149,14 @@ def test_a_clean_level_is_the_default_of_commit() -> None:
 @pytest.mark.parametrize(("mixer", "grid", "blocks"), KINDS)
 def test_without_queries_the_clean_stream_predicts_itself(mixer: str, grid: int, blocks: tuple[int, ...]) -> None:
     model = build(mixer, grid, blocks)
-    clip, state = Clip(model), lived(model)
-    one, two = clip.run(model, state, query=False), clip.run(model, state)
+    clip = Clip(model)
+    state = lived(model)
+    one = clip.run(model, state, query=False)
+    two = clip.run(model, state)
     close(one.feat, two.feat, 1e-12)
-    clip.zq, clip.level_q = clip.z, clip.level  # a query frame that is the clean frame sees what the clean one sees
+    # a query frame that is the clean frame sees what the clean one sees
+    clip.zq = clip.z
+    clip.level_q = clip.level
     close(one.pred, clip.run(model, state).pred)
 
 
@@ -148,7 +164,8 @@ def test_without_queries_the_clean_stream_predicts_itself(mixer: str, grid: int,
 @pytest.mark.parametrize("cut", [1, 6, 12])
 def test_chunked_is_one_pass(mixer: str, grid: int, blocks: tuple[int, ...], cut: int) -> None:
     model = build(mixer, grid, blocks)
-    clip, state = Clip(model), lived(model)
+    clip = Clip(model)
+    state = lived(model)
     whole = clip.run(model, state)
     head = clip.cut(0, cut).run(model, state)
     tail = clip.cut(cut, FRAMES).run(model, head.state)
@@ -159,7 +176,8 @@ def test_chunked_is_one_pass(mixer: str, grid: int, blocks: tuple[int, ...], cut
 
 @pytest.mark.parametrize(("mixer", "grid", "blocks"), KINDS)
 def test_a_reset_inside_a_clip_makes_separate_clips(mixer: str, grid: int, blocks: tuple[int, ...]) -> None:
-    model, cut = build(mixer, grid, blocks), 6
+    model = build(mixer, grid, blocks)
+    cut = 6
     clip = Clip(model, resets=False)
     clip.first[:, cut] = True
     whole = clip.run(model, lived(model))
@@ -179,7 +197,8 @@ def test_what_each_input_reaches(mixer: str, grid: int, blocks: tuple[int, ...])
     A clean frame t reaches the clean stream from t on and the query stream after t; a query frame reaches itself alone;
     the action that leads to t reaches both streams from t on, unless an episode begins there. All within t's episode.
     """
-    model, t = build(mixer, grid, blocks), 6
+    model = build(mixer, grid, blocks)
+    t = 6
     horizon = 2 * 2 if "window" in mixer else FRAMES  # two layers, each of which looks two frames back
     clip = Clip(model, resets=False)
     clip.first[1, t] = clip.first[2, t + 2] = True
@@ -208,11 +227,13 @@ def test_what_each_input_reaches(mixer: str, grid: int, blocks: tuple[int, ...])
 @pytest.mark.parametrize("mixer", ["hybrid", "window"])
 def test_the_action_before_an_episode_has_no_influence(mixer: str) -> None:
     model = build(mixer, 2)
-    clip, other = Clip(model), Clip(model)
+    clip = Clip(model)
+    other = Clip(model)
     other.__dict__.update(clip.__dict__)
     other.action = torch.where(clip.first[..., None], 1e3, clip.action)
     state = lived(model)
-    a, b = clip.run(model, state), other.run(model, state)
+    a = clip.run(model, state)
+    b = other.run(model, state)
     assert torch.equal(a.feat, b.feat) and torch.equal(a.pred, b.pred)
     for t in range(FRAMES):
         first = clip.first[:, t]
@@ -224,7 +245,8 @@ def test_the_action_before_an_episode_has_no_influence(mixer: str) -> None:
 def test_predict_changes_nothing(mixer: str, grid: int, blocks: tuple[int, ...]) -> None:
     """Neither the state nor M: it may be asked any number of times, and commit does not touch the state it is given."""
     model = build(mixer, grid, blocks)
-    clip, state = Clip(model), lived(model)
+    clip = Clip(model)
+    state = lived(model)
     kept = state.map(torch.clone)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     question = clip.zq[:, 0], clip.action[:, 0], clip.level_q[:, 0]
@@ -233,7 +255,9 @@ def test_predict_changes_nothing(mixer: str, grid: int, blocks: tuple[int, ...])
     model.commit(state, clip.z[:, 0], clip.action[:, 0], torch.tensor([True, False, False]))
     clip.run(model, state)
     assert torch.equal(once, model.predict(state, *question))
-    for a, b in zip((*state.ssm, *state.k, *state.v, state.age), (*kept.ssm, *kept.k, *kept.v, kept.age), strict=True):
+    for a, b in zip(
+        (*state.mixers, *state.k, *state.v, state.age), (*kept.mixers, *kept.k, *kept.v, kept.age), strict=True
+    ):
         assert torch.equal(a, b)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
@@ -241,12 +265,14 @@ def test_predict_changes_nothing(mixer: str, grid: int, blocks: tuple[int, ...])
 @pytest.mark.parametrize(("mixer", "grid", "blocks"), KINDS)
 def test_states_at_frames_of_a_clip_go_on_like_streams(mixer: str, grid: int, blocks: tuple[int, ...]) -> None:
     model = build(mixer, grid, blocks)
-    clip, state = Clip(model), lived(model)
+    clip = Clip(model)
+    state = lived(model)
     at = torch.stack([torch.randperm(FRAMES)[:4] for _ in range(BATCH)])
-    at[:, 0], at[:, 1] = 0, FRAMES - 1
+    at[:, 0] = 0
+    at[:, 1] = FRAMES - 1
     out = clip.run(model, state, at=at)
-    assert out.at is not None
-    assert not any(t.requires_grad for t in (*out.at.ssm, *out.at.k, *out.at.v))
+    assert out.states_at is not None
+    assert not any(t.requires_grad for t in (*out.states_at.mixers, *out.states_at.k, *out.states_at.v))
     plain = clip.run(model, state)
     assert torch.equal(plain.feat, out.feat) and torch.equal(plain.pred, out.pred)
     streamed = []
@@ -254,7 +280,7 @@ def test_states_at_frames_of_a_clip_go_on_like_streams(mixer: str, grid: int, bl
         _, state = model.commit(state, clip.z[:, t], clip.action[:, t], clip.first[:, t], clip.level[:, t])
         streamed.append(state)
     for i in range(at.shape[1]):
-        asked = out.at.map(lambda v, i=i: v.unflatten(0, at.shape)[:, i])
+        asked = out.states_at.map(lambda v, i=i: v.unflatten(0, at.shape)[:, i])
         for row in range(BATCH):
             one, other = (
                 s.map(lambda v, row=row: v[row].expand(BATCH, *v.shape[1:])) for s in (asked, streamed[at[row, i]])
@@ -266,19 +292,19 @@ def test_states_at_frames_of_a_clip_go_on_like_streams(mixer: str, grid: int, bl
 def test_states_select_reset_and_forget() -> None:
     model = build("hybrid", 2, (1, 2))
     state = lived(model)
-    parts = [*state.ssm, *state.k, *state.v, state.age]
+    parts = [*state.mixers, *state.k, *state.v, state.age]
     rows = torch.tensor([2, 0, 2, 1])
     taken = state.map(lambda t: t[rows])
-    for a, b in zip([*taken.ssm, *taken.k, *taken.v, taken.age], parts, strict=True):
+    for a, b in zip([*taken.mixers, *taken.k, *taken.v, taken.age], parts, strict=True):
         assert torch.equal(a, b[rows])
     cleared = state.reset(torch.tensor([False, True, False]))
-    for a, b in zip([*cleared.ssm, *cleared.k, *cleared.v, cleared.age], parts, strict=True):
+    for a, b in zip([*cleared.mixers, *cleared.k, *cleared.v, cleared.age], parts, strict=True):
         assert torch.equal(a[::2], b[::2]) and not a[1].any()
         assert b[1].any() and a.dtype == b.dtype
     broken = state.map(lambda t: t * torch.nan if t.is_floating_point() else t).reset(torch.ones(3, dtype=torch.bool))
-    assert not any(t.any() for t in (*broken.ssm, *broken.k, *broken.v))
+    assert not any(t.any() for t in (*broken.mixers, *broken.k, *broken.v))
     short = state.without_long_memory()
-    assert not any(s.any() for s in short.ssm)
+    assert not any(s.any() for s in short.mixers)
     assert all(torch.equal(a, b) for a, b in zip(short.k + short.v, state.k + state.v, strict=True))
     assert torch.equal(short.age, state.age)
 
@@ -286,7 +312,8 @@ def test_states_select_reset_and_forget() -> None:
 def test_only_the_scan_remembers_beyond_the_window() -> None:
     """A cue beyond the window: hybrid M knows it, unless its long memory is cut at every frame; window M never does."""
     for mixer in ("hybrid", "window"):
-        model, clip = build(mixer, 2, layers=1), Clip(build(mixer, 2), 8, resets=False)
+        model = build(mixer, 2, layers=1)
+        clip = Clip(build(mixer, 2), 8, resets=False)
 
         def live(cue: float, cut: bool, model=model, clip=clip) -> State:
             state = start(model)
@@ -308,17 +335,18 @@ def test_a_state_stays_as_large_as_it_is(mixer: str, grid: int, blocks: tuple[in
 
     def held(state: State) -> int:
         """Bytes of memory behind the tensors, seen by them or not."""
-        return sum(t.untyped_storage().nbytes() for t in (*state.ssm, *state.k, *state.v, state.age))
+        return sum(t.untyped_storage().nbytes() for t in (*state.mixers, *state.k, *state.v, state.age))
 
     with torch.no_grad():
-        state, clip = start(model), Clip(model, resets=False)
+        state = start(model)
+        clip = Clip(model, resets=False)
         sizes = set()
         for t in range(500):
             i = t % FRAMES
             _, state = model.commit(state, clip.z[:, i], clip.action[:, i], clip.first[:, i])
             sizes.add(held(state))
     assert len(sizes) == 1
-    assert all(t.isfinite().all() for t in (*state.ssm, *state.k, *state.v))
+    assert all(t.isfinite().all() for t in (*state.mixers, *state.k, *state.v))
     assert state.age.tolist() == [model.config.window - 1] * BATCH
 
 
@@ -328,19 +356,21 @@ def test_single_and_half_precision(mixer: str, grid: int, blocks: tuple[int, ...
     exact = build(mixer, grid, blocks)
     model = build(mixer, grid, blocks, dtype=torch.float32)
     model.load_state_dict(exact.state_dict())
-    clip, single, at = Clip(exact, 40), Clip(exact, 40), torch.tensor([[5, 17]] * BATCH)
+    clip = Clip(exact, 40)
+    single = Clip(exact, 40)
+    at = torch.tensor([[5, 17]] * BATCH)
     single.__dict__ = {k: v.float() if v.is_floating_point() else v for k, v in clip.__dict__.items()}
     wanted = clip.run(exact, start(exact)).feat
     got = single.run(model, start(model), at=at)
     assert (got.feat - wanted).norm() < 1e-4 * wanted.norm()
     with torch.autocast("cpu", torch.bfloat16):
         half = single.run(model, start(model), at=at)
-        assert half.at is not None
-        state = half.at.map(lambda t: t)
+        assert half.states_at is not None
+        state = half.states_at.map(lambda t: t)
         rows = [t.repeat_interleave(2, 0) for t in (single.zq[:, 0], single.action[:, 0], single.level_q[:, 0])]
         pred = model.predict(state, *rows)
         feat, state = model.commit(state, rows[0], rows[1], torch.zeros(2 * BATCH, dtype=torch.bool))
-    assert all(t.dtype == torch.float32 for t in half.state.ssm + state.ssm)  # sums over thousands of frames
+    assert all(t.dtype == torch.float32 for t in half.state.mixers + state.mixers)  # sums over thousands of frames
     assert (half.feat.float() - wanted).norm() < 0.1 * wanted.norm()
     assert pred.isfinite().all() and feat.isfinite().all()
     (half.feat.float().square().mean() + half.pred.float().square().mean()).backward()
@@ -364,40 +394,52 @@ def test_a_fine_grid_is_pooled_into_features() -> None:
 def test_blocks_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"worldmodel\.blocks.*3.*4"):
         build("hybrid", 4, (3,))
-    assert [layer.mix.block for layer in build("hybrid", 2, (4, 1), layers=3).stack] == [2, 1, 2]
+    assert [layer.mixer.block for layer in build("hybrid", 2, (4, 1), layers=3).stack] == [2, 1, 2]
 
 
-def test_motion_is_learned_by_a_gated_network() -> None:
-    """Each action shuffles the numbers of a frame in a way of its own. With `motion` M foresees most of it after
-    updates in which layers alone get no further than a frame's mean, which errs half as much as the frame before."""
-    left, channels, actions = {}, 4, 3
-    for motion in (0, 128):
+def test_how_frames_move_is_learned_by_the_frame_mlp() -> None:
+    """Each action shuffles the numbers of a frame in a way of its own. With `frame_mlp_width` M foresees most of it
+    after updates in which layers alone get no further than a frame's mean, which errs half as much as the frame
+    before."""
+    left = {}
+    channels = 4
+    actions = 3
+    for frame_mlp_width in (0, 128):
         torch.manual_seed(0)
-        model = Dynamics(DynamicsConfig(width=32, heads=2, change=True, motion=motion), 4, channels, actions)
+        model = Dynamics(
+            DynamicsConfig(width=32, num_heads=2, predict_residual=True, frame_mlp_width=frame_mlp_width),
+            4,
+            channels,
+            actions,
+        )
         ways = torch.stack([torch.randperm(16 * channels) for _ in range(actions)])
-        optimiser = torch.optim.AdamW(model.parameters(), 2e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
         for _ in range(150):
-            frame, choice = torch.randn(32, 16 * channels).tanh(), torch.randint(actions, (32, 5))
+            frame = torch.randn(32, 16 * channels).tanh()
+            choice = torch.randint(actions, (32, 5))
             frames = [frame]
             for t in range(5):
                 frames.append(frames[-1].gather(1, ways[choice[:, t]]))
             z = torch.stack(frames, 1).unflatten(-1, (16, channels))
             action = torch.nn.functional.one_hot(torch.cat([choice[:, :1], choice], 1), actions).float()
-            ones, first = torch.ones(32, 6), torch.zeros(32, 6, dtype=torch.bool)
+            ones = torch.ones(32, 6)
+            first = torch.zeros(32, 6, dtype=torch.bool)
             query = torch.zeros_like(z), torch.zeros_like(ones)
             pred = model(z, action, ones, first, model.initial(32), query).pred
             error = (pred - z)[:, 1:].square().mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             error.backward()
-            optimiser.step()
-        left[motion] = float(error.detach() / (z[:, 1:] - z[:, :-1]).square().mean())
+            optimizer.step()
+        left[frame_mlp_width] = float(error.detach() / (z[:, 1:] - z[:, :-1]).square().mean())
     assert left[128] < 0.3 < 0.45 < left[0]
 
 
-@pytest.mark.parametrize("motion", [0, 9])
-def test_what_changes_is_predicted_from_the_frame_before(motion: int) -> None:
+@pytest.mark.parametrize("frame_mlp_width", [0, 9])
+def test_what_changes_is_predicted_from_the_frame_before(frame_mlp_width: int) -> None:
     """Freshly made, M expects the next frame to be the one it saw; after a reset, nothing."""
-    config = DynamicsConfig(layers=1, width=16, heads=2, change=True, motion=motion, see_latents=True)
+    config = DynamicsConfig(
+        layers=1, width=16, num_heads=2, predict_residual=True, frame_mlp_width=frame_mlp_width, feature_skip=True
+    )
     model = Dynamics(config, 2, CHANNELS, ACTIONS)
     clip = Clip(model)
     out = model(clip.z, clip.action, torch.ones_like(clip.level), clip.first, model.initial(BATCH))

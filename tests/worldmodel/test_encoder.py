@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longdream.worldmodel import encoder as encoder_module
 from longdream.worldmodel.encoder import Encoder, EncoderConfig, RunningScale
 
 
@@ -24,8 +25,8 @@ MIXED = {
 
 
 def build(spec: dict[str, Spec], latent="continuous", **options) -> Encoder:
-    small = {"channels": 16, "classes": 4, "depth": 4, "hidden": 32}
-    return Encoder(EncoderConfig(latent=latent, **(small | options)), spec)
+    small = {"channels": 16, "classes": 4, "depth": 4}
+    return Encoder(EncoderConfig(**(small | options)), spec, latent)
 
 
 def draw(spec: dict[str, Spec], *lead: int) -> dict[str, Tensor]:
@@ -97,17 +98,20 @@ def test_any_mixture_of_keys(keys: list[str], grid: int, latent: str) -> None:
 
 
 def test_a_clip_is_its_frames_and_the_order_of_keys_is_nothing() -> None:
-    encoder, obs = build(MIXED, grid=2), draw(MIXED, 2, 5)
+    encoder = build(MIXED, grid=2)
+    obs = draw(MIXED, 2, 5)
     z = encoder(obs)
     alone = encoder({key: obs[key][1, 3:4] for key in reversed(list(obs))})
     torch.testing.assert_close(z[1, 3:4], alone)
-    whole, part = encoder.decode(z.detach()), encoder.decode(z.detach()[1, 3:4])
+    whole = encoder.decode(z.detach())
+    part = encoder.decode(z.detach()[1, 3:4])
     for key, value in whole.items():
         torch.testing.assert_close(value[1, 3:4], part[key], rtol=1e-4, atol=1 if value.dtype == torch.uint8 else 1e-5)
 
 
 def test_every_key_is_seen() -> None:
-    encoder, obs = build(MIXED, grid=2), draw(MIXED, 6)
+    encoder = build(MIXED, grid=2)
+    obs = draw(MIXED, 6)
     z = encoder(obs)
     for key in MIXED:
         other = draw({key: MIXED[key]}, 6)
@@ -122,9 +126,10 @@ def test_continuous_latents_are_bounded_and_spread() -> None:
     assert z.square().mean((-2, -1)).min() > 0.2  # normed first: no picture is squeezed to nothing
 
 
-def test_categorical_latents_are_one_hot_with_gradients_straight_through() -> None:
+def test_categorical_latents_are_one_hot_with_gradients_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "UNIMIX", 0.2)
     spec = {"obs": Spec("vector", (3,))}
-    encoder = build(spec, "categorical", unimix=0.2)
+    encoder = build(spec, "categorical")
     obs = {"obs": torch.randn(4000, 3)}
     for drawn in (False, True):
         z = encoder(obs, draw=drawn)
@@ -143,11 +148,11 @@ def test_categorical_latents_are_one_hot_with_gradients_straight_through() -> No
 
 
 def fit(encoder: Encoder, obs: dict[str, Tensor], updates: int) -> dict[str, Tensor]:
-    optimiser = torch.optim.Adam(encoder.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(encoder.parameters(), 3e-3)
     for _ in range(updates):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         encoder.loss(obs).value.backward()
-        optimiser.step()
+        optimizer.step()
     with torch.no_grad():
         return encoder.decode(encoder(obs))
 
@@ -163,7 +168,8 @@ def test_one_batch_of_images_is_learned(latent: str, grid: int) -> None:
     """Boxes of a colour on a dark ground: to the eye they come back, where the mean image is a blur."""
     images = torch.full((12, 32, 32, 3), 20, dtype=torch.uint8)
     for i in range(12):
-        y, x = 8 * (i % 4), 8 * (i // 4)
+        y = 8 * (i % 4)
+        x = 8 * (i // 4)
         images[i, y : y + 8, x : x + 10] = torch.randint(100, 256, (3,), dtype=torch.uint8)
     encoder = build({"obs": Spec("image", (32, 32, 3))}, latent, grid=grid, channels=32, classes=8, depth=8)
     back = fit(encoder, {"obs": images}, 200)["obs"]
@@ -178,7 +184,7 @@ def test_one_batch_of_mixed_keys_is_learned(latent: str) -> None:
     obs = draw(spec, 10)
     obs["map"] = (torch.arange(10)[:, None, None, None] * 25).expand(-1, 16, 16, 1).to(torch.uint8)
     obs["pos"] = obs["pos"] * torch.tensor([1000.0, 0.01]) + torch.tensor([-500.0, 3.0])
-    encoder = build(spec, latent, channels=32, hidden=64)
+    encoder = build(spec, latent, channels=32)
     back = fit(encoder, obs, 250)
     assert torch.equal(back["room"], obs["room"])
     error = (back["pos"] - obs["pos"]).square().mean(0) / obs["pos"].var(0)
@@ -192,7 +198,8 @@ def test_running_scale_against_numpy() -> None:
     scale = RunningScale(3)
     for batch in data:
         scale.update(torch.from_numpy(batch))
-    mean, deviation = data.reshape(-1, 3).mean(0), data.reshape(-1, 3).std(0)
+    mean = data.reshape(-1, 3).mean(0)
+    deviation = data.reshape(-1, 3).std(0)
     assert np.allclose(scale.mean.numpy(), mean, atol=0.06 * deviation)
     # entries of any size are told apart alike: by deviations from the mean, to both sides of zero, and in order
     steps = scale(torch.from_numpy((mean + np.arange(-3, 4)[:, None] * deviation).astype(np.float32))).numpy()
@@ -246,20 +253,20 @@ def test_what_does_not_fit_is_named(spec: Spec, options: dict, message: str) -> 
 
 
 def learn(encoder: Encoder, obs: Tensor, updates: int) -> None:
-    optimiser = torch.optim.AdamW(encoder.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(encoder.parameters(), 3e-3)
     for i in range(updates):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - i / updates)
         loss = encoder.loss({"obs": obs[torch.randint(0, len(obs), (256,))]}).value
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def test_vectors_go_on_beyond_what_was_seen() -> None:
     """A cart that was only ever seen near home: far out it must still look further out, not like home."""
     torch.manual_seed(0)
-    encoder = build({"obs": Spec("vector", (3,))}, hidden=64)
+    encoder = build({"obs": Spec("vector", (3,))})
     learn(encoder, torch.rand(4000, 3) * 2 - 1, 600)
     places = torch.tensor([0.5, 1.0, 1.5, 2.0])
     obs = torch.zeros(4, 3)
@@ -271,10 +278,11 @@ def test_vectors_go_on_beyond_what_was_seen() -> None:
 
 def test_noise_makes_latents_forgiving() -> None:
     """Two Vs, one of which learned to decode latents with noise: the same error in z costs it less."""
-    obs, costs = torch.randn(4000, 3), []
+    obs = torch.randn(4000, 3)
+    costs = []
     for noise in (0.0, 0.3):
         torch.manual_seed(1)
-        encoder = build({"obs": Spec("vector", (3,))}, hidden=64, noise=noise)
+        encoder = build({"obs": Spec("vector", (3,))}, noise=noise)
         learn(encoder, obs, 400)
         with torch.no_grad():
             z = encoder({"obs": obs})

@@ -1,4 +1,4 @@
-"""Streams of generated frames."""
+"""Generated frames, one piece after another."""
 
 from typing import Any
 
@@ -7,17 +7,23 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig, State
-from longdream.worldmodel.generate import Step, generate, slope, take_in
-from longdream.worldmodel.objectives.base import Flow, ForcingConfig, Mask, Teacher
+from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.dynamics import Dynamics, State
+from longdream.worldmodel.generate import Step, generate, read_context, slope
+from longdream.worldmodel.mixers import attention
+from longdream.worldmodel.objectives.base import ForcingConfig
+from longdream.worldmodel.objectives.flow import Flow
+from longdream.worldmodel.objectives.mask import Mask
+from longdream.worldmodel.objectives.teacher import Teacher
 
-ACTIONS, CHANNELS = 2, 6
+ACTIONS = 2
+CHANNELS = 6
 
 
 def build(mixer: str = "hybrid", objective: str = "flow", grid: int = 2, **options):
     """A context of 9 frames behind an M with random weights: objective, M, feat, state."""
-    made = {"layers": 1, "width": 8, "heads": 2, "state_size": 3, "window": 4} | options
-    forcing = ForcingConfig(context_level=made.pop("context_level", 1.0))
+    made = {"layers": 1, "width": 8, "num_heads": 2, "state_size": 3, "window": 4} | options
+    forcing = ForcingConfig()
     dynamics = Dynamics(DynamicsConfig(mixer, **made), grid, CHANNELS, ACTIONS)
     with torch.no_grad():
         for weight in dynamics.parameters():
@@ -27,7 +33,7 @@ def build(mixer: str = "hybrid", objective: str = "flow", grid: int = 2, **optio
         "mask": lambda: Mask(forcing, dynamics, 3),
         "teacher": lambda: Teacher(forcing, dynamics, 3, ACTIONS),
     }
-    feat, state = take_in(dynamics, *context(dynamics, 9))
+    feat, state = read_context(dynamics, *context(dynamics, 9))
     return kinds[objective](), dynamics, feat, state
 
 
@@ -46,30 +52,35 @@ def held(state: State) -> int:
 @torch.no_grad()
 def test_a_context_is_taken_in_whole_or_in_pieces() -> None:
     for together in (1, 3):
-        _, dynamics, _, _ = build(frames_together=together, grid=1)
+        _, dynamics, _, _ = build(chunk_frames=together, grid=1)
         clip = context(dynamics, 12)
-        whole, parts = take_in(dynamics, *clip), take_in(dynamics, *clip, piece=5)
-        head = take_in(dynamics, *(v[:, :6] for v in clip))[1]
-        parts_too = take_in(dynamics, *(v[:, 6:] for v in clip), state=head)
+        whole = read_context(dynamics, *clip)
+        parts = read_context(dynamics, *clip, piece=5)
+        head = read_context(dynamics, *(v[:, :6] for v in clip))[1]
+        parts_too = read_context(dynamics, *(v[:, 6:] for v in clip), state=head)
         for feat, state in (parts, parts_too):
             torch.testing.assert_close(feat, whole[0], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(state.ssm, whole[1].ssm, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(state.mixers, whole[1].mixers, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mixer", ["hybrid", "window"])
 def test_ten_thousand_frames_in_constant_memory(mixer: str) -> None:
     objective, dynamics, feat, state = build(mixer, grid=1)
-    before, sizes, frames = held(state), set(), 0
+    before = held(state)
+    sizes = set()
+    frames = 0
     for piece in generate(objective, dynamics, feat, state, torch.rand(2, 10_000, ACTIONS), steps=1, piece=50):
         sizes.add(held(piece.state))
         frames += piece.z.shape[1]
         assert piece.z.isfinite().all() and piece.feat.isfinite().all()
-        assert all(t.isfinite().all() for t in (*piece.state.ssm, *piece.state.k, *piece.state.v))
+        assert all(t.isfinite().all() for t in (*piece.state.mixers, *piece.state.k, *piece.state.v))
     assert frames == 10_000 and sizes == {before}
 
 
-def test_the_cache_of_causal_attention_grows_up_to_its_bound() -> None:
-    objective, dynamics, feat, state = build("causal", longest=15)
+def test_the_cache_of_causal_attention_grows_up_to_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MAX_CONTEXT_FRAMES", 15)
+    objective, dynamics, feat, state = build("causal")
+    assert dynamics.grows
     pieces = generate(objective, dynamics, feat, state, torch.rand(2, 12, ACTIONS), steps=1)
     assert [piece.state.k[0].shape[1] for piece in pieces] == [10, 11, 12, 13, *[14] * 8]
 
@@ -93,14 +104,15 @@ def test_frame_after_frame_is_sampled_and_committed(objective: str) -> None:
 class Silent(Flow):
     """Flow that begins with no noise at all."""
 
-    def blank(self, like: Tensor, temperature: float) -> Tensor:
+    def pure_noise(self, like: Tensor, temperature: float) -> Tensor:
         return torch.zeros_like(like)
 
 
 def test_pieces_in_order_are_frames_one_by_one() -> None:
     """Autoregressive pieces of any size are what single frames are; other orders are other computations."""
     _, dynamics, feat, state = build()
-    objective, action = Silent(ForcingConfig(), dynamics), torch.rand(2, 6, ACTIONS)
+    objective = Silent(ForcingConfig(), dynamics)
+    action = torch.rand(2, 6, ACTIONS)
 
     def made(**how) -> Tensor:
         return torch.cat([piece.z for piece in generate(objective, dynamics, feat, state, action, 3, **how)], 1)
@@ -115,7 +127,7 @@ def test_pieces_in_order_are_frames_one_by_one() -> None:
 
 
 def test_chunks_of_attention_are_generated_whole() -> None:
-    objective, dynamics, feat, state = build(frames_together=3, window=6)
+    objective, dynamics, feat, state = build(chunk_frames=3, window=6)
     pieces = list(generate(objective, dynamics, feat, state, torch.rand(2, 9, ACTIONS), steps=2))
     assert [piece.z.shape[1] for piece in pieces] == [3, 3, 3]
     assert all(piece.z.abs().amax() <= 1 + 1e-5 for piece in pieces)
@@ -126,21 +138,22 @@ def test_chunks_of_attention_are_generated_whole() -> None:
 
 
 @pytest.mark.parametrize("piece", [1, 2])
-def test_finished_frames_are_trusted_as_far_as_told(piece: int) -> None:
-    """Committed at a level below 1, without noise; by the configuration, or by the call."""
+def test_finished_frames_are_trusted_as_far_as_their_level_says(piece: int) -> None:
+    """Committed at a level below 1, without noise."""
     _, dynamics, feat, state = build()
+    objective = Silent(ForcingConfig(), dynamics)
     action = torch.rand(2, 2, ACTIONS)
 
-    def run(config: ForcingConfig, **how):
-        *_, last = generate(Silent(config, dynamics), dynamics, feat, state, action, 1, piece=piece, **how)
+    def run(**how):
+        *_, last = generate(objective, dynamics, feat, state, action, 1, piece=piece, **how)
         return last
 
-    plain, told = run(ForcingConfig()), run(ForcingConfig(), context_level=0.9)
-    assert not torch.equal(plain.state.k[0], told.state.k[0])
-    assert torch.equal(run(ForcingConfig(context_level=0.9)).state.k[0], told.state.k[0])
-    torch.testing.assert_close(told.state.last, 0.9 * told.z[:, -1])
+    plain = run()
+    doubtful = run(context_level=0.9)
+    assert not torch.equal(plain.state.k[0], doubtful.state.k[0])
+    torch.testing.assert_close(doubtful.state.last, 0.9 * doubtful.z[:, -1])
     if piece == 2:
-        assert torch.equal(plain.z, told.z)  # only what comes after a piece can tell
+        assert torch.equal(plain.z, doubtful.z)  # only what comes after a piece can tell
 
 
 def test_what_cannot_be_generated() -> None:
@@ -153,9 +166,9 @@ def test_what_cannot_be_generated() -> None:
     teacher, dynamics, feat, state = build(objective="teacher")
     with pytest.raises(ValueError, match="Teacher draws frames one by one"):
         list(generate(teacher, dynamics, feat, state, action, 2, piece=2))
-    objective, dynamics, feat, state = build(frames_together=3)
+    objective, dynamics, feat, state = build(chunk_frames=3)
     for how in ({"piece": 2}, {}):
-        with pytest.raises(ValueError, match=r"whole chunks of worldmodel\.frames_together = 3"):
+        with pytest.raises(ValueError, match=r"whole chunks of worldmodel\.chunk_frames = 3"):
             list(generate(objective, dynamics, feat, state, action, 2, **how))
 
 
@@ -167,14 +180,15 @@ def test_orders_are_slopes() -> None:
 def test_a_recorded_step_generates_the_same(mixer: str) -> None:
     """What a CUDA graph does, rehearsed: inputs that are copies, outputs that the next call overwrites."""
     objective, dynamics, feat, state = build(mixer)
-    action, kept = torch.rand(2, 7, ACTIONS), []
+    action = torch.rand(2, 7, ACTIONS)
+    kept = []
 
     def record(step: Step) -> Step:
         def again(*args: Any) -> Any:
-            found = step(*pytree.tree_map(torch.clone, args))
+            result = step(*pytree.tree_map(torch.clone, args))
             if not kept:
-                kept.append(pytree.tree_map(torch.clone, found))
-            pytree.tree_map(lambda to, new: to.copy_(new), kept[0], found)
+                kept.append(pytree.tree_map(torch.clone, result))
+            pytree.tree_map(lambda to, new: to.copy_(new), kept[0], result)
             return kept[0]
 
         return again

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longdream.worldmodel.heads import Consequence, Gated, TwoHot, mlp, symexp, symlog
+from longdream.worldmodel.heads import RewardContinueHead, TwoHot
+from longdream.worldmodel.networks import GatedLayer, mlp
+from longdream.worldmodel.symlog import symexp, symlog
 
 numbers = st.floats(-(2.0**23), 2.0**23, width=32)
 
@@ -60,7 +62,8 @@ def test_numbers_beyond_the_bins_are_clipped() -> None:
 @given(numbers)
 def test_no_logits_cost_less_than_the_two_hot_ones(value: float) -> None:
     """The loss is a cross-entropy: at the target itself it is the target's entropy, and its gradient is zero."""
-    head, x = TwoHot(), torch.tensor([value])
+    head = TwoHot()
+    x = torch.tensor([value])
     target = head.encode(x)
     logits = target.clamp(min=1e-12).log().requires_grad_()
     best = head.loss(logits, x)
@@ -72,21 +75,23 @@ def test_no_logits_cost_less_than_the_two_hot_ones(value: float) -> None:
 
 def test_the_loss_finds_the_mean_of_what_it_sees() -> None:
     """Half zeros and half ones, on a shared row of logits; a head that predicted modes or medians would not say 0.5."""
-    head, logits = TwoHot(41), torch.zeros(41, requires_grad=True)
-    optimiser = torch.optim.Adam([logits], 0.2)
+    head = TwoHot(41)
+    logits = torch.zeros(41, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.2)
     targets = torch.tensor([0.0, 1.0])
     for _ in range(200):
         loss = head.loss(logits.expand(2, -1), targets).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert head.mean(logits).item() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("lead", [(7,), (3, 5), (2, 3, 4)])
 def test_consequences(lead: tuple[int, ...]) -> None:
-    heads = Consequence(features=6, actions=2, hidden=8, bins=41)
-    feat, action = torch.randn(*lead, 6), torch.randn(*lead, 2)
+    heads = RewardContinueHead(features=6, actions=2, hidden=8, bins=41)
+    feat = torch.randn(*lead, 6)
+    action = torch.randn(*lead, 2)
     reward_logits, cont_logit = heads(feat, action)
     assert reward_logits.shape == (*lead, 41) and cont_logit.shape == lead
     reward, cont = heads.expect(feat, action)
@@ -104,7 +109,7 @@ def test_consequences(lead: tuple[int, ...]) -> None:
 
 
 def test_half_precision_features_give_single_precision_numbers() -> None:
-    heads = Consequence(6, 2, 8, 41)
+    heads = RewardContinueHead(6, 2, 8, 41)
     with torch.autocast("cpu", torch.bfloat16):
         reward, cont = heads.expect(torch.randn(4, 6), torch.randn(4, 2))
         loss = heads.two_hot.loss(heads(torch.randn(4, 6), torch.randn(4, 2))[0], torch.ones(4))
@@ -116,7 +121,7 @@ def test_mlp_depth_and_zero_start() -> None:
     x = torch.randn(5, 3)
     for layers in (1, 2, 4):
         net = mlp(3, 8, 2, layers)
-        assert sum(isinstance(part, Gated) for part in net) == layers and isinstance(net[-1], torch.nn.Linear)
+        assert sum(isinstance(part, GatedLayer) for part in net) == layers and isinstance(net[-1], torch.nn.Linear)
         assert net(x).shape == (5, 2) and net(x).any()
         zero = mlp(3, 8, 2, layers, zero=True)
         assert not zero(x).any()

@@ -45,20 +45,25 @@ def test_frames_are_drawn_in_proportion() -> None:
 
 
 @pytest.mark.parametrize("objective", ["flow", "mask", "teacher"])
-@pytest.mark.parametrize("stream", ["one", "two"])
-def test_every_objective_begins_where_it_is_asked_to(objective: str, stream: str) -> None:
-    from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig
-    from longdream.worldmodel.objectives.base import Flow, ForcingConfig, Mask, Teacher
+@pytest.mark.parametrize("history", ["noisy", "clean"])
+def test_every_objective_begins_where_it_is_asked_to(objective: str, history: str) -> None:
+    from longdream.worldmodel.config import DynamicsConfig
+    from longdream.worldmodel.dynamics import Dynamics
+    from longdream.worldmodel.objectives.base import ForcingConfig
+    from longdream.worldmodel.objectives.flow import Flow
+    from longdream.worldmodel.objectives.mask import Mask
+    from longdream.worldmodel.objectives.teacher import Teacher
 
     torch.manual_seed(0)
-    dynamics, config = Dynamics(DynamicsConfig(width=16, heads=2), 1, 8, 2), ForcingConfig(objective, stream)
+    dynamics = Dynamics(DynamicsConfig(width=16, num_heads=2), 1, 8, 2)
+    config = ForcingConfig(objective, history)
     made = {
         "flow": lambda: Flow(config, dynamics),
         "mask": lambda: Mask(config, dynamics, 4),
         "teacher": lambda: Teacher(config, dynamics, 4, 2),
     }[objective]()
     weight = torch.zeros(2, 12)
-    weight[0, 2] = weight[1, 4] = 1.0  # the prefix of one stream is six frames or more
+    weight[0, 2] = weight[1, 4] = 1.0  # a clean prefix is six frames or more
     first = torch.zeros(2, 12, dtype=torch.bool)
-    found = made.run(dynamics, torch.zeros(2, 12, 1, 8), torch.zeros(2, 12, 2), first, 5, weight)
-    assert found.at.tolist() == [[2] * 5, [4] * 5]
+    out = made.run(dynamics, torch.zeros(2, 12, 1, 8), torch.zeros(2, 12, 2), first, 5, weight)
+    assert out.at.tolist() == [[2] * 5, [4] * 5]

@@ -1,5 +1,9 @@
-"""The residual stream through the layers of M: each part takes in the stream's modulated norm (AdaLN; Peebles and Xie
-2022, arXiv 2212.09748), and what it gives is gated and added."""
+"""The residual stream through the layers of M, modulated by AdaLN (Peebles and Xie 2022, arXiv 2212.09748).
+
+A layer has three branches: mixer, attention, MLP. The input of a branch is the stream's norm, scaled and shifted by the
+condition; its output is gated by the condition and added to the stream. On CUDA one kernel per branch adds the previous
+branch's output and norms the sum (adaln_triton.py).
+"""
 
 from __future__ import annotations
 
@@ -15,71 +19,87 @@ except ModuleNotFoundError:  # builds of torch without CUDA come without Triton
     kernels = None
 
 
-class Given(NamedTuple):
-    """What a part gave and the stream does not have yet: y `(B, T, N, W)`; where the condition has its gate; and the
-    layer's offset to it `(W,)`."""
+class Pending(NamedTuple):
+    """A branch's output that is not added to the stream yet.
+
+    y: `(B, T, N, W)`. gate: index of its gate in the condition. offset: `(W,)`, the layer's offset to the gate.
+    """
 
     y: Tensor
     gate: int
     offset: Tensor
 
 
-class Flow(NamedTuple):
-    """A stream `(B, T, N, W)` between two parts."""
+class ResidualStream(NamedTuple):
+    """The residual stream u `(B, T, N, W)` between two branches, and what is still to be added to it."""
 
     u: Tensor
-    given: Given | None = None
+    pending: Pending | None = None
 
-    def end(self, cond: Tensor) -> Tensor:
-        """The stream with all that was given; cond `(B, T, 1, 9, W)`."""
-        if self.given is None:
+    def total(self, cond: Tensor) -> Tensor:
+        """The stream with the pending output added; cond `(B, T, 1, 9, W)`."""
+        if self.pending is None:
             return self.u
-        y, gate, offset = self.given
+        y, gate, offset = self.pending
         return torch.addcmul(self.u, y, cond[..., gate, :] + offset)
 
 
-class Residual:
-    """A stream on its way through a layer. Where kernels for CUDA carry clips (norm_triton.py), what a part gave waits
-    until the next part takes in, be it the next layer's: the two are one pass over the stream.
+class AdaLN:
+    """The residual stream within one layer.
+
+    Where the kernels compute clips, a branch's output stays pending until the next branch, possibly of the next layer,
+    takes its input. Adding the one and norming for the other is then a single pass over the stream.
 
     Args:
-        flow: the stream. cond: `(B, T, 1, 9, W)`, scale, shift and gate of each of a layer's three parts, to which the
-            layer adds its offset `(9, W)`. clip: M sees a clip, not a frame.
+        stream: at the layer's input.
+        cond: `(B, T, 1, 9, W)`, scale, shift and gate of each of the layer's three branches.
+        offset: `(9, W)`, the layer's own offset to the condition.
+        clip: whether the stream is of a clip rather than of a single frame; frames do not go through the kernels.
     """
 
-    def __init__(self, flow: Flow, cond: Tensor, offset: Tensor, clip: bool = False):
-        self.flow, self.cond, self.offset = flow, cond, offset
-        self.fused = clip and fused(flow.u)
-        self.mods: tuple[Tensor, ...] = () if self.fused else (cond + offset).unbind(-2)
+    def __init__(self, stream: ResidualStream, cond: Tensor, offset: Tensor, clip: bool = False):
+        self.stream = stream
+        self.cond = cond
+        self.offset = offset
+        self.fused = clip and kernels_fit(stream.u)
+        self.modulation: tuple[Tensor, ...] = () if self.fused else (cond + offset).unbind(-2)
 
-    def into(self, part: int) -> Tensor:
-        """What a part takes in."""
-        at = 3 * part
-        u, given = self.flow
+    def branch_input(self, branch: int) -> Tensor:
+        """The modulated norm of the stream, input of branch 0, 1 or 2: `(B, T, N, W)`."""
+        first = 3 * branch  # index of the branch's scale; its shift and gate follow
+        u, pending = self.stream
         if not self.fused:
-            return torch.addcmul(self.mods[at + 1], F.layer_norm(u, u.shape[-1:]), self.mods[at])
+            scale = self.modulation[first]
+            shift = self.modulation[first + 1]
+            return torch.addcmul(shift, F.layer_norm(u, u.shape[-1:]), scale)
         assert kernels is not None
-        y, gate, opened = (None, at, self.offset[at]) if given is None else given
-        offset = torch.cat([opened[None], self.offset[at : at + 2]])
-        u, h = kernels.join(u, y, self.cond[..., gate, :], self.cond[..., at : at + 2, :], offset, product_dtype(u))
-        self.flow = Flow(u)
+        y, gate, gate_offset = (None, first, self.offset[first]) if pending is None else pending
+        offset = torch.cat([gate_offset[None], self.offset[first : first + 2]])
+        scale_and_shift = self.cond[..., first : first + 2, :]
+        u, h = kernels.adaln(u, y, self.cond[..., gate, :], scale_and_shift, offset, matmul_dtype(u))
+        self.stream = ResidualStream(u)
         return h
 
-    def give(self, part: int, y: Tensor) -> None:
-        """What a part gave."""
-        gate = 3 * part + 2
+    def add(self, branch: int, y: Tensor) -> None:
+        """Add the branch's output y `(B, T, N, W)` to the stream."""
+        gate = 3 * branch + 2
         if self.fused:
-            self.flow = Flow(self.flow.u, Given(y, gate, self.offset[gate]))
+            self.stream = ResidualStream(self.stream.u, Pending(y, gate, self.offset[gate]))
         else:
-            self.flow = Flow(torch.addcmul(self.flow.u, y, self.mods[gate]))
+            self.stream = ResidualStream(torch.addcmul(self.stream.u, y, self.modulation[gate]))
 
 
-def fused(u: Tensor) -> bool:
-    """Whether kernels carry a stream like u through clips."""
+def clip_stream(u: Tensor) -> ResidualStream:
+    """The residual stream of a clip before the first layer. Kernels take it in the precision of matrix products."""
+    return ResidualStream(u.to(matmul_dtype(u)) if kernels_fit(u) else u)
+
+
+def kernels_fit(u: Tensor) -> bool:
+    """Whether the kernels compute clips whose stream is like u."""
     return kernels is not None and kernels.fit(u)
 
 
-def product_dtype(u: Tensor) -> torch.dtype:
-    """In which matrix products take their operands where u comes in."""
-    kind = u.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else u.dtype
+def matmul_dtype(u: Tensor) -> torch.dtype:
+    """The dtype in which matrix products take operands like u: autocast's, where it is on."""
+    device = u.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else u.dtype

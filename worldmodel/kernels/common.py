@@ -1,4 +1,4 @@
-"""What the kernels for CUDA share (scan_triton.py, attention_triton.py)."""
+"""Helpers of the kernels for CUDA (`*_triton.py`)."""
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 # (Triton comes with CUDA builds of torch alone.)
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def on_tensor_cores(x: Tensor) -> bool:
-    """Whether x is on a GPU whose tensor cores multiply all DTYPES."""
+    """Whether x is on a GPU whose tensor cores support all DTYPES."""
     return x.is_cuda and _capability(x.get_device()) >= 8
 
 
@@ -29,7 +29,7 @@ def _capability(device: int) -> int:
 
 @triton.jit
 def load(array, i, j, stride, rows, columns):
-    """Rows i and columns j of a matrix of so many, with `stride` numbers to a row; zero where there is none."""
+    """Elements i, j of a matrix of `rows` x `columns` whose rows are `stride` elements apart; zero outside it."""
     return tl.load(
         array + i[:, None] * stride + j[None, :], mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0
     )
@@ -37,17 +37,19 @@ def load(array, i, j, stride, rows, columns):
 
 @triton.jit
 def store(array, i, j, stride, rows, columns, value):
-    """`value` to where `load` would read; nothing beyond the rows and columns that there are."""
+    """Store `value` at the elements that `load` reads; nothing outside the matrix."""
     at = array + i[:, None] * stride + j[None, :]
     tl.store(at, value.to(array.dtype.element_ty), mask=(i < rows)[:, None] & (j < columns)[None, :])
 
 
 @contextmanager
 def without_wgmma() -> Iterator[None]:
-    """Kernels that are compiled within make their products by `mma.sync`, on Hopper too. `wgmma` reads shared memory
-    past the ordinary order of things, for which a fence has to come between writing and the barrier; where another
-    barrier is near, Triton 3.6 sets the fence behind it, and some warps then read what was there before: gradients of b
-    in the scan were now and then NaN."""
+    """A context in which kernels are compiled to multiply matrices by `mma.sync`, on Hopper too.
+
+    `wgmma` reads shared memory asynchronously and needs a fence between a write and the barrier after it. If another
+    barrier is near, Triton 3.6 places the fence after it, and some warps read stale data: gradients of b in the scan
+    were occasionally NaN.
+    """
     name = "DISABLE_MMA_V3"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -60,5 +62,5 @@ def without_wgmma() -> Iterator[None]:
 
 
 def padded(size: int) -> int:
-    """The width in which Triton computes: a power of two, 16 for a matrix product."""
+    """The padded width that Triton computes with: a power of two, and at least 16 for matrix products."""
     return max(16, triton.next_power_of_2(size))

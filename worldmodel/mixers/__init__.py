@@ -1,1 +1,1 @@
-"""What carries memory from frame to frame."""
+"""What carries memory from frame to frame in a layer of M."""

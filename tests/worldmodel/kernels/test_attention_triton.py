@@ -6,21 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig
-from longdream.worldmodel.kernels import adaln as residual
+from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.dynamics import Dynamics
+from longdream.worldmodel.kernels import adaln, gated_norm, qk_norm_rope
 from longdream.worldmodel.kernels.attention import (
+    QKV,
     Cache,
-    Heads,
-    Turned,
+    RotatedQKV,
     attend_kernels,
     attend_reference,
+    attention_mask,
     kernels,
     key_segments,
     precision,
-    sight_of,
-    turned,
+    rotate_qkv,
 )
-from longdream.worldmodel.mixers.base import gate_triton
 
 ROWS = 3
 # Frames, tokens a frame, heads, channels, window, chunk, cached frames (None: the window's): tiles of 64 tokens that
@@ -39,8 +39,8 @@ SIZES = [
 TOLERANCE = {"highest": 5e-6, "high": 2e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def draw(size: tuple, device: str, dtype: torch.dtype) -> tuple[Heads, Heads, Cache, Tensor, int, int]:
-    """Heads of both streams and a cache that want gradients; frames that begin episodes: in one row none, in one the
+def draw(size: tuple, device: str, dtype: torch.dtype) -> tuple[QKV, QKV, Cache, Tensor, int, int]:
+    """QKV of both streams and a cache that want gradients; frames that begin episodes: in one row none, in one the
     first and any, in one nearly all; reach and chunk."""
     frames, tokens, heads, head, window, chunk, held = size
     reach = window - chunk
@@ -49,7 +49,7 @@ def draw(size: tuple, device: str, dtype: torch.dtype) -> tuple[Heads, Heads, Ca
     def some(count: int) -> Tensor:
         return torch.randn(ROWS, count, tokens, heads, head).to(device, dtype).requires_grad_()
 
-    clean, query = (Heads(*(some(frames) for _ in range(3))) for _ in range(2))
+    clean, query = (QKV(*(some(frames) for _ in range(3))) for _ in range(2))
     cache = Cache(some(held), some(held), torch.tensor([0, held // 2, held], device=device))
     first = torch.rand(ROWS, frames) < torch.tensor([0.0, 0.1, 0.8])[:, None]
     first[1, 0] = True
@@ -57,20 +57,20 @@ def draw(size: tuple, device: str, dtype: torch.dtype) -> tuple[Heads, Heads, Ca
 
 
 def by_kernels(
-    clean: Heads, cache: Cache, first: Tensor, reach: int, query: Heads | None, chunk: int
+    clean: QKV, cache: Cache, first: Tensor, reach: int, query: QKV | None, chunk: int
 ) -> tuple[Tensor, Tensor | None]:
-    segment, phases = sight_of(first, cache)[:2]
+    mask = attention_mask(first, cache)
 
-    def given(heads: Heads, cache: Cache | None, phases: Tensor) -> Turned:
-        return Turned(*(v.to(precision(heads.v)).contiguous() for v in turned(heads, cache, phases)))
+    def rotated(qkv: QKV, cache: Cache | None, rope: Tensor) -> RotatedQKV:
+        return RotatedQKV(*(v.to(precision(qkv.v)).contiguous() for v in rotate_qkv(qkv, cache, rope)))
 
-    own = None if query is None else given(query, None, phases[cache.k.shape[1] :])
-    y, query_y = attend_kernels(given(clean, cache, phases), segment, reach, own, chunk)
+    own = None if query is None else rotated(query, None, mask.rope[cache.k.shape[1] :])
+    y, query_y = attend_kernels(rotated(clean, cache, mask.rope), mask.segment, reach, own, chunk)
     return y.to(clean.v.dtype), None if query_y is None else query_y.to(clean.v.dtype)
 
 
-def exactly(clean: Heads, query: Heads, cache: Cache) -> tuple[Heads, Heads, Cache]:
-    clean, query = (Heads(*(v.detach().double().requires_grad_() for v in part)) for part in (clean, query))
+def exactly(clean: QKV, query: QKV, cache: Cache) -> tuple[QKV, QKV, Cache]:
+    clean, query = (QKV(*(v.detach().double().requires_grad_() for v in part)) for part in (clean, query))
     return clean, query, Cache(*(v.detach().double().requires_grad_() for v in cache[:2]), cache.age)
 
 
@@ -92,7 +92,7 @@ def test_kernels_are_the_masked_softmax_in_values_and_gradients(
     exact = exactly(clean, query, cache)
     exact_inputs = [*exact[0], *exact[1], *exact[2][:2]]
     got = by_kernels(clean, cache, first, reach, query, chunk)
-    wanted = [attend_reference(exact[0], first, exact[2], stream, chunk, reach) for stream in (None, exact[1])]
+    wanted = [attend_reference(exact[0], first, exact[2], qkv, chunk, reach) for qkv in (None, exact[1])]
     assert got[1] is not None and got[0].dtype == dtype
     cotangents = [torch.randn_like(v) for v in got]
     grads = torch.autograd.grad(got, inputs, cotangents)
@@ -134,8 +134,8 @@ def test_no_cotangent_of_one_stream(device: str) -> None:
     torch.set_float32_matmul_precision("highest")
     exact = exactly(clean, query, cache)
     got = by_kernels(clean, cache, first, reach, query, chunk)
-    for y, stream in zip(got, (None, exact[1]), strict=True):
-        wanted = attend_reference(exact[0], first, exact[2], stream, chunk, reach)
+    for y, qkv in zip(got, (None, exact[1]), strict=True):
+        wanted = attend_reference(exact[0], first, exact[2], qkv, chunk, reach)
         assert y is not None
         grads = torch.autograd.grad(y.sum(), clean[1:], retain_graph=True)
         for a, b in zip(grads, torch.autograd.grad(wanted.sum(), exact[0][1:]), strict=True):
@@ -158,14 +158,16 @@ def test_the_same_bits_with_a_thousand_programs() -> None:
     """At the size of M on video, where warps get far apart: a race between them would show."""
     q, k, v = (torch.randn(4, 1024, 16, 8, 32, device="cuda").bfloat16().requires_grad_() for _ in range(3))
     assert kernels is not None
-    first, age = torch.zeros(4, 1024, dtype=torch.bool, device="cuda"), torch.zeros(4, dtype=torch.long, device="cuda")
-    segment, found = key_segments(first, age, 0).int(), []
+    first = torch.zeros(4, 1024, dtype=torch.bool, device="cuda")
+    age = torch.zeros(4, dtype=torch.long, device="cuda")
+    segment = key_segments(first, age, 0).int()
+    results = []
     for _ in range(5):
         y = kernels.attention(q, k, v, None, segment, 9)
-        found.append((y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))))
-    assert all(v.isfinite().all() for v in found[0])
-    for again in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))))
+    assert all(v.isfinite().all() for v in results[0])
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 
 
 def test_compiled_and_under_autocast(device: str, half: torch.dtype) -> None:
@@ -175,7 +177,7 @@ def test_compiled_and_under_autocast(device: str, half: torch.dtype) -> None:
     inputs = [*clean, *query]
 
     def loss(*inputs: Tensor) -> Tensor:
-        y, query_y = by_kernels(Heads(*inputs[:3]), cache, first, reach, Heads(*inputs[3:]), chunk)
+        y, query_y = by_kernels(QKV(*inputs[:3]), cache, first, reach, QKV(*inputs[3:]), chunk)
         assert query_y is not None and y.dtype == query_y.dtype == torch.float32
         return y.square().sum() + query_y.square().sum()
 
@@ -189,29 +191,33 @@ def test_compiled_and_under_autocast(device: str, half: torch.dtype) -> None:
 def test_m_takes_them(device: str, mixer: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In both streams and from a state on; what it makes of clips by kernels, those around the attention included, is
     what torch makes of them."""
-    assert kernels is not None and gate_triton is not None and residual.kernels is not None
+    others = [module.kernels for module in (gated_norm, adaln, qk_norm_rope)]
+    assert kernels is not None and all(others)
     if device == "cpu":
         monkeypatch.setattr(kernels, "fit", lambda v, dtype: True)
     torch.set_float32_matmul_precision("highest")
-    calls, run = [], kernels.attention
+    calls = []
+    run = kernels.attention
     monkeypatch.setattr(kernels, "attention", lambda *args: calls.append(args) or run(*args))
-    z, action = torch.rand(2, 6, 4, 3, device=device), torch.rand(2, 6, 2, device=device)
-    first, level = torch.zeros(2, 6, dtype=torch.bool, device=device), torch.rand(2, 6, device=device)
+    z = torch.rand(2, 6, 4, 3, device=device)
+    action = torch.rand(2, 6, 2, device=device)
+    first = torch.zeros(2, 6, dtype=torch.bool, device=device)
+    level = torch.rand(2, 6, device=device)
     first[1, 3] = True
-    found: list[list[Tensor]] = []
+    results: list[list[Tensor]] = []
     for path in ("triton", "sdpa"):
-        for other in (gate_triton, residual.kernels):
+        for other in others:
             monkeypatch.setattr(other, "fit", lambda v, fits=path == "triton": fits)
         torch.manual_seed(0)
-        config = DynamicsConfig(mixer, width=16, heads=2, state_size=8, window=4, frames_together=together)
+        config = DynamicsConfig(mixer, width=16, num_heads=2, state_size=8, window=4, chunk_frames=together)
         m = Dynamics(replace(config, attention=path), 2, 3, 2).to(device)  # type: ignore[arg-type]
         state = m(z, action, torch.ones_like(level), first, m.initial(2)).state
         out = m(z, action, torch.ones_like(level), first, state, query=(z, level))
         grads = torch.autograd.grad(out.pred.square().sum() + out.feat.square().sum(), [*m.parameters()])
-        found.append([out.pred, out.feat, *grads])
+        results.append([out.pred, out.feat, *grads])
         assert len(calls) == 2 * 3 if path == "triton" else not calls  # of each layer, and of its query stream
         calls.clear()
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*results, strict=True):
         assert relative(a, b.double()) < 1e-4
 
 

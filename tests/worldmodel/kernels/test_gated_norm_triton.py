@@ -1,17 +1,17 @@
-"""The kernels that gate a scan's output against the plain form of `ScanMixer`, in float64."""
+"""The kernels that gate a scan's output against their reference, in float64."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from longdream.worldmodel.dynamics import DynamicsConfig
+from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.kernels.gated_norm import gated_norm_reference
 from longdream.worldmodel.kernels.scan import kernels
-from longdream.worldmodel.mixers.base import ScanMixer
+from longdream.worldmodel.mixers.ssm import ScanMixer
 
 if kernels is not None:
-    from longdream.worldmodel.kernels import gated_norm_triton as gate_triton
-    from longdream.worldmodel.kernels.gated_norm_triton import gated
+    from longdream.worldmodel.kernels import gated_norm_triton
+    from longdream.worldmodel.kernels.gated_norm_triton import gated_norm
 
 # Clips, frames, grid, block, heads, channels of a head: tiles that end with a clip, inside one, or never fill; widths
 # that are a power of two or none, and wider than a tile's rows are many.
@@ -36,7 +36,7 @@ def draw(size: tuple, device: str, dtype: torch.dtype, beside: int = 37) -> tupl
     """y, the tensor whose first columns are the gate (`beside` are others), and the weight, which want gradients; and
     the mixer of these sizes."""
     batch, frames, grid, block, heads, head = size
-    mixer = ScanMixer(DynamicsConfig(width=heads * head, heads=heads, state_size=8), grid, block)
+    mixer = ScanMixer(DynamicsConfig(width=heads * head, num_heads=heads, state_size=8), grid, block)
     y = 0.5 + 2 * torch.randn(batch * mixer.side**2, frames, block**2, heads, head)
     inp = 2 * torch.randn(batch, frames, grid**2, heads * head + beside)
     weight = torch.rand(heads * head) + 0.5
@@ -46,7 +46,7 @@ def draw(size: tuple, device: str, dtype: torch.dtype, beside: int = 37) -> tupl
 
 def plainly(y: Tensor, gate: Tensor, weight: Tensor, mixer: ScanMixer) -> Tensor:
     """The same of any inputs that torch can norm."""
-    return F.layer_norm(mixer._from_tubes(y).flatten(-2), weight.shape, weight) * F.silu(gate)
+    return gated_norm_reference(y, gate, weight, mixer.side)
 
 
 def gate_of(inp: Tensor, y: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def test_the_plain_form_in_values_and_gradients(device: str, half: torch.dtype, 
     y, inp, weight, mixer = draw(size, device, dtype)
     y = y.detach().float().requires_grad_() if how == "mixed" else y
     exact = [v.detach().double().requires_grad_() for v in (y, inp, weight)]
-    h = gated(y, gate_of(inp, y), weight, mixer.side)
+    h = gated_norm(y, gate_of(inp, y), weight, mixer.side)
     wanted = plainly(exact[0], gate_of(exact[1], y), exact[2], mixer)
     assert h.dtype == dtype and h.shape == wanted.shape
     cotangent = torch.randn_like(h)
@@ -83,22 +83,22 @@ def test_a_gate_that_lies_in_any_way(device: str, beside: int) -> None:
     """Whole, as columns of a wider tensor, with frames before tokens and not, and with its columns apart."""
     y, inp, weight, mixer = draw((2, 5, 4, 2, 2, 12), device, torch.float32, beside)
     gate = gate_of(inp, y)
-    wanted = gated(y, gate.contiguous(), weight, mixer.side)
+    wanted = gated_norm(y, gate.contiguous(), weight, mixer.side)
     for other in (gate, gate.transpose(1, 2).contiguous().transpose(1, 2), gate.mT.contiguous().mT):
-        got = gated(y, other, weight, mixer.side)
+        got = gated_norm(y, other, weight, mixer.side)
         assert torch.equal(got, wanted) and got.is_contiguous()
     transposed = y.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(gated(transposed, gate, weight, mixer.side), wanted)
+    assert torch.equal(gated_norm(transposed, gate, weight, mixer.side), wanted)
 
 
 def test_programs_go_through_several_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as there are, or more than are left, or a part of one."""
     y, inp, weight, mixer = draw((2, 47, 2, 1, 2, 128), device, torch.float32)
-    wanted = torch.autograd.grad(gated(y, gate_of(inp, y), weight, mixer.side).square().sum(), (y, inp, weight))
+    wanted = torch.autograd.grad(gated_norm(y, gate_of(inp, y), weight, mixer.side).square().sum(), (y, inp, weight))
     for programs in (1, 7, 10):
-        for settings in gate_triton.SETTINGS.values():
+        for settings in gated_norm_triton.SETTINGS.values():
             monkeypatch.setitem(settings, "PROGRAMS", programs)
-        got = torch.autograd.grad(gated(y, gate_of(inp, y), weight, mixer.side).square().sum(), (y, inp, weight))
+        got = torch.autograd.grad(gated_norm(y, gate_of(inp, y), weight, mixer.side).square().sum(), (y, inp, weight))
         for a, b in zip(got, wanted, strict=True):
             assert relative(a, b.double()) < 1e-6
 
@@ -112,7 +112,7 @@ def test_what_is_far_from_zero_is_normed_too(device: str) -> None:
         inp[0, 0] = 1e4
         inp[0, 1] = -1e4
     exact = [v.detach().double().requires_grad_() for v in (y, inp, weight)]
-    h = gated(y, gate_of(inp, y), weight, mixer.side)
+    h = gated_norm(y, gate_of(inp, y), weight, mixer.side)
     wanted = plainly(exact[0], gate_of(exact[1], y), exact[2], mixer)
     grads = torch.autograd.grad(h.sum(), (y, inp, weight))
     exact_grads = torch.autograd.grad(wanted.sum(), exact)
@@ -124,7 +124,7 @@ def test_the_same_bits_twice(device: str, half: torch.dtype) -> None:
     y, inp, weight, mixer = draw((3, 33, 4, 2, 2, 48), device, half)
 
     def run() -> tuple[Tensor, ...]:
-        h = gated(y, gate_of(inp, y), weight, mixer.side)
+        h = gated_norm(y, gate_of(inp, y), weight, mixer.side)
         return h, *torch.autograd.grad(h.float().square().sum(), (y, inp, weight))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -136,16 +136,17 @@ def test_the_same_bits_with_a_thousand_programs(block: int) -> None:
     """At the size of M on video, and what it is in float64."""
     y, inp, weight, mixer = draw((4, 1024, 4, block, 8, 32), "cuda", torch.bfloat16, 336)
     exact = [v.detach().double().requires_grad_() for v in (y, inp, weight)]
-    wanted, found = plainly(exact[0], gate_of(exact[1], y), exact[2], mixer), []
+    wanted = plainly(exact[0], gate_of(exact[1], y), exact[2], mixer)
+    results = []
     cotangent = torch.randn_like(wanted).bfloat16()
     for _ in range(5):
-        h = gated(y, gate_of(inp, y), weight, mixer.side)
-        found.append((h, *torch.autograd.grad(h, (y, inp, weight), cotangent)))
+        h = gated_norm(y, gate_of(inp, y), weight, mixer.side)
+        results.append((h, *torch.autograd.grad(h, (y, inp, weight), cotangent)))
     exact_grads = torch.autograd.grad(wanted, exact, cotangent.double())
-    for a, b in zip(found[0], (wanted, *exact_grads), strict=True):
+    for a, b in zip(results[0], (wanted, *exact_grads), strict=True):
         assert relative(a, b) < TOLERANCE[torch.bfloat16]
-    for again in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 
 
 def test_compiled(device: str) -> None:
@@ -153,7 +154,7 @@ def test_compiled(device: str) -> None:
     y, inp, weight, mixer = draw((2, 5, 4, 2, 2, 24), device, torch.float32)
 
     def loss(y: Tensor, inp: Tensor, weight: Tensor) -> Tensor:
-        return gated(y, gate_of(inp, y), weight, mixer.side).square().sum()
+        return gated_norm(y, gate_of(inp, y), weight, mixer.side).square().sum()
 
     plain = torch.autograd.grad(loss(y, inp, weight), (y, inp, weight))
     compiled = torch.compile(loss, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
@@ -164,6 +165,6 @@ def test_compiled(device: str) -> None:
 @pytest.mark.cuda
 def test_kernels_fit() -> None:
     y = torch.zeros(1, 1, 1, 16, 128, device="cuda")
-    assert gate_triton.fit(y) and gate_triton.fit(y.bfloat16())
-    assert not gate_triton.fit(y.double()) and not gate_triton.fit(y.cpu())
-    assert not gate_triton.fit(torch.zeros(1, 1, 1, 16, 129, device="cuda"))
+    assert gated_norm_triton.fit(y) and gated_norm_triton.fit(y.bfloat16())
+    assert not gated_norm_triton.fit(y.double()) and not gated_norm_triton.fit(y.cpu())
+    assert not gated_norm_triton.fit(torch.zeros(1, 1, 1, 16, 129, device="cuda"))

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from longdream.worldmodel.kernels.attention import kernels, phases_of, rotate
+from longdream.worldmodel.kernels.attention import kernels
+from longdream.worldmodel.kernels.rope import apply_rope, rope_table
 
 if kernels is not None:
-    from longdream.worldmodel.kernels import qk_norm_rope_triton as heads_triton
+    from longdream.worldmodel.kernels import qk_norm_rope_triton
 
 ROWS = 2
 # Frames, cached frames, tokens a frame, heads, channels: with a cache and without, more frames than the cache has and
@@ -28,23 +29,23 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
 def plain(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cache_k: Tensor, cache_v: Tensor, phases: Tensor
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cache_k: Tensor, cache_v: Tensor, rope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The slow truth, as `Attention` and `attend_kernels` have it."""
     q, k, v = qkv.unbind(-3)
     q, k = (layer_norm(part, q_weight.shape, weight) for part, weight in ((q, q_weight), (k, k_weight)))
-    keys = rotate(torch.cat([cache_k, k], 1), phases)
-    return rotate(q, phases[cache_k.shape[1] :]), keys, torch.cat([cache_v, v], 1)
+    keys = apply_rope(torch.cat([cache_k, k], 1), rope)
+    return apply_rope(q, rope[cache_k.shape[1] :]), keys, torch.cat([cache_v, v], 1)
 
 
 def draw(size: tuple, device: str, dtype: torch.dtype, kept: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Everything that wants gradients, numbers of a head around a mean; and the phases."""
+    """Everything that wants gradients, numbers of a head around a mean; and the rope."""
     frames, held, tokens, heads, head = size
     qkv = torch.randn(ROWS, frames, tokens, 3, heads, head) * 2 + torch.randn(ROWS, frames, tokens, 3, heads, 1)
     weights = [1 + 0.3 * torch.randn(head) for _ in range(2)]
     cache = [torch.randn(ROWS, held, tokens, heads, head).to(kept) for _ in range(2)]
     inputs = [v.to(device).requires_grad_() for v in (qkv.to(dtype), *weights, *cache)]
-    return inputs, phases_of(torch.arange(held + frames, device=device), head)
+    return inputs, rope_table(torch.arange(held + frames, device=device), head)
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -63,9 +64,10 @@ def test_the_kernel_is_norm_cache_and_phases_in_values_and_gradients(
 ) -> None:
     dtype = torch.float32 if how == "float32" else half
     out = half if how in ("half", "half with a float32 cache") else torch.float32
-    inputs, phases = draw(size, device, dtype, half if how == "half" else torch.float32)
+    inputs, rope = draw(size, device, dtype, half if how == "half" else torch.float32)
     exact = [v.detach().double().requires_grad_() for v in inputs]
-    got, wanted = heads_triton.turned(*inputs, phases, out), plain(*exact, phases.double())
+    got = qk_norm_rope_triton.qk_norm_rope(*inputs, rope, out)
+    wanted = plain(*exact, rope.double())
     assert [v.dtype for v in got] == [out] * 3
     cotangents = [torch.randn_like(v) for v in got]
     grads = torch.autograd.grad(got, inputs, cotangents)
@@ -79,11 +81,12 @@ def test_the_kernel_is_norm_cache_and_phases_in_values_and_gradients(
 
 def test_programs_go_from_tile_to_tile(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward, fewer programs than tiles, and no whole number of tiles for each."""
-    monkeypatch.setattr(heads_triton, "PROGRAMS", 2 * ROWS)
-    monkeypatch.setattr(heads_triton, "BACKWARD", {"NUMBERS": 128, "num_warps": 1})
-    inputs, phases = draw((7, 2, 3, 2, 32), device, torch.float32, torch.float32)
+    monkeypatch.setattr(qk_norm_rope_triton, "PROGRAMS", 2 * ROWS)
+    monkeypatch.setattr(qk_norm_rope_triton, "BACKWARD", {"NUMBERS": 128, "num_warps": 1})
+    inputs, rope = draw((7, 2, 3, 2, 32), device, torch.float32, torch.float32)
     exact = [v.detach().double().requires_grad_() for v in inputs]
-    got, wanted = heads_triton.turned(*inputs, phases, torch.float32), plain(*exact, phases.double())
+    got = qk_norm_rope_triton.qk_norm_rope(*inputs, rope, torch.float32)
+    wanted = plain(*exact, rope.double())
     cotangents = [torch.randn_like(v) for v in got]
     grads = torch.autograd.grad(got, inputs, cotangents)
     exact_grads = torch.autograd.grad(wanted, exact, [v.double() for v in cotangents])
@@ -94,9 +97,10 @@ def test_programs_go_from_tile_to_tile(device: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("part", range(3))
 def test_no_cotangent_of_others(device: str, part: int) -> None:
     """What comes from elsewhere than q, k or v alone is zero; cotangents may lie in memory as they like."""
-    inputs, phases = draw((4, 2, 3, 2, 16), device, torch.float32, torch.float32)
+    inputs, rope = draw((4, 2, 3, 2, 16), device, torch.float32, torch.float32)
     exact = [v.detach().double().requires_grad_() for v in inputs]
-    got, wanted = heads_triton.turned(*inputs, phases, torch.float32)[part], plain(*exact, phases.double())[part]
+    got = qk_norm_rope_triton.qk_norm_rope(*inputs, rope, torch.float32)[part]
+    wanted = plain(*exact, rope.double())[part]
     cotangent = torch.randn(got.shape[::-1], device=device).permute(4, 3, 2, 1, 0)
     grads = torch.autograd.grad(got, inputs, cotangent)
     exact_grads = torch.autograd.grad(wanted, exact, cotangent.double(), allow_unused=True, materialize_grads=True)
@@ -106,20 +110,20 @@ def test_no_cotangent_of_others(device: str, part: int) -> None:
 
 def test_heads_of_one_number_throughout(device: str) -> None:
     """Nothing is left of them, and no gradient but a finite one."""
-    inputs, phases = draw((3, 1, 2, 2, 24), device, torch.float32, torch.float32)
+    inputs, rope = draw((3, 1, 2, 2, 24), device, torch.float32, torch.float32)
     with torch.no_grad():
         inputs[0].fill_(3.0)
-    q, k, _ = heads_triton.turned(*inputs, phases, torch.float32)
+    q, k, _ = qk_norm_rope_triton.qk_norm_rope(*inputs, rope, torch.float32)
     assert q.abs().max() < 1e-3 and k[:, 1:].abs().max() < 1e-3  # a mean is rounded, and eps small
     assert all(v.isfinite().all() for v in torch.autograd.grad(q.sum() + k.sum(), inputs))
 
 
 def test_the_same_bits_twice(device: str, half: torch.dtype) -> None:
-    inputs, phases = draw((33, 5, 4, 2, 32), device, half, torch.float32)
+    inputs, rope = draw((33, 5, 4, 2, 32), device, half, torch.float32)
 
     def run() -> tuple[Tensor, ...]:
-        found = heads_triton.turned(*inputs, phases, half)
-        return *found, *torch.autograd.grad(squares(*found), inputs)
+        results = qk_norm_rope_triton.qk_norm_rope(*inputs, rope, half)
+        return *results, *torch.autograd.grad(squares(*results), inputs)
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
@@ -127,22 +131,22 @@ def test_the_same_bits_twice(device: str, half: torch.dtype) -> None:
 @pytest.mark.cuda
 def test_the_same_bits_with_a_thousand_programs() -> None:
     """At the size of M on video, where each goes through several tiles."""
-    inputs, phases = draw((1024, 9, 16, 8, 32), "cuda", torch.bfloat16, torch.float32)
-    found = []
+    inputs, rope = draw((1024, 9, 16, 8, 32), "cuda", torch.bfloat16, torch.float32)
+    results = []
     for _ in range(5):
-        out = heads_triton.turned(*inputs, phases, torch.bfloat16)
-        found.append((*out, *torch.autograd.grad(out, inputs, [v.detach() for v in out])))
-    assert all(v.isfinite().all() for v in found[0])
-    for again in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+        out = qk_norm_rope_triton.qk_norm_rope(*inputs, rope, torch.bfloat16)
+        results.append((*out, *torch.autograd.grad(out, inputs, [v.detach() for v in out])))
+    assert all(v.isfinite().all() for v in results[0])
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 
 
 def test_compiled(device: str, half: torch.dtype) -> None:
     """One graph without breaks, the same values and gradients."""
-    inputs, phases = draw((11, 3, 4, 2, 16), device, torch.float32, torch.float32)
+    inputs, rope = draw((11, 3, 4, 2, 16), device, torch.float32, torch.float32)
 
     def loss(*inputs: Tensor) -> Tensor:
-        return squares(*heads_triton.turned(*inputs, phases, half))
+        return squares(*qk_norm_rope_triton.qk_norm_rope(*inputs, rope, half))
 
     plainly = torch.autograd.grad(loss(*inputs), inputs)
     compiled = torch.compile(loss, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
@@ -152,13 +156,13 @@ def test_compiled(device: str, half: torch.dtype) -> None:
 
 def test_ops_are_as_they_are_described(device: str) -> None:
     """Fakes, schemas and gradients, as `torch.library` checks them."""
-    inputs, phases = draw((3, 2, 2, 2, 16), device, torch.float32, torch.float32)
-    torch.library.opcheck(heads_triton._turned, (*inputs, phases, torch.float32))
+    inputs, rope = draw((3, 2, 2, 2, 16), device, torch.float32, torch.float32)
+    torch.library.opcheck(qk_norm_rope_triton._turned, (*inputs, rope, torch.float32))
 
 
 @pytest.mark.cuda
 def test_kernels_fit() -> None:
     qkv = torch.zeros(1, 1, 1, 3, 1, 128, device="cuda")
-    assert heads_triton.fit(qkv) and heads_triton.fit(qkv.bfloat16())
-    assert not heads_triton.fit(qkv.double()) and not heads_triton.fit(qkv.cpu())
-    assert not heads_triton.fit(torch.zeros(1, 1, 1, 3, 1, 129, device="cuda"))
+    assert qk_norm_rope_triton.fit(qkv) and qk_norm_rope_triton.fit(qkv.bfloat16())
+    assert not qk_norm_rope_triton.fit(qkv.double()) and not qk_norm_rope_triton.fit(qkv.cpu())
+    assert not qk_norm_rope_triton.fit(torch.zeros(1, 1, 1, 3, 1, 129, device="cuda"))

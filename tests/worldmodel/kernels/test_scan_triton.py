@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longdream.worldmodel.kernels.scan import Stream, kernels, scan, scan_chunked, scan_reference
+from longdream.worldmodel.kernels.scan import ScanInputs, kernels, scan, scan_chunked, scan_reference
 
 # Frames, tokens a frame, heads, channels, state: chunks of 64 tokens that end with a frame, inside one, or never fill;
 # widths that are powers of two, are not, and take two programs or two turns.
@@ -42,7 +42,7 @@ def by_kernels(inputs: list[Tensor], first: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_recurrence(inputs: list[Tensor], first: Tensor) -> tuple[Tensor, Tensor]:
-    y, states, _ = scan_reference(Stream(*inputs[:4]), first, inputs[4])
+    y, states, _ = scan_reference(ScanInputs(*inputs[:4]), first, inputs[4])
     return y + inputs[5] * inputs[0], states[-1]
 
 
@@ -90,8 +90,8 @@ def test_chunks_in_groups_carry_the_same_states(
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
     wanted = run()
     monkeypatch.setattr(kernels, "PROGRAMS", 10**6)
-    monkeypatch.setattr(kernels, "LEAST", least)
-    monkeypatch.setattr(kernels, "WORTH", 1)
+    monkeypatch.setattr(kernels, "MIN_CHUNKS", least)
+    monkeypatch.setattr(kernels, "MIN_GROUPS", 1)
     for a, b in zip(run(), wanted, strict=True):
         assert relative(a, b.double()) < 2e-6
 
@@ -114,10 +114,12 @@ def test_kernels_keep_clips_apart(device: str) -> None:
     with torch.no_grad():
         inputs[0][:, :37] = 1e30
         inputs[3][0] = -20.0
-        inputs[3][1, ..., 0], inputs[3][1, ..., 1] = 0.0, -1e-5
+        inputs[3][1, ..., 0] = 0.0
+        inputs[3][1, ..., 1] = -1e-5
     y, last = by_kernels(inputs, first)
     later = [v.detach()[:, 37:].double() for v in inputs[:4]]
-    begin, skip = torch.zeros_like(inputs[4]).double(), inputs[5].detach().double()
+    begin = torch.zeros_like(inputs[4]).double()
+    skip = inputs[5].detach().double()
     exact, state = by_recurrence([*later, begin, skip], first[:, 37:])
     # in a chunk decays add up to -1280: their differences keep four digits or so
     assert relative(y[:, 37:], exact) < 1e-4 and relative(last, state) < 1e-4
@@ -129,11 +131,11 @@ def test_without_a_skip_it_is_as_with_none_of_x(device: str) -> None:
     assert kernels is not None
     inputs, first = draw((70, 2, 2, 16, 16), device, torch.float32)
     none = torch.zeros_like(inputs[5]).requires_grad_()
-    found = []
+    results = []
     for skip in (None, none):
         got = kernels.scan_kernels(*inputs[:4], first, inputs[4], skip)[:2]
-        found.append([*got, *torch.autograd.grad(got, inputs[:5], [torch.ones_like(v) for v in got])])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append([*got, *torch.autograd.grad(got, inputs[:5], [torch.ones_like(v) for v in got])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_same_bits_twice(device: str) -> None:
@@ -153,10 +155,10 @@ def test_the_same_bits_with_a_thousand_programs(dtype: torch.dtype) -> None:
     state = torch.randn(32, 10, 128, 32, device="cuda")
     inputs = [v.requires_grad_() for v in (x, b * 128**-0.5, c, a, state)]
     first = torch.zeros(32, 64, dtype=torch.bool, device="cuda")
-    found = [torch.autograd.grad(by_kernels(inputs, first)[0].float().square().sum(), inputs) for _ in range(5)]
-    assert all(v.isfinite().all() for v in found[0])
-    for again in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+    results = [torch.autograd.grad(by_kernels(inputs, first)[0].float().square().sum(), inputs) for _ in range(5)]
+    assert all(v.isfinite().all() for v in results[0])
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16])
@@ -168,14 +170,17 @@ def test_scan_takes_them_and_gives_states_after_any_frame(
         monkeypatch.setattr(kernels, "fit", lambda x, b, c: True)
     frames = 24
     inputs, first = draw((frames, tokens, 2, 16, 16), device, torch.float32)
-    stream = Stream(*inputs[:4])
+    scan_inputs = ScanInputs(*inputs[:4])
     at = torch.arange(frames, device=device).expand(3, -1)
-    found, wanted = scan(stream, first, inputs[4], at=at), scan_chunked(stream, first, inputs[4], at=at)
-    assert found.y.grad_fn is not None and "longdream" in found.y.grad_fn.name()
-    assert found.at is not None and wanted.at is not None and not found.at.requires_grad
-    for a, b in ((found.y, wanted.y), (found.state, wanted.state), (found.at, wanted.at)):
+    results = scan(scan_inputs, first, inputs[4], at=at)
+    wanted = scan_chunked(scan_inputs, first, inputs[4], at=at)
+    assert results.y.grad_fn is not None and "longdream" in results.y.grad_fn.name()
+    assert results.states_at is not None and wanted.states_at is not None and not results.states_at.requires_grad
+    for a, b in ((results.y, wanted.y), (results.state, wanted.state), (results.states_at, wanted.states_at)):
         assert relative(a, b.double()) < 5e-6
-    together = scan(stream, first, inputs[4], group=2, query=stream)  # the kernels know no groups of frames
+    together = scan(
+        scan_inputs, first, inputs[4], chunk_frames=2, query=scan_inputs
+    )  # the kernels know no groups of frames
     assert together.y.grad_fn is not None and "longdream" not in together.y.grad_fn.name()
 
 
@@ -190,15 +195,17 @@ def test_a_query_stream_reads_and_leaves_no_trace(device: str, tokens: int, monk
     inputs, first = draw((frames, tokens, 2, 16, 16), device, torch.float32)
     asked, _ = draw((frames, tokens, 2, 16, 16), device, torch.float32)
     at = torch.arange(frames, device=device).expand(3, -1)
-    found = scan(Stream(*inputs[:4]), first, inputs[4], query=Stream(*asked[:4]), at=at, skip=inputs[5])
-    assert found.query is not None and found.at is not None
+    results = scan(ScanInputs(*inputs[:4]), first, inputs[4], query=ScanInputs(*asked[:4]), at=at, skip=inputs[5])
+    assert results.query_y is not None and results.states_at is not None
     exact, exactly = ([v.detach().double().requires_grad_() for v in part] for part in (inputs, asked))
-    y, states, query_y = scan_reference(Stream(*exact[:4]), first, exact[4], Stream(*exactly[:4]))
+    y, states, query_y = scan_reference(ScanInputs(*exact[:4]), first, exact[4], ScanInputs(*exactly[:4]))
     wanted = (y + exact[5] * exact[0], query_y + exact[5] * exactly[0], states[-1])
-    for a, b in zip((found.y, found.query, found.state, found.at), (*wanted, torch.stack(states, 1)), strict=True):
+    for a, b in zip(
+        (results.y, results.query_y, results.state, results.states_at), (*wanted, torch.stack(states, 1)), strict=True
+    ):
         assert relative(a, b) < 5e-6
-    cotangents = [torch.randn_like(v) for v in (found.y, found.query, found.state)]
-    got = torch.autograd.grad((found.y, found.query, found.state), [*inputs, *asked[:4]], cotangents)
+    cotangents = [torch.randn_like(v) for v in (results.y, results.query_y, results.state)]
+    got = torch.autograd.grad((results.y, results.query_y, results.state), [*inputs, *asked[:4]], cotangents)
     grads = torch.autograd.grad(wanted, [*exact, *exactly[:4]], [v.double() for v in cotangents])
     assert max(relative(a, b) for a, b in zip(got, grads, strict=True)) < 1e-5
 
@@ -211,7 +218,7 @@ def test_compiled_and_under_autocast(device: str, half: torch.dtype, monkeypatch
     inputs, first = draw((70, 2, 2, 16, 16), device, torch.float32)
 
     def loss(*inputs: Tensor) -> Tensor:
-        out = scan(Stream(*inputs[:4]), first, inputs[4], skip=inputs[5])
+        out = scan(ScanInputs(*inputs[:4]), first, inputs[4], skip=inputs[5])
         assert out.y.dtype == torch.float32
         return out.y.square().sum() + out.state.square().sum()
 
@@ -228,7 +235,8 @@ def test_compiled_and_under_autocast(device: str, half: torch.dtype, monkeypatch
 @pytest.mark.cuda
 def test_kernels_fit() -> None:
     assert kernels is not None
-    x, key = torch.zeros(1, 1, 1, 1, 128, device="cuda"), torch.zeros(1, 1, 1, 128, device="cuda")
+    x = torch.zeros(1, 1, 1, 1, 128, device="cuda")
+    key = torch.zeros(1, 1, 1, 128, device="cuda")
     assert kernels.fit(x, key, key) and kernels.fit(*(v.bfloat16() for v in (x, key, key)))
     assert not kernels.fit(*(v.double() for v in (x, key, key)))
     assert not kernels.fit(x.cpu(), key.cpu(), key.cpu())

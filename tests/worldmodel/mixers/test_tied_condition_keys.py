@@ -1,4 +1,4 @@
-"""Memory by key: what M is told of a frame finds what was seen with it."""
+"""Memory by key: the condition of a frame finds what was seen with it."""
 
 import math
 
@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig
-from longdream.worldmodel.objectives.base import Flow, ForcingConfig
+from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.dynamics import Dynamics
+from longdream.worldmodel.objectives.base import ForcingConfig
+from longdream.worldmodel.objectives.flow import Flow
 
-FRAMES, CHANNELS, WAVES = 24, 6, 3
+FRAMES = 24
+CHANNELS = 6
+WAVES = 3
 
 
-def told(place: Tensor) -> Tensor:
+def encoded(place: Tensor) -> Tensor:
     """Places `(..., 2)` on a torus as sines and cosines of some periods, `(..., 12)`."""
     phase = place[..., None] * 2.0 ** torch.arange(WAVES)
     return torch.cat([phase.sin().flatten(-2), phase.cos().flatten(-2)], -1)
@@ -20,32 +24,35 @@ def told(place: Tensor) -> Tensor:
 
 def walks(clips: int) -> tuple[Tensor, Tensor]:
     """Clips that go out and the same way back, each in a world of its own: one token a frame, `(B, T, 1, D)`, that
-    depends on the place, and the place as it is told, `(B, T, 12)`."""
+    depends on the place, and the place, encoded, `(B, T, 12)`."""
     out = FRAMES // 2 + 1
     way = torch.cat([torch.arange(out), torch.arange(out - 2, out - 2 - (FRAMES - out), -1)])
     place = (0.5 * torch.randn(clips, FRAMES, 2)).cumsum(1) + 2 * math.pi * torch.rand(clips, 1, 2)
     place = place[:, way]
     waves = torch.stack([place[..., 0], place[..., 1], place.sum(-1)], -1)
     world = torch.randn(clips, CHANNELS, 6)
-    return torch.tanh(torch.cat([waves.sin(), waves.cos()], -1) @ world.transpose(1, 2))[:, :, None], told(place)
+    return torch.tanh(torch.cat([waves.sin(), waves.cos()], -1) @ world.transpose(1, 2))[:, :, None], encoded(place)
 
 
-def error_of_the_way_back(mixer: str, keyed: bool, updates: int) -> float:
+def error_of_the_way_back(mixer: str, tied_condition_keys: bool, updates: int) -> float:
     """Of frames predicted from nothing but their place and a clean past, by an M that learned for so long; as a share
     of the frames' variance."""
     torch.manual_seed(0)
-    config = DynamicsConfig(mixer, width=32, heads=2, state_size=64, window=2, keyed=keyed, matched=True)
+    config = DynamicsConfig(
+        mixer, width=32, num_heads=2, state_size=64, window=2, tied_condition_keys=tied_condition_keys, matched=True
+    )
     model = Dynamics(config, 1, CHANNELS, 4 * WAVES)
-    objective = Flow(ForcingConfig(stream="one", ramp=False), model)
-    optimiser = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.95))
+    objective = Flow(ForcingConfig(history="noisy", ramp=False), model)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.95))
     first = torch.arange(FRAMES).expand(16, -1) == 0
     for _ in range(updates):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         objective.run(model, *walks(16), first, 0).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
     z, place = walks(64)
-    first, clean = torch.arange(FRAMES).expand(64, -1) == 0, torch.ones(64, FRAMES)
+    first = torch.arange(FRAMES).expand(64, -1) == 0
+    clean = torch.ones(64, FRAMES)
     with torch.no_grad():
         query = torch.zeros_like(z), torch.zeros_like(clean)
         pred = model(z, place, clean, first, model.initial(64), query).pred
@@ -61,11 +68,11 @@ def test_what_was_seen_is_found_by_its_place(mixer: str, updates: int) -> None:
 
 
 def test_reading_begins_with_the_keys_of_writing() -> None:
-    config = DynamicsConfig(width=8, heads=2, state_size=3, keyed=True)
+    config = DynamicsConfig(width=8, num_heads=2, state_size=3, tied_condition_keys=True)
     model = Dynamics(config, 1, 5, 3)
     layer = model.stack[0]
-    for part in (layer.mix.inp.weight, layer.mix.inp.bias):
-        _, _, b, c, _, _ = part.split(layer.mix.split)
+    for part in (layer.mixer.inp.weight, layer.mixer.inp.bias):
+        _, _, b, c, _, _ = part.split(layer.mixer.split)
         assert torch.equal(b, c)
     q, k, _ = layer.attention.qkv.weight.chunk(3)
     assert torch.equal(q, k)

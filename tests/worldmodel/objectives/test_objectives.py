@@ -9,26 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig
-from longdream.worldmodel.objectives.base import (
-    Flow,
-    ForcingConfig,
-    Mask,
-    Pass,
-    Teacher,
-    categorical_nats,
-    draw_categorical,
-    schedule,
-)
+from longdream.worldmodel.categorical import cross_entropy, draw_one_hots
+from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.dynamics import Dynamics
+from longdream.worldmodel.objectives.base import ForcingConfig, Pass, schedule
+from longdream.worldmodel.objectives.flow import Flow
+from longdream.worldmodel.objectives.mask import Mask
+from longdream.worldmodel.objectives.teacher import Teacher
 
-BATCH, CLASSES, ACTIONS = 4, 5, 2
-OBJECTIVES = [("flow", "two"), ("flow", "one"), ("mask", "two"), ("mask", "one"), ("teacher", "two")]
+BATCH = 4
+CLASSES = 5
+ACTIONS = 2
+OBJECTIVES = [("flow", "clean"), ("flow", "noisy"), ("mask", "clean"), ("mask", "noisy"), ("teacher", "clean")]
 
 
 def build(name: str, grid: int = 1, **options):
     """An objective and a small M whose weights are all random: freshly made, some are zero."""
     config = ForcingConfig(objective=name, **options)
-    dynamics = Dynamics(DynamicsConfig(layers=1, width=24, heads=2, state_size=5, window=2), grid, 10, ACTIONS)
+    dynamics = Dynamics(DynamicsConfig(layers=1, width=24, num_heads=2, state_size=5, window=2), grid, 10, ACTIONS)
     with torch.no_grad():
         for weight in dynamics.parameters():
             weight += 0.1 * torch.randn_like(weight)
@@ -92,7 +90,9 @@ def test_flow_noise_is_a_straight_line() -> None:
     level = torch.tensor([1.0, 0.0, 0.25])[:, None].expand(-1, 40)
     noisy = flow.corrupt(z, level)
     assert torch.equal(noisy[0], z[0])
-    added = torch.stack([noisy[1], (noisy[2] - 0.25 * z[2]) / 0.75, flow.blank(z[2], 1.0), 2 * flow.blank(z[2], 0.5)])
+    added = torch.stack(
+        [noisy[1], (noisy[2] - 0.25 * z[2]) / 0.75, flow.pure_noise(z[2], 1.0), 2 * flow.pure_noise(z[2], 0.5)]
+    )
     assert (added.mean((1, 2, 3)).abs() < 0.03).all()
     assert (added.std((1, 2, 3)) - 1).abs().amax() < 0.03
     independent = torch.corrcoef(torch.cat([added, z[2:]]).flatten(1)) - torch.eye(5)
@@ -104,20 +104,22 @@ def test_flow_noise_is_a_straight_line() -> None:
 def test_flow_steps_stay_on_the_line(level: float, share: float) -> None:
     """With the truth as prediction, a step from level to any other lands where the noise of that level would be."""
     flow, _ = build("flow")
-    z, noise = latents("flow", 2, 3), torch.randn(2, 3, 10)
+    z = latents("flow", 2, 3)
+    noise = torch.randn(2, 3, 10)
     at, to = (torch.full((2,), v) for v in (level, level + share * (1 - level)))
 
     def line(where: Tensor) -> Tensor:
         return (1 - where)[:, None, None] * noise + where[:, None, None] * z
 
-    moved = flow.advance(line(at), z, at, to, temperature=1.0)
+    moved = flow.denoise(line(at), z, at, to, temperature=1.0)
     torch.testing.assert_close(moved, line(to), rtol=1e-4, atol=1e-4)
-    done = flow.advance(line(at), 3 * z, at, torch.ones(2), temperature=1.0)
+    done = flow.denoise(line(at), 3 * z, at, torch.ones(2), temperature=1.0)
     torch.testing.assert_close(done, (3 * z).clamp(-1, 1), rtol=1e-5, atol=1e-6)  # latents are bounded, whatever M says
 
 
 def test_flow_error_by_hand() -> None:
-    z, pred = torch.zeros(2, 1, 4), torch.tensor([[[1.0, 1.0, 1.0, 3.0]], [[2.0, 0.0, 0.0, 0.0]]])
+    z = torch.zeros(2, 1, 4)
+    pred = torch.tensor([[[1.0, 1.0, 1.0, 3.0]], [[2.0, 0.0, 0.0, 0.0]]])
     level = torch.tensor([0.0, 0.5])
     assert build("flow", ramp=False)[0].error(pred, z, z, level).tolist() == [3.0, 1.0]
     assert build("flow", ramp=True)[0].error(pred, z, z, level).tolist() == pytest.approx([0.3, 0.55])
@@ -141,24 +143,26 @@ def test_mask_noise_hides_whole_variables() -> None:
 @settings(max_examples=50)
 def test_mask_steps_never_change_what_is_known(level: float, share: float) -> None:
     mask, _ = build("mask")
-    z, logits = latents("mask", 20, 6), torch.randn(20, 6, 10)
+    z = latents("mask", 20, 6)
+    logits = torch.randn(20, 6, 10)
     at, to = (torch.full((20,), v) for v in (level, level + share * (1 - level)))
     noisy = mask.corrupt(z, at)
     known = noisy.unflatten(-1, (-1, CLASSES)).sum(-1) > 0
-    moved = mask.advance(noisy, logits, at, to, 1.0).unflatten(-1, (-1, CLASSES))
+    moved = mask.denoise(noisy, logits, at, to, 1.0).unflatten(-1, (-1, CLASSES))
     assert torch.equal(moved[known], z.unflatten(-1, (-1, CLASSES))[known])
     shown = moved.sum(-1)
     assert set(shown.unique().tolist()) <= {0, 1}
     hidden = int((~known).sum())
     spread = 5 * math.sqrt(hidden * share * (1 - share)) + 3
     assert abs(float(shown[~known].sum()) - share * hidden) <= spread
-    done = mask.advance(noisy, logits, at, torch.ones(20), 1.0).unflatten(-1, (-1, CLASSES))
+    done = mask.denoise(noisy, logits, at, torch.ones(20), 1.0).unflatten(-1, (-1, CLASSES))
     assert (done.sum(-1) == 1).all()
 
 
 def test_mask_error_counts_hidden_variables_only() -> None:
     mask, _ = build("mask")
-    z, logits = latents("mask", 3, 2), torch.randn(3, 2, 10)
+    z = latents("mask", 3, 2)
+    logits = torch.randn(3, 2, 10)
     noisy = z.clone()
     noisy[0, 1, :CLASSES] = 0  # one variable
     noisy[1] = 0
@@ -170,14 +174,12 @@ def test_mask_error_counts_hidden_variables_only() -> None:
 def test_categorical_draws() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.5, 1.0, 0.0, 0.0, 0.0, 3.0, -9.0]])
     probs = logits.view(2, CLASSES).softmax(-1)
-    drawn = draw_categorical(logits.expand(20_000, -1), CLASSES, 1.0).view(-1, 2, CLASSES)
+    drawn = draw_one_hots(logits.expand(20_000, -1), CLASSES, 1.0).view(-1, 2, CLASSES)
     assert (drawn.sum(-1) == 1).all()
     assert (drawn.mean(0) - probs).abs().amax() < 0.015
-    cold = draw_categorical(logits.expand(50, -1), CLASSES, 0.01).view(-1, 2, CLASSES)
+    cold = draw_one_hots(logits.expand(50, -1), CLASSES, 0.01).view(-1, 2, CLASSES)
     assert (cold.argmax(-1) == probs.argmax(-1)).all()
-    torch.testing.assert_close(
-        categorical_nats(logits.expand(50, -1), cold.flatten(1), CLASSES)[0], -probs.amax(-1).log()
-    )
+    torch.testing.assert_close(cross_entropy(logits.expand(50, -1), cold.flatten(1), CLASSES)[0], -probs.amax(-1).log())
 
 
 # -- the training pass ------------------------------------------------------------------------------------------------
@@ -207,7 +209,8 @@ def watch(objective, dynamics: Dynamics, name: str, frames: int = 12, starts: in
         seen.append((args, out))
 
     z = latents(name, BATCH, frames, dynamics.tokens)
-    prev_action, first = torch.rand(BATCH, frames, ACTIONS), torch.rand(BATCH, frames) < 0.1
+    prev_action = torch.rand(BATCH, frames, ACTIONS)
+    first = torch.rand(BATCH, frames) < 0.1
     first[:, 0] = True
     handle = dynamics.register_forward_hook(keep)
     passed = objective.run(dynamics, z, prev_action, first, starts)
@@ -221,9 +224,10 @@ def watch(objective, dynamics: Dynamics, name: str, frames: int = 12, starts: in
 @pytest.mark.parametrize("name", ["flow", "mask"])
 @pytest.mark.parametrize("frames", [2, 12, 13])
 def test_one_stream_learns_from_noised_frames_behind_a_clean_prefix(name: str, frames: int) -> None:
-    lengths, levels = set(), []
+    lengths = set()
+    levels = []
     for _ in range(8):
-        objective, dynamics = build(name, stream="one", blank=0.25)
+        objective, dynamics = build(name, history="noisy", pure_noise_prob=0.25)
         seen = watch(objective, dynamics, name, frames)
         clean = seen.passed.clean
         length = clean.sum(1)
@@ -246,7 +250,7 @@ def test_one_stream_learns_from_noised_frames_behind_a_clean_prefix(name: str, f
 
 @pytest.mark.parametrize("name", ["flow", "mask"])
 def test_two_streams_learn_from_every_frame_against_a_clean_past(name: str) -> None:
-    objective, dynamics = build(name, grid=2, stream="two", blank=0.25)
+    objective, dynamics = build(name, grid=2, history="clean", pure_noise_prob=0.25)
     seen = watch(objective, dynamics, name, 50)
     assert torch.equal(seen.inputs, seen.z) and (seen.input_level == 1).all()
     assert seen.passed.clean.all()
@@ -257,12 +261,14 @@ def test_two_streams_learn_from_every_frame_against_a_clean_past(name: str) -> N
     assert (seen.level[seen.level > 0] - 0.5).abs().mean() == pytest.approx(0.25, abs=0.05)  # uniform
 
 
-@pytest.mark.parametrize(("name", "stream"), OBJECTIVES)
-def test_a_pass_hands_on_states_of_clean_frames(name: str, stream: str) -> None:
+@pytest.mark.parametrize(("name", "history"), OBJECTIVES)
+def test_a_pass_hands_on_states_of_clean_frames(name: str, history: str) -> None:
     """feat where `clean`, and the states to dream from, are those of an agent that took in the frames one by one."""
-    objective, dynamics = build(name, grid=2, stream=stream)
+    objective, dynamics = build(name, grid=2, history=history)
     seen = watch(objective, dynamics, name, starts=5)
-    passed, state, pasts = seen.passed, dynamics.initial(BATCH), []
+    passed = seen.passed
+    state = dynamics.initial(BATCH)
+    pasts = []
     with torch.no_grad():
         for t in range(seen.z.shape[1]):
             feat, state = dynamics.commit(state, seen.z[:, t], seen.prev_action[:, t], seen.first[:, t])
@@ -272,7 +278,7 @@ def test_a_pass_hands_on_states_of_clean_frames(name: str, stream: str) -> None:
         for row in range(BATCH):
             for i, t in enumerate(passed.at[row].tolist()):
                 one, other = (
-                    s.map(lambda v, k=k: v[k : k + 1]) for s, k in ((passed.starts, 5 * row + i), (pasts[t], row))
+                    s.map(lambda v, k=k: v[k : k + 1]) for s, k in ((passed.start_states, 5 * row + i), (pasts[t], row))
                 )
                 question = torch.randn(1, dynamics.tokens, dynamics.channels), torch.randn(1, ACTIONS), torch.rand(1)
                 torch.testing.assert_close(

@@ -7,17 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longdream.worldmodel.dynamics import Dynamics, DynamicsConfig, State
-from longdream.worldmodel.objectives.base import Flow, Forcing, ForcingConfig, Mask, Teacher, schedule
+from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.dynamics import Dynamics, State
+from longdream.worldmodel.objectives.base import Forcing, ForcingConfig, schedule
+from longdream.worldmodel.objectives.flow import Flow
+from longdream.worldmodel.objectives.mask import Mask
+from longdream.worldmodel.objectives.teacher import Teacher
 
-BATCH, CLASSES, ACTIONS = 4, 5, 2
-OBJECTIVES = [("flow", "two"), ("flow", "one"), ("mask", "two"), ("mask", "one"), ("teacher", "two")]
+BATCH = 4
+CLASSES = 5
+ACTIONS = 2
+OBJECTIVES = [("flow", "clean"), ("flow", "noisy"), ("mask", "clean"), ("mask", "noisy"), ("teacher", "clean")]
 
 
 def build(name: str, grid: int = 1, channels: int = 10, fresh: bool = False, **options):
     """An objective and a small M with random weights; as it is made, some are zero."""
     config = ForcingConfig(objective=name, **options)
-    dynamics = Dynamics(DynamicsConfig(layers=1, width=24, heads=2, state_size=5, window=2), grid, channels, ACTIONS)
+    dynamics = Dynamics(
+        DynamicsConfig(layers=1, width=24, num_heads=2, state_size=5, window=2), grid, channels, ACTIONS
+    )
     with torch.no_grad():
         for weight in () if fresh else dynamics.parameters():
             weight += 0.1 * torch.randn_like(weight)
@@ -36,14 +44,15 @@ class GivenNoise(Flow):
 
     noise: Tensor
 
-    def blank(self, like: Tensor, temperature: float) -> Tensor:
+    def pure_noise(self, like: Tensor, temperature: float) -> Tensor:
         assert like.shape == self.noise.shape
         return self.noise
 
 
 def stream_out(objective: Forcing, dynamics: Dynamics, state: State, action: Tensor, steps: int, heat: float, each):
     """Frame after frame, drawn and committed; `each(t)` is called before frame t."""
-    out, go_on = [], torch.zeros(BATCH, dtype=torch.bool)
+    out = []
+    go_on = torch.zeros(BATCH, dtype=torch.bool)
     for t in range(action.shape[1]):
         each(t)
         z = objective.sample(dynamics, torch.zeros(0), state, action[:, t], steps, heat)
@@ -57,7 +66,8 @@ def stream_out(objective: Forcing, dynamics: Dynamics, state: State, action: Ten
 def test_an_autoregressive_clip_is_frame_after_frame(steps: int) -> None:
     _, dynamics = build("flow", grid=2)
     flow = GivenNoise(ForcingConfig(), dynamics)
-    past, action = torch.rand(BATCH, 4, 10), torch.rand(BATCH, 6, ACTIONS)
+    past = torch.rand(BATCH, 4, 10)
+    action = torch.rand(BATCH, 6, ACTIONS)
     _, state = dynamics.commit(dynamics.initial(BATCH), past, action[:, 0], torch.ones(BATCH, dtype=torch.bool))
     noise = torch.randn(BATCH, 6, 4, 10)
 
@@ -76,7 +86,8 @@ def test_an_autoregressive_clip_is_frame_after_frame(steps: int) -> None:
 def test_an_autoregressive_clip_of_categorical_latents() -> None:
     """Cold and in one step nothing is left to chance."""
     mask, dynamics = build("mask", grid=2)
-    action, state = torch.rand(BATCH, 6, ACTIONS), dynamics.initial(BATCH)
+    action = torch.rand(BATCH, 6, ACTIONS)
+    state = dynamics.initial(BATCH)
     wanted = stream_out(mask, dynamics, state, action, 1, 1e-6, lambda t: None)
     assert torch.equal(mask.sample_clip(dynamics, state, action, schedule(6, 1, 1), 1e-6), wanted)
 
@@ -103,10 +114,10 @@ def garbage_in_new_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("name", "stream"), OBJECTIVES)
+@pytest.mark.parametrize(("name", "history"), OBJECTIVES)
 @torch.no_grad()
-def test_samples_do_not_read_memory_that_nobody_wrote(name: str, stream: str, garbage_in_new_memory) -> None:
-    objective, dynamics = build(name, grid=2, stream=stream)
+def test_samples_do_not_read_memory_that_nobody_wrote(name: str, history: str, garbage_in_new_memory) -> None:
+    objective, dynamics = build(name, grid=2, history=history)
     feat, state = dynamics.commit(
         dynamics.initial(3), torch.rand(3, 4, 10), torch.rand(3, ACTIONS), torch.ones(3, dtype=torch.bool)
     )
@@ -123,37 +134,43 @@ CODES = torch.tensor([[0.9, 0.9, -0.9], [0.9, -0.9, 0.9], [-0.9, 0.9, 0.9], [-0.
 
 
 def fit(loss: Callable[[], Tensor], parameters, updates: int, rate: float = 3e-3) -> list[float]:
-    optimiser, losses = torch.optim.Adam(list(parameters), rate), []
+    optimizer = torch.optim.Adam(list(parameters), rate)
+    losses = []
     for _ in range(updates):
         value = loss()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(value.item())
     return losses
 
 
 @pytest.mark.parametrize(
-    ("name", "stream", "updates"), [(*kind, 200 if kind[1] == "one" else 110) for kind in OBJECTIVES]
+    ("name", "history", "updates"), [(*kind, 200 if kind[1] == "noisy" else 110) for kind in OBJECTIVES]
 )
-def test_one_batch_is_learned(name: str, stream: str, updates: int) -> None:
+def test_one_batch_is_learned(name: str, history: str, updates: int) -> None:
     """A walk on a ring of five places, a step left or right as the action says. What comes next needs both the past and
     the action: place alone gives 50 %, action alone 20 %."""
-    batch, frames = 16, 10
+    batch = 16
+    frames = 10
     step = torch.randint(0, 2, (batch, frames))
     step[:, 0] = 0
     place = ((2 * step - 1) * (torch.arange(frames) > 0)).cumsum(1) % 5
-    prev_action, first = F.one_hot(step, 2).float(), torch.arange(frames).expand(batch, -1) == 0
+    prev_action = F.one_hot(step, 2).float()
+    first = torch.arange(frames).expand(batch, -1) == 0
     codes = CODES if name == "flow" else torch.cat([torch.eye(5), torch.eye(5)[[0, 2, 4, 1, 3]]], 1)
     z = codes[place][:, :, None]
-    objective, dynamics = build(name, channels=z.shape[-1], fresh=True, stream=stream)
+    objective, dynamics = build(name, channels=z.shape[-1], fresh=True, history=history)
     losses = fit(
         lambda: objective.run(dynamics, z, prev_action, first, 1).loss,
         {*dynamics.parameters(), *objective.parameters()},
         updates,
     )
-    assert sum(losses[-10:]) < (0.4 if stream == "one" else 0.1) * sum(losses[:10])
-    state, right, expected, unexpected = dynamics.initial(batch), [], [], []
+    assert sum(losses[-10:]) < (0.4 if history == "noisy" else 0.1) * sum(losses[:10])
+    state = dynamics.initial(batch)
+    right = []
+    expected = []
+    unexpected = []
     with torch.no_grad():
         feat, state = dynamics.commit(state, z[:, 0], prev_action[:, 0], first[:, 0])
         for t in range(1, frames):
@@ -162,8 +179,9 @@ def test_one_batch_is_learned(name: str, stream: str, updates: int) -> None:
             expected.append(objective.surprise(dynamics, feat, state, prev_action[:, t], z[:, t]))
             unexpected.append(objective.surprise(dynamics, feat, state, 1 - prev_action[:, t], z[:, t]))
             feat, state = dynamics.commit(state, z[:, t], prev_action[:, t], first[:, t])
-    assert torch.stack(right).mean() > (0.75 if stream == "one" else 0.85)
-    expected, unexpected = torch.stack(expected), torch.stack(unexpected)
+    assert torch.stack(right).mean() > (0.75 if history == "noisy" else 0.85)
+    expected = torch.stack(expected)
+    unexpected = torch.stack(unexpected)
     assert expected.shape == (frames - 1, batch) and (expected >= 0).all()
     assert expected.mean() < 0.2 * unexpected.mean()
 
@@ -172,7 +190,8 @@ def test_steps_draw_from_both_modes_and_one_step_gives_their_mean() -> None:
     """After the same frame comes all-plus or all-minus, at random."""
     batch = 128
     objective, dynamics = build("flow", channels=2, fresh=True, ramp=False)
-    first, action = torch.arange(2).expand(batch, -1) == 0, torch.zeros(batch, 2, ACTIONS)
+    first = torch.arange(2).expand(batch, -1) == 0
+    action = torch.zeros(batch, 2, ACTIONS)
 
     def loss() -> Tensor:
         z = 0.8 * (torch.randint(0, 2, (batch, 2, 1, 1)) * 2.0 - 1).repeat(1, 1, 1, 2)

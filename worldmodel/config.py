@@ -1,0 +1,55 @@
+"""Configuration of M, the dynamics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1
+
+
+@dataclass(frozen=True)
+class DynamicsConfig:
+    """Size and shape of M."""
+
+    mixer: str = "hybrid"
+    """hybrid: a scan and attention over a window of frames. window: attention over the window alone, which remembers
+    nothing older. ssm, ssm+local, causal, or a dotted path `package.module:Class` to a Mixer of your own: see
+    worldmodel/mixers/base.py."""
+    layers: Annotated[int, AT_LEAST_1] = 2
+    """Number of layers."""
+    width: Annotated[int, AT_LEAST_1] = 64
+    """Channels per token."""
+    num_heads: Annotated[int, AT_LEAST_1] = 4
+    """Heads of both the scan and the attention, of width / num_heads channels each."""
+    state_size: Annotated[int, AT_LEAST_1] = 16
+    """Size of the scan's state per channel."""
+    window: Annotated[int, AT_LEAST_1] = 4
+    """Frames that the attention sees, including the present one."""
+    chunk_frames: Annotated[int, AT_LEAST_1] = 1
+    """Frames of a chunk, within which attention is not causal (5, of a window of 10, in Po et al. 2025). An agent acts
+    after every frame and needs 1."""
+    attention: Literal["triton", "sdpa", "flex"] = "triton"
+    """How attention over clips is computed on CUDA. triton: by this project's kernels. sdpa: in dense blocks, as on
+    every other device. flex: by FlexAttention in training, compiled for each clip length.
+    `longdream bench attention` compares them."""
+    blocks: tuple[Annotated[int, AT_LEAST_1], ...] = (1,)
+    """Side of the scan's token blocks, one per layer, repeated as needed; no larger than the token grid."""
+    matched: bool = False
+    """Set the width of every layer's MLP so that the layer has as many parameters as a layer of `hybrid` has at this
+    width. Mixers can then be compared at equal size."""
+    tied_condition_keys: bool = False
+    """Make memory address its content by the condition from the first update on. The frame's action (or pose) is added
+    to its tokens; read keys are initialised to the write keys (c = b in scans, q = k in attention); keys of scans pass
+    through a squared ReLU, which separates them better. Where frames are recalled by the pose they were seen from, M
+    learns in hundreds of updates what otherwise takes thousands (docs/video.md)."""
+    predict_residual: bool = False
+    """Predict the difference from the previous frame instead of the frame. What hardly changes between frames, such as
+    positions among an observation's numbers, then need not be copied through every layer."""
+    frame_mlp_width: Annotated[int, AT_LEAST_0] = 0
+    """Width of an MLP that maps all tokens of the previous frame and the action to an additive part of the prediction;
+    0: none. It learns how an action moves the view in about a hundred updates, for which the layers need thousands
+    (docs/results.md, Memory Maze)."""
+    feature_skip: bool = False
+    """Append each frame's latents to the feature that C and the heads read, as [z, h] in World Models (arXiv
+    1803.10122). With predict_residual, M itself has less reason to keep them in its features."""

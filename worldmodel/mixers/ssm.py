@@ -1,0 +1,109 @@
+"""A mixer that remembers by a state-space scan over blocks of tokens (Po et al. 2025, arXiv 2505.20171)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.kernels.gated_norm import gated_norm, gated_norm_reference, to_tubes
+from longdream.worldmodel.kernels.scan import ScanInputs, scan, scan_query_step, scan_step
+
+SCAN_CHUNK = 64
+"""Tokens per chunk of the parallel scan, whose cost is quadratic within a chunk; at least one frame of a block."""
+
+
+class ScanMixer(nn.Module):
+    """The block-wise scan: the token grid is cut into square blocks, and each is scanned through time with a state of
+    its own. A `Mixer`."""
+
+    local = True
+    grows = False
+
+    def __init__(self, config: DynamicsConfig, grid: int, block: int):
+        super().__init__()
+        if grid % block:
+            raise ValueError(f"worldmodel.blocks: a block side of {block} does not divide the token grid of {grid}")
+        width = config.width
+        self.num_heads = config.num_heads
+        self.state_size = config.state_size
+        self.chunk = max(1, SCAN_CHUNK // block**2)
+        self.chunk_frames = config.chunk_frames
+        self.block = block
+        self.side = grid // block
+        self.tied_condition_keys = config.tied_condition_keys
+        # gate, x, b, c, decay rate, write gate
+        self.split = [width, width, self.state_size, self.state_size, self.num_heads, self.num_heads]
+        self.inp = nn.Linear(width, sum(self.split))
+        self.skip = nn.Parameter(torch.ones(self.num_heads, 1))
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.out = nn.Linear(width, width)
+        # Memory has to be there at initialisation. Time constants are spaced logarithmically from 4 to 1000 frames
+        # across heads and hardly depend on the input at first. With Mamba-2's initialisation, which is short for most
+        # heads, a cue was forgotten before any gradient could teach M to keep it.
+        tau = torch.logspace(math.log10(4), math.log10(1000), self.num_heads)
+        self.rate = nn.Parameter(torch.log(torch.expm1(1 / tau)))
+        with torch.no_grad():
+            self.inp.weight[-2 * self.num_heads :].mul_(0.1)
+            self.inp.bias[-2 * self.num_heads :].zero_()
+            if config.tied_condition_keys:
+                for part in (self.inp.weight, self.inp.bias):
+                    _, _, b, c, _, _ = part.split(self.split)
+                    c.copy_(b)
+
+    def initial(self, batch: int, device: torch.device | str) -> Tensor:
+        """An empty state `(B, G, H, S, P)`, for G = side * side blocks."""
+        head = self.norm.normalized_shape[0] // self.num_heads
+        return torch.zeros(batch, self.side**2, self.num_heads, self.state_size, head, device=device)
+
+    def forward(
+        self, h: Tensor, first: Tensor, state: Tensor, query_h: Tensor | None, at: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """See `Mixer`."""
+        blocks = self.side**2
+        inputs, gate = self._project(h)
+        query, query_gate = (None, None) if query_h is None else self._project(query_h)
+        first = first.repeat_interleave(blocks, 0)
+        at = None if at is None else at.repeat_interleave(blocks, 0)
+        out = scan(inputs, first, state.flatten(0, 1), self.chunk, query, at, self.chunk_frames, self.skip)
+        states_at = h.new_zeros(0)
+        if out.states_at is not None:
+            states_at = out.states_at.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(0, 1)
+        y = self.out(gated_norm(out.y, gate, self.norm.weight, self.side))
+        query_y = None
+        if out.query_y is not None and query_gate is not None:
+            query_y = self.out(gated_norm(out.query_y, query_gate, self.norm.weight, self.side))
+        return y, query_y, out.state.unflatten(0, (-1, blocks)), states_at
+
+    def step(self, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Mixer`."""
+        inputs, gate = self._project(h)
+        y, state = scan_step(inputs, state.flatten(0, 1))
+        return self._frame_out(y + self.skip * inputs.x, gate), state.unflatten(0, (-1, self.side**2))
+
+    def peek(self, h: Tensor, state: Tensor) -> Tensor:
+        """See `Mixer`."""
+        inputs, gate = self._project(h)
+        y = scan_query_step(inputs, state.flatten(0, 1))
+        return self._frame_out(y + self.skip * inputs.x, gate)
+
+    def _project(self, h: Tensor) -> tuple[ScanInputs, Tensor]:
+        """Tokens `(B, T, N, W)` to the inputs of the scan and the gate `(B, T, N, W)` of its output."""
+        gate, x, b, c, rate, write = self.inp(h).split(self.split, -1)
+        exact = torch.promote_types(h.dtype, torch.float32)  # decays multiply over thousands of frames
+        # rates are per frame: in a block of n tokens, each token decays the state n times less
+        a = -F.softplus(rate.to(exact) + self.rate) / self.block**2
+        x = x.unflatten(-1, (self.num_heads, -1)) * torch.sigmoid(write)[..., None]
+        b, c = (v.to(exact) for v in (b, c))
+        if self.tied_condition_keys:
+            b, c = (F.relu(v).square() for v in (b, c))
+        # squared keys may be so small that the norm's epsilon matters: it is the same in every precision
+        eps = torch.finfo(torch.float32).eps
+        b, c = ((F.rms_norm(v, (self.state_size,), eps=eps) * self.state_size**-0.5).to(x.dtype) for v in (b, c))
+        return ScanInputs(*(to_tubes(v, self.side) for v in (x, b, c, a))), gate
+
+    def _frame_out(self, y: Tensor, gate: Tensor) -> Tensor:
+        return self.out(gated_norm_reference(y, gate, self.norm.weight, self.side))
