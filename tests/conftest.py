@@ -1,6 +1,7 @@
 """What every test can rely on: one thread per worker, fixed seeds, no display, the CUDA marker."""
 
 import os
+from pathlib import Path
 
 # Before torch or a drawing library is imported, and inherited by the subprocesses that tests start. More than one
 # thread would make the workers fight for the cores and change the order of sums, and several tests compare bit for bit.
@@ -29,26 +30,29 @@ def seeded() -> None:
 
 
 DEAR = (
-    "test_memory_maze_identity.py",
-    "test_resume.py",
-    "test_fast_memory_maze_original.py",
-    "test_checkpoint.py",
-    "test_fast_memory_maze.py",
-    "test_remote_faults.py",
-    "test_bench.py",
-    "test_controllers.py",
-    "test_faults.py",
-    "test_dream_loop.py",
-    "test_minerl.py",
-    "test_video_loop.py",
-    "test_bench_world_model.py",
-    "test_mixers.py",
+    "envs/memory_maze/test_identity.py",
+    "agent/train/test_resume.py",
+    "envs/fast_memory_maze/test_original.py",
+    "agent/run/test_checkpoint.py",
+    "envs/fast_memory_maze/test_fast_memory_maze.py",
+    "envs/remote/test_remote_faults.py",
+    "agent/bench/test_bench.py",
+    "agent/train/test_controllers.py",
+    "agent/train/test_faults.py",
+    "agent/train/test_imagined.py",
+    "envs/minerl/test_minerl.py",
+    "agent/train/test_video.py",
+    "agent/cli/test_main.py",
+    "agent/bench/test_world_model.py",
+    "worldmodel/mixers/test_mixers.py",
 )
 """Files of a minute and more: begun first, so that no worker sits at one of them when the others are done."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: DEAR.index(item.path.name) if item.path.name in DEAR else len(DEAR))
+    order = {path: place for place, path in enumerate(DEAR)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: order.get(item.path.relative_to(here).as_posix(), len(DEAR)))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -4,9 +4,11 @@ They read the syntax tree, so an import inside a function or behind TYPE_CHECKIN
 """
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,3 +176,113 @@ def test_every_dependency_has_an_exact_version() -> None:
     # CUDA libraries are pinned by torch itself and a local tag would name one build: either would break other machines.
     assert pinned["torch"] == "==2.13.0"
     assert not [name for name in pinned if name.startswith("nvidia")]
+
+
+# -- how large things may grow ----------------------------------------------------------------------------------------
+
+MAX_MODULES = 15
+MAX_AGENT_ENTRIES = 12
+MAX_OPTIONS = 105
+MAX_PARALLEL = 0.04
+COMMAND_TO_UPDATE = ("agent/cli/main.py", "agent/train/trainer.py", "agent/core/agent.py")
+"""What one reads from `longdream train` to an update of V, M and C; docs/architecture.md names them."""
+OLD_NAMES = {
+    "Consequence", "Part", "Sight", "Turned", "blank", "bound", "centred", "decisive", "finest", "fineness", "found",
+    "frames_together", "keyed", "landing", "longest", "motion", "pace", "phases", "recorded", "see_latents", "sight",
+    "slow_rate", "told",
+}  # fmt: skip
+"""Names that were replaced in 0.2 by the field's (docs/history)."""
+
+
+def parallel_assignments(tree: ast.AST) -> tuple[int, int]:
+    """Assignments of several values to several names in one statement, and all assignments."""
+    assignments = [node for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign)]
+    several = ast.Tuple | ast.GeneratorExp | ast.ListComp | ast.IfExp
+    parallel = [
+        node
+        for node in assignments
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, several)
+    ]
+    return len(parallel), len(assignments)
+
+
+def names_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every name that the code gives: of variables, attributes, arguments, functions and classes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+
+
+def test_folders_are_small() -> None:
+    folders = {path.parent for path in sources(*MAY_IMPORT, "tests")}
+    counts = {str(folder.relative_to(ROOT)): len(list(folder.glob("*.py"))) for folder in folders}
+    assert {folder: count for folder, count in counts.items() if count > MAX_MODULES} == {}
+    entries = [path.name for path in (ROOT / "agent").iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= MAX_AGENT_ENTRIES, entries
+
+
+def test_from_the_command_to_the_update_is_short() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert [path for path in COMMAND_TO_UPDATE if path not in page] == []
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in COMMAND_TO_UPDATE) <= 900
+
+
+def test_options_are_few() -> None:
+    from longdream.agent.config import options
+
+    assert len(options.fields()) <= MAX_OPTIONS
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_one_statement_is_one_thought(package: str) -> None:
+    counts = [parallel_assignments(ast.parse(path.read_text())) for path in sources(package)]
+    assert sum(parallel for parallel, _ in counts) < MAX_PARALLEL * sum(total for _, total in counts)
+
+
+def test_parallel_assignments_are_seen() -> None:
+    tree = ast.parse("a, b = 1, 2\nc, d = f()\ne: int = 3\ng, h = (x for x in 'ab')\na, b = b, a")
+    assert parallel_assignments(tree) == (3, 5)
+
+
+def test_old_names_are_gone() -> None:
+    used = {
+        f"{path.relative_to(ROOT)}:{line}": name
+        for path in sources(*MAY_IMPORT)
+        for line, name in names_in(ast.parse(path.read_text()))
+        if name in OLD_NAMES
+    }
+    assert used == {}
+
+
+def test_a_wheel_brings_one_name(tmp_path: Path) -> None:
+    """And with it the presets; what a user calls envs, agent or runs stays theirs."""
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build")
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "-q",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("longdream-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"longdream"}
+    packed = {name.removeprefix("longdream/") for name in names}
+    assert {str(path.relative_to(ROOT)) for path in sources(*MAY_IMPORT)} <= packed
+    assert {f"runs/presets/{path.name}" for path in (ROOT / "runs" / "presets").glob("*.yaml")} <= packed

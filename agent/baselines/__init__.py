@@ -1,1 +1,1 @@
-"""What agents are compared with: model-free algorithms, scripted policies."""
+"""Baselines to compare agents with: model-free algorithms, scripted policies."""

@@ -1,4 +1,4 @@
-"""Model-free algorithms of Stable-Baselines3 in the real environment: the rows to compare dreams with."""
+"""Model-free algorithms of Stable-Baselines3 in the real environment: baselines for learning in dreams."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from stable_baselines3.common.vec_env import VecEnv
 from longdream.agent.config.schema import EnvConfig
 from longdream.agent.dream_env.spaces import action_space, observation_space
 from longdream.agent.evaluation.policy import WatchedWorld, make_world, play
-from longdream.agent.run import folder as run
+from longdream.agent.evaluation.tables import summary_table
+from longdream.agent.run.folder import to_json, unused, write
 from longdream.agent.run.logger import Logger
-from longdream.agent.run.metrics import Window
+from longdream.agent.run.metrics import Averages
 from longdream.agent.run.signals import Signals
 from longdream.controller.sb3 import encode
 from longdream.envs.contract import EnvSpec, Row, UserError
 
 SAVE_SECONDS = 60.0
 ROLLOUT = 2048
-"""Real steps between updates of an on-policy algorithm, over all copies, at most."""
+"""Maximum number of real steps, over all copies, between updates of an on-policy algorithm."""
 SHOW = ("train/return", "evaluate/return_mean")
 
 
@@ -46,31 +47,32 @@ def baseline(
     episodes: int = 50,
     final_episodes: int = 200,
 ) -> dict[str, Any]:
-    """Train a model-free algorithm in the real environment, logged and evaluated as `longdream train` does it.
+    """Train a model-free algorithm in the real environment, with the logs and evaluations of `longdream train`.
 
-    Observations and actions are those that an agent would get. The folder holds metrics.jsonl, tensorboard/,
-    summary.json and controller.zip, in SB3's own format, saved every minute. It cannot be resumed.
+    Observations and actions are those of an agent. The run's folder contains metrics.jsonl, tensorboard/, summary.json
+    and controller.zip in SB3's own format, which is saved every minute. The run cannot be resumed.
 
     examples
       longdream baseline --env CartPole-v1 --steps 25000
-      longdream baseline --env longdream/Recall-v0 --env_kwargs '{"corridor": 12}' --algo sb3_contrib:RecurrentPPO
+      longdream baseline --env longdream/Recall-v0 --env.kwargs.corridor 12 --algo sb3_contrib:RecurrentPPO
       longdream baseline --env Pendulum-v1 --algo stable_baselines3:SAC --kwargs '{"learning_rate": 1e-3}'
 
     Args:
         env: id of the environment, or module:Id.
         algo: the algorithm, package:Class; RecurrentPPO needs the package sb3-contrib.
         steps: real steps, over all copies.
-        seed: of everything random.
-        name: of the folder below runs/ (default: ALGORITHM-sSEED-1, or -2, ...).
-        copies: environments side by side.
+        seed: random seed.
+        name: name of the folder below runs/ (default: ALGORITHM-sSEED-1, or -2, ...).
+        copies: number of environments in parallel.
         env_kwargs: arguments of the environment, as JSON.
-        kwargs: arguments of the algorithm, as JSON; a policy among them as "policy".
+        kwargs: arguments of the algorithm, as JSON; "policy" is the policy.
         evaluate_every: real steps between evaluations; 0 for none before the end.
-        episodes: of each of them.
-        final_episodes: of the last.
+        episodes: episodes per evaluation.
+        final_episodes: episodes in the last evaluation.
 
     Raises:
-        UserError: no such environment or algorithm, one that cannot take the actions, or a folder in use.
+        UserError: there is no such environment or algorithm, the algorithm cannot take the actions, or the folder is in
+            use.
     """
     for key, value in (
         ("steps", steps),
@@ -86,17 +88,18 @@ def baseline(
         signals = stack.enter_context(Signals())
         vec = stack.enter_context(RealVec(config, seed, signals))
         learner = _make(kind, vec, seed, kwargs or {})
-        folder = run.unused(name, kind.__name__, seed)
+        folder = unused(name, kind.__name__, seed)
         folder.mkdir(parents=True)
-        told = {
+        settings = {
             "env": env,
             "algo": algo,
             "steps": steps,
             "seed": seed,
             "copies": copies,
             "env_kwargs": env_kwargs or {},
+            "kwargs": kwargs or {},
         }
-        run.write(folder / "baseline.json", run.to_json(told | {"kwargs": kwargs or {}}, indent=1) + "\n")
+        write(folder / "baseline.json", to_json(settings, indent=1) + "\n")
         logger = stack.enter_context(Logger(folder, True, steps, SHOW))
         logger.note(f"training {kind.__name__} in {folder}, in {env} itself")
         record = Record(folder, logger, signals, config, seed, evaluate_every, episodes)
@@ -106,57 +109,56 @@ def baseline(
             learner.save(folder / "controller.zip")
         logger.note(f"evaluating over {final_episodes} episodes")
         player = Player(learner, vec.spec)
-        found = play(cast(Any, player), config, final_episodes, seed, "agent", signals=signals)
+        returns = play(cast(Any, player), config, final_episodes, seed, "agent", signals=signals)
         random = play(cast(Any, player), config, final_episodes, seed, "random", signals=signals)
-        summary = found.to_json() | {"random_mean": random.return_mean, "env": env, "seed": seed}
+        summary = returns.to_json() | {"random_mean": random.return_mean, "env": env, "seed": seed}
         wall = round(time.monotonic() - record.began, 1)
         summary |= {"env_steps": int(learner.num_timesteps), "algo": algo, "wall_s": wall}
-        run.write(folder / "summary.json", run.to_json(summary, indent=1) + "\n")
-    from longdream.agent.cli import report
-
-    report.summary_table(summary | {"policy": f"{kind.__name__}, greedy"})
+        write(folder / "summary.json", to_json(summary, indent=1) + "\n")
+    summary_table(summary | {"policy": f"{kind.__name__}, greedy"})
     return summary
 
 
 def find(name: str) -> type[BaseAlgorithm]:
-    """The algorithm behind `package:Class`.
+    """The algorithm `package:Class`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such algorithm.
     """
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module), attribute or "?")
+        algorithm = getattr(import_module(module), attribute or "?")
     except ModuleNotFoundError as error:
-        raise UserError(f"--algo {name}: {error}; pip install {module.replace('_', '-')} may mend it") from None
+        raise UserError(f"--algo {name}: {error}; pip install {module.replace('_', '-')} may fix it") from None
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--algo {name}: {error}; give package:Class, as stable_baselines3:PPO") from None
-    if not (isinstance(found, type) and issubclass(found, BaseAlgorithm)):
+    if not (isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm)):
         raise UserError(f"--algo {name} is no algorithm of Stable-Baselines3")
-    return found
+    return algorithm
 
 
 def _make(kind: type[BaseAlgorithm], vec: RealVec, seed: int, kwargs: dict[str, Any]) -> BaseAlgorithm:
     several = isinstance(vec.observation_space, spaces.Dict)
-    # images as plain numbers: SB3's convolutions need 36 pixels and more, which not every environment has
+    # images are flattened: SB3's convolutions need at least 36 x 36 pixels, which not every environment has
     policy = ("MultiInput" if several else "Mlp") + ("LstmPolicy" if "Recurrent" in kind.__name__ else "Policy")
-    given = {"policy": policy, "env": vec, "seed": seed, "device": "cpu"}
+    defaults = {"policy": policy, "env": vec, "seed": seed, "device": "cpu"}
     rollout = inspect.signature(kind.__init__).parameters.get("n_steps")
     if rollout is not None and rollout.default * vec.num_envs > ROLLOUT:  # SB3's defaults are for one environment
-        given["n_steps"] = max(2, ROLLOUT // vec.num_envs)
+        defaults["n_steps"] = max(2, ROLLOUT // vec.num_envs)
     try:
         make = cast(Any, kind)
-        return make(**given | kwargs)
+        return make(**defaults | kwargs)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{kind.__name__} cannot be made for {vec.id}: {' '.join(str(error).split())[:200]}") from None
 
 
 class RealVec(VecEnv):
-    """Copies of a real environment as SB3 wants them: what is over begins anew in the same step. Each copy is a world
-    of its own, since a world's copies begin anew one step later."""
+    """Copies of a real environment with SB3's autoreset: an episode that ends is reset in the same step. Each copy is a
+    separate World, since the copies of one World are reset one step later."""
 
     def __init__(self, config: EnvConfig, seed: int, signals: Signals):
-        self.id, self.worlds = config.id, []
+        self.id = config.id
+        self.worlds: list[WatchedWorld] = []
         try:
             for i in range(config.copies):
                 single = EnvConfig(id=config.id, kwargs=config.kwargs, timeout_s=config.timeout_s)
@@ -167,8 +169,8 @@ class RealVec(VecEnv):
             self.close()
             raise
         self.spec: EnvSpec = self.worlds[0].spec
-        seen = {key: observation_space(spec) for key, spec in self.spec.obs.items()}
-        space = seen["obs"] if seen.keys() == {"obs"} else spaces.Dict(cast(Any, seen))
+        by_key = {key: observation_space(spec) for key, spec in self.spec.obs.items()}
+        space = by_key["obs"] if by_key.keys() == {"obs"} else spaces.Dict(cast(Any, by_key))
         super().__init__(config.copies, space, action_space(self.spec.action))
 
     def __enter__(self) -> RealVec:
@@ -178,18 +180,20 @@ class RealVec(VecEnv):
         self.close()
 
     def reset(self) -> Any:
-        return self._seen([world.reset() for world in self.worlds])
+        return self._native([world.reset() for world in self.worlds])
 
     def step_async(self, actions: np.ndarray) -> None:
         self.actions = self.spec.action.encode(actions)
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        rows, infos = [], []
+        rows = []
+        infos = []
         for world, action in zip(self.worlds, self.actions, strict=True):
-            row, info = world.step(action[None]), {}
+            row = world.step(action[None])
+            info: dict[str, Any] = {}
             rows.append(row)
             if row.terminated[0] or row.truncated[0]:
-                last = self._seen([row])
+                last = self._native([row])
                 info["terminal_observation"] = {k: v[0] for k, v in last.items()} if isinstance(last, dict) else last[0]
                 info["TimeLimit.truncated"] = bool(row.truncated[0] and not row.terminated[0])
             infos.append(info)
@@ -197,9 +201,9 @@ class RealVec(VecEnv):
         over = np.array([row.terminated[0] or row.truncated[0] for row in rows])
         for i in np.flatnonzero(over):
             rows[i] = self.worlds[i].step(self.actions[i][None])  # the first row of the next episode
-        return self._seen(rows), reward, over, infos
+        return self._native(rows), reward, over, infos
 
-    def _seen(self, rows: Sequence[Row]) -> Any:
+    def _native(self, rows: Sequence[Row]) -> Any:
         return seen(self.spec, {key: np.concatenate([row.obs[key] for row in rows]) for key in self.spec.obs})
 
     def close(self) -> None:
@@ -220,13 +224,13 @@ class RealVec(VecEnv):
 
 
 def seen(spec: EnvSpec, obs: dict[str, np.ndarray]) -> Any:
-    """Observations as stored, `(n, *shape)` by key, as members of the space that `RealVec` has."""
-    found = {key: value + spec.obs[key].start if value.dtype == np.int64 else value for key, value in obs.items()}
-    return found["obs"] if found.keys() == {"obs"} else found
+    """Convert observations as stored, `(n, *shape)` by key, to members of `RealVec`'s observation space."""
+    native = {key: value + spec.obs[key].start if value.dtype == np.int64 else value for key, value in obs.items()}
+    return native["obs"] if native.keys() == {"obs"} else native
 
 
 class Played(NamedTuple):
-    """What a player carries: the observation, its recurrent state, and which copies begin an episode."""
+    """A player's state between steps: the observation, its recurrent state, and which copies begin an episode."""
 
     obs: Any
     state: Any
@@ -234,10 +238,12 @@ class Played(NamedTuple):
 
 
 class Player:
-    """An SB3 algorithm in the place of an agent, for evaluation."""
+    """An SB3 algorithm with the interface of an agent, for evaluation."""
 
     def __init__(self, learner: BaseAlgorithm, spec: EnvSpec):
-        self.learner, self.spec, self.device = learner, spec, torch.device("cpu")
+        self.learner = learner
+        self.spec = spec
+        self.device = torch.device("cpu")
         self.state: Any = None
 
     def initial(self, n: int) -> Played:
@@ -259,20 +265,26 @@ class Player:
 
 
 class Record(BaseCallback):
-    """What is logged, evaluated and saved while SB3 learns."""
+    """Logs, evaluates and saves while SB3 learns."""
 
     def __init__(
         self, folder: Path, logger: Logger, signals: Signals, env: EnvConfig, seed: int, every: int, episodes: int
     ):
         super().__init__()
-        self.folder, self.record, self.signals = folder, logger, signals
-        self.env, self.seed, self.every, self.episodes = env, seed, every, episodes
+        self.folder = folder
+        self.record = logger  # (BaseCallback.logger is SB3's own)
+        self.signals = signals
+        self.env = env
+        self.seed = seed
+        self.every = every
+        self.episodes = episodes
         self.began = self.saved = time.monotonic()
         self.evaluated = 0
-        self.window = Window()
+        self.averages = Averages()
 
     def _on_training_start(self) -> None:
-        self.total, self.length = np.zeros(self.training_env.num_envs), np.zeros(self.training_env.num_envs)
+        self.total = np.zeros(self.training_env.num_envs)
+        self.length = np.zeros(self.training_env.num_envs)
 
     def _on_step(self) -> bool:
         self.signals.check()
@@ -282,17 +294,17 @@ class Record(BaseCallback):
         for i in np.flatnonzero(self.locals["dones"]):
             ended = {"return": float(self.total[i]), "length": float(self.length[i])}
             self.record.write(step, {f"episode/{key}": value for key, value in ended.items()})
-            self.window.add({f"train/{key}": value for key, value in ended.items()})
+            self.averages.add({f"train/{key}": value for key, value in ended.items()})
             self.total[i] = self.length[i] = 0
         if self.every and step // self.every > self.evaluated:
             self.evaluated = step // self.every
             spec = cast(RealVec, self.training_env).spec
-            found = play(
+            returns = play(
                 cast(Any, Player(self.model, spec)), self.env, self.episodes, self.seed, "agent", signals=self.signals
             )
-            told = {f"evaluate/{k}": getattr(found, k) for k in ("return_mean", "return_std", "length_mean")}
-            self.record.write(step, told | self.window.means() | {"time/wall": time.monotonic() - self.began})
-            self.window = Window()
+            metrics = {f"evaluate/{k}": getattr(returns, k) for k in ("return_mean", "return_std", "length_mean")}
+            self.record.write(step, metrics | self.averages.means() | {"time/wall": time.monotonic() - self.began})
+            self.averages = Averages()
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self.model.save(self.folder / "controller.zip")
             self.saved = time.monotonic()

@@ -1,4 +1,4 @@
-"""Scripted policies at play: `longdream evaluate oracle|navigator|random` and `longdream collect`."""
+"""Scripted policies: `longdream evaluate oracle|navigator|random` and `longdream collect`."""
 
 from __future__ import annotations
 
@@ -17,33 +17,36 @@ from longdream.agent.data import npz_episodes as offline
 from longdream.agent.evaluation.rollout import Returns
 from longdream.envs.contract import UserError
 from longdream.envs.make import derive_seed, find
-from longdream.envs.memory_maze import policies as navigate
+from longdream.envs.memory_maze import policies
 from longdream.envs.memory_maze.sizes import references
 
 Name = Literal["oracle", "navigator", "random"]
 NAMES: tuple[Name, ...] = ("oracle", "navigator", "random")
 
 Watch = Callable[[np.ndarray, np.ndarray | None, np.ndarray, dict[str, Any]], None]
-"""Called with observations (n, ...), the actions before them (None after a reset), rewards (n,) and infos."""
+"""Called after every step with observations (n, ...), the actions before them (None after a reset), rewards (n,) and
+infos."""
 
 
 def evaluate(
     policy: Name, env: str, env_kwargs: dict[str, Any] | None, episodes: int, seed: int, copies: int | None = None
 ) -> dict[str, Any]:
-    """The returns of a scripted policy in whole episodes, and what is known to be reached there.
+    """The returns of a scripted policy over complete episodes, with known returns of the environment.
 
     Raises:
-        UserError: an environment that cannot be made, or one without the probes that the policy needs.
+        UserError: the environment cannot be made, or lacks the probes that the policy needs.
     """
-    returns, lengths = np.zeros(episodes), np.zeros(episodes)
+    returns = np.zeros(episodes)
+    lengths = np.zeros(episodes)
     with closing(_Players(policy, env, env_kwargs or {}, episodes, seed, copies)) as players:
         for first in range(0, episodes, players.n):
             total, length = players.play(first)
             last = min(first + players.n, episodes)
-            returns[first:last], lengths[first:last] = total[: last - first], length[: last - first]
-    found = Returns.of(returns, lengths).to_json()
+            returns[first:last] = total[: last - first]
+            lengths[first:last] = length[: last - first]
+    summary = Returns.of(returns, lengths).to_json()
     known = references(env, env_kwargs)
-    return {**found, "env": env, "seed": seed, "policy": policy} | ({"references": known} if known else {})
+    return {**summary, "env": env, "seed": seed, "policy": policy} | ({"references": known} if known else {})
 
 
 def collect(
@@ -56,10 +59,10 @@ def collect(
     copies: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write episodes of a scripted policy in Memory Maze, in the layout of the published offline data.
+    """Write episodes of a scripted policy in Memory Maze, in the format of the published offline data.
 
-    An episode is one NPZ file of 1,001 rows (docs/memory-maze.md), OUT/episode-000000.npz and so on. What it holds
-    depends on seed, its number and, but for the oracle, on the other episodes played beside it.
+    Each episode is one NPZ file of 1,001 rows (docs/memory-maze.md), OUT/episode-000000.npz and so on. It depends on
+    the seed, on its number and, except with the oracle, on the episodes that are played in parallel with it.
 
     examples
       longdream collect --episodes 100 --out runs/offline-9x9
@@ -67,24 +70,24 @@ def collect(
       longdream collect --episodes 100 --first 100 --out runs/offline-9x9        # go on with it
 
     Args:
-        env: a Memory Maze, the real one or the twin
-        policy: who plays
-        episodes: how many
+        env: a Memory Maze, the original or the fast (batched) one
+        policy: the policy
+        episodes: number of episodes
         out: folder of the files
         first: number of the first episode
-        seed: of mazes and actions
-        copies: played side by side (default: one per processor)
+        seed: random seed of mazes and actions
+        copies: number of environments in parallel (default: one per processor)
         env_kwargs: arguments of the environment, '{"randomize_colors": true}'
 
     Raises:
-        UserError: a file that exists already, or an environment that cannot be made or does not fit.
+        UserError: a file exists already, or the environment cannot be made or does not fit.
     """
     if episodes < 1 or first < 0 or seed < 0 or (copies or 1) < 1:
         raise UserError(f"--episodes {episodes} --first {first} --seed {seed} --copies {copies}: too small")
     paths = [out / f"episode-{first + i:06d}.npz" for i in range(episodes)]
-    there = [path for path in paths if path.exists()]
-    if there:
-        raise UserError(f"{there[0]} exists already: name another --out, or a --first after the last episode there")
+    existing = [path for path in paths if path.exists()]
+    if existing:
+        raise UserError(f"{existing[0]} exists already: name another --out, or a --first after the last episode there")
     out.mkdir(parents=True, exist_ok=True)
     rewards = []
     with closing(_Players(policy, env, env_kwargs or {}, episodes, seed, copies, first, probes=True)) as players:
@@ -119,7 +122,8 @@ def collect(
 
 
 class _Players:
-    """A policy in copies of an environment that begin their episodes together, each seeded by its episode's number."""
+    """A policy in copies of an environment. The copies begin their episodes together, each with the seed of its
+    episode's number."""
 
     def __init__(
         self,
@@ -134,18 +138,22 @@ class _Players:
     ) -> None:
         if episodes < 1:
             raise UserError(f"--episodes {episodes}: must be at least 1")
-        self.name, self.env, self.episodes, self.seed, self.offset = name, env, episodes, seed, offset
+        self.name = name
+        self.env = env
+        self.episodes = episodes
+        self.seed = seed
+        self.offset = offset
         registration = find(env)
         native = registration.vector_entry_point is not None
         self.n = min(episodes, copies or (64 if native else os.cpu_count() or 1))
         if probes or name != "random":
             kwargs = {**kwargs, "probes": True}
         mode = "vector_entry_point" if native else "async" if self.n > 1 else "sync"
-        how = {"context": "forkserver"} if mode == "async" else {}
+        vector_kwargs = {"context": "forkserver"} if mode == "async" else {}
         try:
-            if mode == "async":  # an argument that is wrong is told by this process, in one line
+            if mode == "async":  # a wrong argument raises its error in this process, not in a worker
                 gym.make(registration, **kwargs).close()
-            self.vector: Any = gym.make_vec(registration, self.n, mode, how, **kwargs)
+            self.vector: Any = gym.make_vec(registration, self.n, mode, vector_kwargs, **kwargs)
         except UserError:
             raise
         except TypeError as error:
@@ -156,24 +164,29 @@ class _Players:
             self.close()
             raise UserError(f"{env} has actions {space}: scripted policies choose one of several, as in Memory Maze")
         self.actions = int(space.n)
-        self.began, self.told, self.steps = time.perf_counter(), 0.0, 0
+        self.began = time.perf_counter()
+        self.printed_at = 0.0
+        self.steps = 0
 
     def play(self, start: int, limit: int | None = None, watch: Watch | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Play episode `start` and those after it, one per copy, to their ends or to `limit` steps.
+        """Play episode `start` and the following ones, one per copy, to their ends or to `limit` steps.
 
         Returns:
-            return and length of each, both (n,).
+            return and length of each episode, both (n,).
         """
         numbers = [self.offset + start + i for i in range(self.n)]
         seeds: Any = [derive_seed(self.seed, 0, number) for number in numbers]
         obs, info = self.vector.reset(seed=seeds)
         rng = np.random.default_rng((self.seed, numbers[0]))
-        policy: navigate.Policy = navigate.Oracle()
+        policy: policies.Policy = policies.Oracle()
         if self.name != "oracle":
-            policy = navigate.Navigator(rng) if self.name == "navigator" else navigate.Random(rng, self.actions)
+            policy = policies.Navigator(rng) if self.name == "navigator" else policies.Random(rng, self.actions)
         policy.reset(self.n)
-        total, length, running = np.zeros(self.n), np.zeros(self.n), np.ones(self.n, np.bool_)
-        reward, action = np.zeros(self.n), None
+        total = np.zeros(self.n)
+        length = np.zeros(self.n)
+        running = np.ones(self.n, np.bool_)
+        reward = np.zeros(self.n)
+        action = None
         while True:
             if watch is not None:
                 watch(obs, action, reward, info)
@@ -181,21 +194,22 @@ class _Players:
                 return total, length
             action = policy.act(info)
             obs, reward, terminated, truncated, info = self.vector.step(action)
-            total += np.where(running, reward, 0.0)  # a copy that ended earlier goes on unheeded
+            total += np.where(running, reward, 0.0)  # copies that have ended are still stepped, but not counted
             length += running
             running &= ~(terminated | truncated)
             self.steps += self.n
-            self._tell(numbers, int(length.max()))
+            self._print_progress(numbers, int(length.max()))
 
     def close(self) -> None:
         self.vector.close()
 
-    def _tell(self, numbers: list[int], step: int) -> None:
-        """A line on how far it is: kept up to date on a terminal, now and then elsewhere."""
-        live, now = sys.stderr.isatty(), time.perf_counter()
-        if now - self.told < (0.5 if live else 10.0):
+    def _print_progress(self, numbers: list[int], step: int) -> None:
+        """Print a line of progress: on a terminal every 0.5 s, updated in place; elsewhere every 10 s."""
+        live = sys.stderr.isatty()
+        now = time.perf_counter()
+        if now - self.printed_at < (0.5 if live else 10.0):
             return
-        self.told = now
+        self.printed_at = now
         last = min(numbers[-1] + 1 - self.offset, self.episodes)
         rate = self.steps / (now - self.began)
         line = f"{self.env}: episodes {numbers[0] + 1 - self.offset} to {last} of {self.episodes}, step {step:,}"

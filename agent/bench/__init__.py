@@ -1,44 +1,62 @@
-"""Measurements that the docs rest on: `longdream bench NAME` makes one and prints what it found.
+"""Benchmarks: `longdream bench NAME` runs one and prints its results, as quoted in docs/.
 
-One file each, with a function `measure`: its parameters are the flags, its docstring the help, its value the JSON.
+Each is a module with a function `measure`. Its parameters are the flags, its docstring the help, and its result the
+JSON.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-from longdream.agent.bench.agents import act, controllers, dream, loop, temperature
-from longdream.agent.bench.envs import fidelity, maze, memory_maze, remote
-from longdream.agent.bench.model import attention, objectives, scan, update, world_model
 from longdream.agent.config import options
 from longdream.envs.contract import UserError
 
-BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
-    "act": act.measure,
-    "attention": attention.measure,
-    "controllers": controllers.measure,
-    "dream": dream.measure,
-    "fidelity": fidelity.measure,
-    "loop": loop.measure,
-    "maze": maze.measure,
-    "memory-maze": memory_maze.measure,
-    "objectives": objectives.measure,
-    "remote": remote.measure,
-    "scan": scan.measure,
-    "temperature": temperature.measure,
-    "update": update.measure,
-    "world-model": world_model.measure,
+BENCHES = {
+    "act": "agents.act",
+    "attention": "model.attention",
+    "controllers": "agents.controllers",
+    "dream": "agents.dream",
+    "fidelity": "envs.fidelity",
+    "loop": "agents.loop",
+    "maze": "envs.maze",
+    "memory-maze": "envs.memory_maze",
+    "objectives": "model.objectives",
+    "remote": "envs.remote",
+    "scan": "model.scan",
+    "temperature": "agents.temperature",
+    "update": "model.update",
+    "world-model": "model.world_model",
 }
-"""Name and function of each measurement: prints what it found, and returns it as JSON values."""
+"""Module of each benchmark by name; imported when it is run."""
 
 
 def find(name: str) -> Callable[..., dict[str, Any]]:
-    """The measurement of that name.
+    """The benchmark of that name, a function that prints its results and returns them as JSON values.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such benchmark.
     """
     if name not in BENCHES:
         raise UserError(f"unknown bench {name!r}" + options.suggest(name, BENCHES, f"there are {', '.join(BENCHES)}"))
-    return BENCHES[name]
+    return import_module(f"longdream.agent.bench.{BENCHES[name]}").measure
+
+
+def run(arguments: list[str]) -> dict[str, Any] | None:
+    """Run `longdream bench NAME ...`. Returns the benchmark's result, or None if help was printed.
+
+    Raises:
+        UserError: the name is missing or unknown, or the benchmark does not take these flags.
+    """
+    from longdream.agent.cli.functions import call
+
+    if not arguments or arguments[0].startswith("-"):
+        print(f"usage: longdream bench {'|'.join(BENCHES)} [--json] [options]\n")
+        for name in BENCHES:
+            print(f"  {name:12} {inspect.getdoc(find(name))}".partition("\n")[0])
+        if not arguments or arguments[0] not in ("-h", "--help"):
+            raise UserError(f"bench what? Name one of {', '.join(BENCHES)}")
+        return None
+    return call(f"longdream bench {arguments[0]}", find(arguments[0]), arguments[1:])

@@ -1,4 +1,4 @@
-"""What several measurements share."""
+"""Functions that several benchmarks share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 
 from longdream.agent.config import options
 from longdream.agent.config.schema import Config
-from longdream.agent.core.learner import resolve_device
+from longdream.agent.core.device import resolve_device
 
 Device = Literal["auto", "cpu", "cuda"]
 MB = 1 << 20
 
 
 def config_of(preset: str, device: Device | None) -> Config:
-    """The configuration of a preset or .yaml file, on that device; its number of threads is set."""
+    """The configuration of a preset or .yaml file with that device. Also sets its number of threads."""
     config = options.load(preset)
     config = dataclasses.replace(config, device=device or config.device)
     if config.threads:
@@ -31,7 +31,7 @@ def config_of(preset: str, device: Device | None) -> Config:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process (its peak, where the system tells no more)."""
+    """Resident memory of this process; its peak on systems that report only that."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except FileNotFoundError:
@@ -39,26 +39,26 @@ def resident_bytes() -> int:
 
 
 def device_of(device: Device | None) -> torch.device:
-    """The device meant (default: the one that training would take), set up as for training."""
-    found = torch.device(resolve_device(device or "auto"))
-    if found.type == "cuda":
+    """The device (default: the one that training would use), with training's precision of matrix products."""
+    resolved = torch.device(resolve_device(device or "auto"))
+    if resolved.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    return found
+    return resolved
 
 
 def median_ms(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Milliseconds that a call takes: the median of so many, after three that are not counted."""
-    taken = []
+    """Median time of a call in milliseconds, over `repeats` calls after three warm-up calls."""
+    times = []
     for i in range(-3, repeats):
         began = _now(device)
         function()
         if i >= 0:
-            taken.append(1e3 * (_now(device) - began))
-    return sorted(taken)[len(taken) // 2]
+            times.append(1e3 * (_now(device) - began))
+    return sorted(times)[len(times) // 2]
 
 
 def _now(device: torch.device) -> float:
-    """Seconds; on CUDA, with all that was launched done."""
+    """Time in seconds; on CUDA after all launched work has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

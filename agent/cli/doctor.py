@@ -1,4 +1,4 @@
-"""Does this machine have what the install promises? `longdream doctor` and `longdream check-env`."""
+"""`longdream doctor` and `longdream check-env`: checks of the installation and of environments."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from longdream.envs import gl
 from longdream.envs.contract import UserError
-from longdream.envs.minerl.env import PYTHON
 
 STEPS = 100
+"""Steps over which Memory Maze's speed is measured."""
 ROOM = 5 << 30
-"""Bytes free below which there is a warning: a replay of a million 64 x 64 images takes 12 GB."""
+"""Free bytes below which there is a warning: a replay of a million 64 x 64 images takes 12 GB."""
 
 
 def doctor() -> dict[str, Any]:
-    """Report what is installed and works: Python, torch, OpenGL, Memory Maze, disk, MineRL.
+    """Check the installation: Python, torch, OpenGL, Memory Maze, disk, MineRL.
 
-    Exit code 1 if something that the install promises does not work.
+    Exit code 1 if a required part does not work.
 
     examples
       longdream doctor
       longdream doctor --json
 
     Returns:
-        ok, and for each matter: ok (null where nothing was promised), what was found, and values of it.
+        ok, and for each part: ok (null if it is optional), found (a description), and values.
     """
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     checks: dict[str, Callable[[], dict[str, Any]]] = {
         "python": _python,
         "torch": _torch,
@@ -43,21 +42,22 @@ def doctor() -> dict[str, Any]:
         "disk": _disk,
         "minerl": _minerl,
     }
-    for name, look in checks.items():
+    for name, check in checks.items():
         try:
-            found[name] = look()
-        except Exception as error:  # whatever fails here is what the user came to learn about
+            report[name] = check()
+        except Exception as error:  # any failure belongs in the report
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            found[name] = {"ok": False, "found": " ".join(f"{kind}{error}".split())}
-        mark = {True: "ok", False: "FAILS", None: "-"}[found[name]["ok"]]
-        print(f"{name:12} {mark:6} {found[name]['found']}")
-    return {"ok": all(entry["ok"] is not False for entry in found.values()), **found}
+            report[name] = {"ok": False, "found": " ".join(f"{kind}{error}".split())}
+        mark = {True: "ok", False: "FAILS", None: "-"}[report[name]["ok"]]
+        print(f"{name:12} {mark:6} {report[name]['found']}")
+    return {"ok": all(entry["ok"] is not False for entry in report.values()), **report}
 
 
 def check_env(env: str, env_kwargs: dict[str, Any] | None = None, steps: int = 300) -> dict[str, Any]:
-    """Say what is wrong with an environment, and how to mend it. Exit code 1 if something is.
+    """Check an environment; report what is wrong with it and how to fix it. Exit code 1 if something is wrong.
 
-    Gymnasium's own checker; what can be stored; whole rows; determinism; exact continuation from a saved state.
+    It runs Gymnasium's own checker, and checks the spaces, whole rows, determinism, and exact continuation from a
+    saved state.
 
     examples
       longdream check-env longdream/MemoryMaze-9x9-v0
@@ -65,11 +65,11 @@ def check_env(env: str, env_kwargs: dict[str, Any] | None = None, steps: int = 3
 
     Args:
         env: a registered id, or module:Id.
-        env_kwargs: its arguments.
-        steps: of random actions.
+        env_kwargs: arguments of the environment, as JSON.
+        steps: steps with random actions.
 
     Returns:
-        ok, problems, notes, passed (sentences), and steps_per_s with random actions.
+        ok; problems, notes, passed (sentences); and steps_per_s with random actions.
 
     Raises:
         UserError: the environment is not registered, or cannot be made.
@@ -87,9 +87,9 @@ def check_env(env: str, env_kwargs: dict[str, Any] | None = None, steps: int = 3
 
 
 def _python() -> dict[str, Any]:
-    fine = (3, 11) <= sys.version_info[:2] <= (3, 12)
-    told = f"{platform.python_version()} at {sys.executable}" + ("" if fine else ": longdream needs 3.11 or 3.12")
-    return {"ok": fine, "found": told}
+    ok = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    text = f"{platform.python_version()} at {sys.executable}" + ("" if ok else ": longdream needs 3.11 or 3.12")
+    return {"ok": ok, "found": text}
 
 
 def _torch() -> dict[str, Any]:
@@ -97,25 +97,27 @@ def _torch() -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     value = float(torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device)).sum())
-    told = f"{torch.__version__}, computes on {device}"
+    text = f"{torch.__version__}, computes on {device}"
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        told += f" ({torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free)"
+        text += f" ({torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free)"
     elif shutil.which("nvidia-smi"):
-        told += ": there is an NVIDIA driver, but this build of torch cannot use it (pytorch.org/get-started)"
+        text += ": there is an NVIDIA driver, but this build of torch cannot use it (pytorch.org/get-started)"
     else:
-        told += f" with {torch.get_num_threads()} threads"
-    return {"ok": value == 512.0, "found": told, "device": device}
+        text += f" with {torch.get_num_threads()} threads"
+    return {"ok": value == 512.0, "found": text, "device": device}
 
 
 def _opengl() -> dict[str, Any]:
+    from longdream.envs import gl
+
     tried = {name: probe() for name, probe in gl.PROBES.items()}
-    told = ", ".join(
+    text = ", ".join(
         f"{name} {'works' if reason is None else f'does not ({reason})'}" for name, reason in tried.items()
     )
     if "MUJOCO_GL" in os.environ:
-        told = f"MUJOCO_GL={os.environ['MUJOCO_GL']}; {told}"
-    return {"ok": None, "found": f"{told}; used: {gl.choose()}", "tried": tried}
+        text = f"MUJOCO_GL={os.environ['MUJOCO_GL']}; {text}"
+    return {"ok": None, "found": f"{text}; used: {gl.choose()}", "tried": tried}
 
 
 def _memory_maze() -> dict[str, Any]:
@@ -135,28 +137,29 @@ def _memory_maze() -> dict[str, Any]:
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("memory-maze", "dm-control", "mujoco")
     )
-    told = f"renders: {rate:.0f} steps/s in this process, a reset takes {reset:.1f} s ({versions})"
-    return {"ok": True, "found": told, "steps_per_s": round(rate, 1), "reset_s": round(reset, 2)}
+    text = f"renders: {rate:.0f} steps/s in this process, a reset takes {reset:.1f} s ({versions})"
+    return {"ok": True, "found": text, "steps_per_s": round(rate, 1), "reset_s": round(reset, 2)}
 
 
 def _disk() -> dict[str, Any]:
     folder = Path("runs") if Path("runs").is_dir() else Path(".")
     free = shutil.disk_usage(folder).free
-    told = f"{free / 1e9:.0f} GB free for {folder.resolve()}"
-    return {"ok": None, "found": told if free > ROOM else f"{told}: little for a replay", "free_bytes": free}
+    text = f"{free / 1e9:.0f} GB free for {folder.resolve()}"
+    return {"ok": None, "found": text if free > ROOM else f"{text}: little for a replay", "free_bytes": free}
 
 
 def _minerl() -> dict[str, Any]:
+    from longdream.envs.minerl.env import PYTHON
+
     python = os.environ.get(PYTHON, "")
     if not python:
         return {"ok": None, "found": f"{PYTHON} names no interpreter that has it (docs/minerl.md)", "version": None}
-    # not imported: that takes seconds, and Minecraft is another matter
-    code = "import importlib.util as u; found = u.find_spec('minerl'); print(found.origin if found else '')"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
-    where = done.stdout.strip()
-    if done.returncode or not where:
-        said = (done.stderr.strip().splitlines() or ["it is not installed there"])[-1]
-        return {"ok": None, "found": f"not in {python}: {said}", "version": None}
+    # minerl is not imported, which would take seconds; Minecraft itself is not checked
+    code = "import importlib.util as u; spec = u.find_spec('minerl'); print(spec.origin if spec else '')"
+    result = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    if result.returncode or not result.stdout.strip():
+        reason = (result.stderr.strip().splitlines() or ["it is not installed there"])[-1]
+        return {"ok": None, "found": f"not in {python}: {reason}", "version": None}
     code = "import importlib.metadata as m; print(m.version('minerl'))"
     version = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60).stdout.strip() or None
     return {"ok": None, "found": f"{version or 'of an unknown version'} in {python}", "version": version}

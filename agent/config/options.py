@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from longdream.agent.config.ranges import check
-from longdream.agent.config.schema import Config
+from longdream import __version__ as VERSION
+from longdream.agent.config.schema import Config, Kind
 from longdream.envs.contract import UserError
+from longdream.worldmodel.fields import Mode, OnResume, problem
 
 PRESETS = Path(__file__).resolve().parents[2] / "runs" / "presets"
 SHORT = {"env": "env.id", "steps": "learn.steps", "data": "video.data"}
@@ -55,12 +58,18 @@ def load(source: str) -> Config:
         raise UserError(f"{path} is no YAML file: {error}") from None
     if not isinstance(tree or {}, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}: it must map names of settings to values")
+    tree = dict(tree or {})
+    written_by = str(tree.pop("version", VERSION))
+    if _minor(written_by) != _minor(VERSION):
+        raise UserError(f"{path} was written by longdream {written_by}, this is {VERSION}: use that version to read it")
     try:
-        config = update(Config(), dict(leaves(tree or {})))
-        check(config)
+        return update(Config(), dict(leaves(tree)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return config
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 def _nearby(path: Path) -> list[Path]:
@@ -69,7 +78,7 @@ def _nearby(path: Path) -> list[Path]:
 
 def dump(config: Config) -> str:
     """YAML that `load` turns into an equal Config."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, width=120)
+    return yaml.safe_dump({"version": VERSION} | _plain(dataclasses.asdict(config)), sort_keys=False, width=120)
 
 
 def _plain(value: Any) -> Any:
@@ -91,28 +100,83 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # -- fields ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a field of the Config says of itself. hint: its type and range. kinds: the kinds of runs that it concerns.
+    on_resume: whether a run that is resumed may change it."""
+
+    hint: Any
+    kinds: tuple[str, ...]
+    on_resume: bool
+
+
 @cache
-def fields(kind: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Dotted name and type of everything that can be set."""
-    found: dict[str, Any] = {}
-    hints = get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        name, hint = f"{prefix}{field.name}", hints[field.name]
-        found |= fields(hint, f"{name}.") if dataclasses.is_dataclass(hint) else {name: hint}
-    return found
+def fields() -> dict[str, Setting]:
+    """Everything that can be set, by dotted name."""
+    return dict(_fields(Config, "", get_args(Kind), False))
+
+
+def _fields(group: type, prefix: str, kinds: tuple[str, ...], on_resume: bool) -> Iterator[tuple[str, Setting]]:
+    hints = get_type_hints(group, include_extras=True)
+    for field in dataclasses.fields(group):
+        hint = hints[field.name]
+        notes = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        mine = next((note.kinds for note in notes if isinstance(note, Mode)), kinds)
+        mine = tuple(kind for kind in mine if kind in kinds)
+        changes = on_resume or any(isinstance(note, OnResume) for note in notes)
+        kind = get_args(hint)[0] if notes else hint
+        name = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(kind):
+            yield from _fields(cast(type, kind), f"{name}.", mine, changes)
+        else:
+            yield name, Setting(hint, mine, changes)
+
+
+def field_value(config: Config, name: str) -> Any:
+    """The value of the field with this dotted name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def update(config: Config, settings: dict[str, Any]) -> Config:
-    """`config` with other values by dotted name, each checked for its type.
+    """`config` with other values by dotted name, each checked for its type and range. An entry of a dict may be named
+    too (`env.kwargs.corridor`); the others stay.
 
     Raises:
-        UserError: an unknown name, or a value that cannot be read as the field's type.
+        UserError: an unknown name, or a value that cannot be read as the field's type or is out of its range.
     """
     for name, value in settings.items():
-        if name not in fields():
+        field, key = entry(name)
+        if field not in fields():
             raise unknown(name)
-        config = _replace(config, name.split("."), read(name, value, fields()[name]))
+        if key:  # an entry of a dict
+            value = {**field_value(config, field), key: value}
+        config = _replace(config, field.split("."), read(name, value, fields()[field].hint))
     return config
+
+
+def changed(config: Config, settings: dict[str, Any]) -> Config:
+    """As `update`, for a preset or another run as a start: arguments of an environment or settings of a controller that
+    `config` has for another one than `settings` name are dropped."""
+    for chosen, kwargs in (("env.id", "env.kwargs"), ("controller.kind", "controller.kwargs")):
+        if settings.get(chosen, field_value(config, chosen)) != field_value(config, chosen):
+            config = update(config, {kwargs: {}})
+    return update(config, settings)
+
+
+def setting(name: str) -> Setting:
+    """What the field of this dotted name, or the dict field of which it names an entry, says of itself."""
+    return fields()[entry(name)[0]]
+
+
+def entry(name: str) -> tuple[str, str]:
+    """The field of a dotted name, and the key where that names an entry of a dict: `env.kwargs.corridor`."""
+    head, _, key = name.rpartition(".")
+    if name not in fields() and head in fields() and holds(fields()[head].hint, dict):
+        return head, key
+    return name, ""
 
 
 def _replace(node: Any, path: list[str], value: Any) -> Any:
@@ -121,22 +185,26 @@ def _replace(node: Any, path: list[str], value: Any) -> Any:
 
 
 def read(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`; text is read as what it says.
+    """`value` as the type `hint`, within its range; text is read as what it says.
 
     Raises:
         UserError: it says something else; the message begins with `name`.
     """
     near = ""
+    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     try:
-        if isinstance(value, bool) and hint in (int, float):
+        if isinstance(value, bool) and plain in (int, float):
             raise ValueError("should be a number")
-        return TypeAdapter(hint).validate_python(value)
+        found = TypeAdapter(hint).validate_python(value)
+        if isinstance(found, float) and not math.isfinite(found):
+            raise ValueError("should be a finite number")
+        return found
     except ValidationError as error:
-        problem = error.errors()[0]["msg"].removeprefix("Input ").partition(", unable")[0]
+        message = problem(error)
         near = suggest(str(value), [choice for choice in _choices(hint) if isinstance(choice, str)])
     except ValueError as error:
-        problem = str(error)
-    raise UserError(f"{name} {value!r}: {problem[:1].lower()}{problem[1:]}{near}")
+        message = str(error)
+    raise UserError(f"{name} {value!r}: {message}{near}")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -195,17 +263,18 @@ def split(arguments: list[str], hint: Callable[[str], Any]) -> tuple[list[str], 
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{flag} needs a value")
             text = rest.pop(0)
-        if _holds(kind, tuple):  # 2,1 or [2, 1] or several words
+        if holds(kind, tuple):  # 2,1 or [2, 1] or several words
             while rest and not rest[0].startswith("--") and not equals:
                 text += f",{rest.pop(0)}"
             flags[flag] = [part for part in text.strip("[]()").replace(",", " ").split()]
         else:
-            flags[flag] = _yaml(flag, text) if _holds(kind, dict) else text
+            flags[flag] = _yaml(flag, text) if holds(kind, dict) else text
     return words, flags
 
 
-def _holds(hint: Any, kind: type) -> bool:
-    return get_origin(hint) is kind or any(get_origin(part) is kind for part in get_args(hint))
+def holds(hint: Any, kind: type) -> bool:
+    """Whether a type is `kind` of something, or may be."""
+    return get_origin(hint) is kind or any(holds(part, kind) for part in get_args(hint))
 
 
 def hint(flag: str) -> Any:
@@ -214,21 +283,17 @@ def hint(flag: str) -> Any:
     Raises:
         UserError: an unknown flag, with the closest ones.
     """
-    name, key = _field(flag)
-    return Any if key else fields()[name]
+    field, key = entry(_name(flag))
+    return Any if key else fields()[field].hint
 
 
-def _field(flag: str) -> tuple[str, str]:
-    """Dotted name of the field behind a flag, and the key for one entry of a dict (--env.kwargs.corridor)."""
+def _name(flag: str) -> str:
+    """The dotted name behind a flag."""
     name = SHORT.get(flag, flag)
-    if name in fields():
-        return name, ""
-    if (plain := name.replace("-", "_")) in fields():
-        return plain, ""
-    head, _, key = name.rpartition(".")
-    if get_origin(fields().get(head)) is not dict:
-        raise unknown(flag, "--", tuple(SHORT))
-    return head, key
+    for candidate in (name, name.replace("-", "_")):
+        if entry(candidate)[0] in fields():
+            return candidate
+    raise unknown(flag, "--", tuple(SHORT))
 
 
 def from_flags(flags: dict[str, Any]) -> dict[str, Any]:
@@ -239,9 +304,9 @@ def from_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for flag, value in flags.items():
-        name, key = _field(flag)
-        value = {**settings.get(name, {}), key: _yaml(flag, value)} if key else value
-        settings[name] = read(f"--{flag}", value, fields()[name])
+        name = _name(flag)
+        field, key = entry(name)
+        settings[name] = _yaml(flag, value) if key else read(f"--{flag}", value, fields()[field].hint)
     return settings
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: what launches thousands of small kernels, recorded once and launched as one."""
+"""CUDA graphs: thousands of small kernels are captured once and then launched together."""
 
 # pyright: reportPrivateImportUsage=false
 # torch._foreach_copy_: many copies in one launch
@@ -12,93 +12,99 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-WARM_UP = 3  # calls before recording, so that libraries have chosen their kernels and made their workspaces
+WARM_UP = 3  # calls before the capture, in which libraries choose their kernels and allocate their workspaces
 
 
-class Recorded(NamedTuple):
+class Capture(NamedTuple):
+    """A captured graph with the tensors that it reads and writes."""
+
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     outputs: Any
 
 
 def _kind(tensors: list[Tensor], tree: Any) -> tuple[Any, ...]:
-    """What a recording is for: a tree of tensors of such shapes and types."""
+    """The key of a capture: the structure of a tree of tensors, and their shapes and dtypes."""
     return (str(tree), *((t.shape, t.dtype) for t in tensors))
 
 
 class Graphed:
-    """A function from trees of CUDA tensors to trees of tensors, without gradient, recorded at its first call with
+    """A function from trees of CUDA tensors to trees of tensors, without gradient, captured at its first call with
     inputs of given shapes.
 
-    The function must do the same work at every call: no branching on values, nothing moved to the host. Parameters
-    that it reads may change in place; random numbers go on from call to call. What a call returns is overwritten by
-    the next.
+    The function must launch the same kernels at every call: no branching on values, no copies to the host. Parameters
+    that it reads may change in place. The random stream continues from call to call. The next call overwrites the
+    outputs.
     """
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self.recorded: dict[Any, Recorded] = {}
+        self.captured: dict[Any, Capture] = {}
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
         tensors, tree = pytree.tree_flatten(args)
         key = _kind(tensors, tree)
-        if key not in self.recorded:
-            self.recorded[key] = self._record(tensors, tree)
-        found = self.recorded[key]
-        torch._foreach_copy_(found.inputs, tensors)
-        found.graph.replay()
-        return found.outputs
+        if key not in self.captured:
+            self.captured[key] = self._capture(tensors, tree)
+        captured = self.captured[key]
+        torch._foreach_copy_(captured.inputs, tensors)
+        captured.graph.replay()
+        return captured.outputs
 
-    def _record(self, tensors: list[Tensor], tree: Any) -> Recorded:
+    def _capture(self, tensors: list[Tensor], tree: Any) -> Capture:
         inputs = [t.clone() for t in tensors]
         args = pytree.tree_unflatten(inputs, tree)
-        graph, outputs = record(lambda: self.function(*args))
-        return Recorded(graph, inputs, outputs)
+        graph, outputs = capture(lambda: self.function(*args))
+        return Capture(graph, inputs, outputs)
 
 
 class GraphedUpdate:
-    """As Graphed, for a function that learns: with gradients, and changing what it owns, so that no call is made for
-    practice. The first WARM_UP calls with inputs of given shapes just run; the next is recorded and, as all later ones,
-    replayed. Of several shapes only the last are kept, since a recording of an update holds its activations."""
+    """As Graphed, for an update: it computes gradients and changes parameters, so there are no extra warm-up calls.
+
+    The first WARM_UP calls with inputs of given shapes run normally. The next call is captured; it and all later ones
+    replay the graph. Only the graph of the latest shapes is kept, since it holds the activations of an update."""
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
         self.aside = torch.cuda.Stream()
         self.key: Any = None
         self.calls = 0
-        self.recorded: Recorded | None = None
+        self.captured: Capture | None = None
 
     def __call__(self, *args: Any) -> Any:
         tensors, tree = pytree.tree_flatten(args)
         key = _kind(tensors, tree)
         if key != self.key:
-            self.key, self.calls, self.recorded = key, 0, None
+            self.key = key
+            self.calls = 0
+            self.captured = None
         self.calls += 1
-        if self.calls <= WARM_UP:  # beside the stream that recordings are replayed in: gradients remember theirs
+        if self.calls <= WARM_UP:  # in the capture's stream: autograd's accumulators remember their stream
             self.aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.aside):
-                found = self.function(*args)
+                outputs = self.function(*args)
             torch.cuda.current_stream().wait_stream(self.aside)
-            return found
-        if self.recorded is None:
-            self.recorded = self._record(tensors, tree)
-        torch._foreach_copy_(self.recorded.inputs, tensors)
-        self.recorded.graph.replay()
-        return self.recorded.outputs
+            return outputs
+        if self.captured is None:
+            self.captured = self._capture(tensors, tree)
+        torch._foreach_copy_(self.captured.inputs, tensors)
+        self.captured.graph.replay()
+        return self.captured.outputs
 
-    def _record(self, tensors: list[Tensor], tree: Any) -> Recorded:
-        inputs, graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
+    def _capture(self, tensors: list[Tensor], tree: Any) -> Capture:
+        inputs = [t.clone() for t in tensors]
+        graph = torch.cuda.CUDAGraph()
         args = pytree.tree_unflatten(inputs, tree)
-        # other threads, which read clips and bring them to the device, go on meanwhile
+        # thread_local: other threads keep reading clips and copying them to the device
         with torch.cuda.graph(graph, stream=self.aside, capture_error_mode="thread_local"):
             outputs = self.function(*args)
-        return Recorded(graph, inputs, outputs)
+        return Capture(graph, inputs, outputs)
 
 
-class Replayed:
-    """As Graphed, for a function without arguments: what it reads and writes are tensors that stay where they are. A
-    call is the launch of its graph and nothing else."""
+class GraphedCall:
+    """As Graphed, for a function without arguments, whose inputs and outputs are tensors at fixed addresses. A call
+    launches its graph and does nothing else."""
 
     def __init__(self, function: Callable[[], Any]):
         self.function = function
@@ -107,15 +113,14 @@ class Replayed:
 
     def __call__(self) -> Any:
         if self.graph is None:
-            self.graph, self.outputs = record(self.function)
+            self.graph, self.outputs = capture(self.function)
         self.graph.replay()
         return self.outputs
 
 
 @torch.no_grad()
-def record(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of what the function does, and what it returned: tensors that each replay writes anew. It is called a
-    few times for it."""
+def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Capture a function, after WARM_UP calls. Returns the graph, and the outputs, which each replay overwrites."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):

@@ -1,1 +1,1 @@
-"""What is learned from: replay, episodes on disk, recorded video."""
+"""Data: the replay buffer, episodes on disk, recorded video."""

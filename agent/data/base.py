@@ -1,4 +1,4 @@
-"""What trainers ask of a replay, wherever it is kept."""
+"""The interface of replay buffers, on disk or on a device."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 
 
 class ReplayBuffer(Protocol):
-    """Rows of n streams, the oldest of which make room for new ones. `Replay` keeps them on disk, `DeviceReplay` in the
-    memory of the device; each has an `add` of its own, for arrays or for tensors."""
+    """A bounded buffer of the rows of n streams; the oldest rows are dropped first. `Replay` keeps them on disk,
+    `DeviceReplay` in the memory of the device. Each has its own `add`, for arrays or for tensors."""
 
     def __len__(self) -> int:
-        """Rows kept, over all streams."""
+        """Number of rows in the buffer, over all streams."""
         ...
 
     @property
     def longest_clip(self) -> int:
-        """Rows of the longest clip that a full replay can always sample."""
+        """Length of the longest clip that a full replay can always sample, in rows."""
         ...
 
     def can_sample(self, length: int) -> bool:
-        """Whether there is a clip of `length` rows."""
+        """Whether the buffer holds a clip of `length` rows."""
         ...
 
     def sample(
@@ -32,20 +32,24 @@ class ReplayBuffer(Protocol):
         episode_start_fraction: float = 0.0,
         priority_fraction: float = 0.0,
     ) -> dict[str, Any]:
-        """`batch` clips of `length` rows: the first share of them begin where an episode begins, the second share are
-        around rows of high priority, the others anywhere. Fields are `(B, T, ...)`, `obs` a dict of them."""
+        """Sample `batch` clips of `length` rows.
+
+        A clip begins at the first row of an episode with probability `episode_start_fraction`, lies around a row of
+        high priority with probability `priority_fraction`, and is uniform otherwise. Fields are `(B, T, ...)`; `obs` is
+        a dict of fields.
+        """
         ...
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, for a checkpoint."""
+        """The state that `restore` takes, for a checkpoint."""
         ...
 
     def restore(self, state: dict[str, Any]) -> list[str]:
-        """Go back to that state; warnings of what was lost."""
+        """Restore a saved state. Returns a warning for each loss."""
         ...
 
     def commit_eviction(self) -> None:
-        """Called when a checkpoint with the last `state` is on disk: what it does not need may go."""
+        """Delete what the last `state` does not need. Called once a checkpoint with that state is on disk."""
         ...
 
     def close(self) -> None: ...

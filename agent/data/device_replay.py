@@ -1,7 +1,7 @@
-"""A replay in the memory of the device that learns: frames of an environment that makes tensors never leave it.
+"""A replay buffer in the memory of the device: frames of an environment that returns tensors never leave it.
 
-For vector environments with `reset_tensors(seed)` and `step_tensors(actions)`, NEXT_STEP autoreset and a Discrete
-action, like `longdream/FastMemoryMaze-9x9-v0`. The counterpart of agent/data/replay.py.
+It needs a vector environment with `reset_tensors(seed)` and `step_tensors(actions)`, NEXT_STEP autoreset and a Discrete
+action, such as `longdream/FastMemoryMaze-9x9-v0`. agent/data/replay.py is the replay buffer on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longdream.envs.contract import EnvSpec, UserError
 
 
 class DeviceRow(NamedTuple):
-    """A row of n copies, as longdream.envs.contract.Row, of tensors."""
+    """One time step of n copies: as `longdream.envs.contract.Row`, but of tensors."""
 
     obs: dict[str, Tensor]
     is_first: Tensor
@@ -26,12 +26,12 @@ class DeviceRow(NamedTuple):
 
 
 class DeviceReplay:
-    """The last `capacity` rows of n streams in the memory of `device`: a ring, (time, stream).
+    """The last `capacity` rows of n streams in the memory of `device`: a ring buffer with axes (time, stream).
 
-    It is no part of a checkpoint: a run that is resumed collects anew before it learns on.
+    Checkpoints do not contain it. A resumed run fills it again before it learns.
 
     Raises:
-        UserError: more than the device has room for.
+        UserError: the capacity is too small, or the device has too little memory for it.
     """
 
     def __init__(
@@ -58,24 +58,24 @@ class DeviceReplay:
                 name: torch.zeros(self.times, num_envs, *shape, dtype=kind, device=device)
                 for name, (shape, kind) in shapes.items()
             }
-        except RuntimeError:  # on CUDA, OutOfMemoryError, which is one
+        except RuntimeError:  # OutOfMemoryError on CUDA is a subclass
             raise UserError(
                 f"replay.capacity = {capacity:,} rows do not fit the memory of {device}: lower it, or keep the replay "
                 f"on disk (replay.keep = disk)"
             ) from None
-        self.firsts = np.zeros((self.times, num_envs), bool)  # is_first once more, where drawing needs no device
-        self.added = 0  # rows of each stream so far
+        self.firsts = np.zeros((self.times, num_envs), bool)  # is_first on the host: sampling does not wait for it
+        self.added = 0  # rows added to each stream so far
 
     def __len__(self) -> int:
         return min(self.added, self.times) * self.num_envs
 
     @property
     def longest_clip(self) -> int:
-        """Rows of the longest clip that a full replay can draw."""
+        """Length of the longest clip that a full replay can sample, in rows."""
         return self.times
 
     def add(self, row: DeviceRow, action: Tensor, surprise: Tensor, first: np.ndarray) -> None:
-        """One row of every stream; first `(n,)` is row.is_first on the host."""
+        """Append one row to every stream; first `(n,)` is row.is_first on the host."""
         at = self.added % self.times
         for key, value in row.obs.items():
             self.fields[f"obs/{key}"][at] = value
@@ -97,10 +97,10 @@ class DeviceReplay:
         episode_start_fraction: float = 0.0,
         priority_fraction: float = 0.0,
     ) -> dict[str, Any]:
-        """`batch` clips of `length` rows, sampled as `Replay.sample` does; tensors on the device."""
+        """Sample `batch` clips of `length` rows as `Replay.sample` does. Fields are tensors on the device."""
         held = min(self.added, self.times)
         oldest = self.added - held  # times count from the first row ever added
-        last = held - length  # of where a clip may begin, counted from the oldest row
+        last = held - length  # the last row at which a clip can begin, counted from the oldest row
         begin = rng.integers(last + 1, size=batch)
         env = rng.integers(self.num_envs, size=batch)
         kind = rng.random(batch)
@@ -126,7 +126,8 @@ class DeviceReplay:
                 high = np.minimum(anchor, last)
                 begin[by_priority] = low + (rng.random(by_priority.size) * (high - low + 1)).astype(np.int64)
         time = (oldest + begin[:, None] + np.arange(length)) % self.times
-        rows, streams = (torch.from_numpy(v).to(self.device) for v in (time, env[:, None]))
+        rows = torch.from_numpy(time).to(self.device)
+        streams = torch.from_numpy(env[:, None]).to(self.device)
         out = {name: values[rows, streams] for name, values in self.fields.items()}
         out["action"] = out["action"].float()
         obs = {name[4:]: out.pop(name) for name in list(out) if name.startswith("obs/")}
@@ -139,7 +140,7 @@ class DeviceReplay:
         return ["the replay was in the accelerator's memory: it is collected anew before learning goes on"]
 
     def commit_eviction(self) -> None:
-        """Nothing of it is on disk."""
+        """Does nothing: there are no files."""
 
     def close(self) -> None:
         self.fields = {}

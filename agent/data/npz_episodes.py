@@ -1,8 +1,8 @@
-"""Episodes on disk as the published offline data of Memory Maze has them: an NPZ file for each, 1,001 rows.
+"""Episodes in the format of the published offline data of Memory Maze: one NPZ file per episode, 1,001 rows each.
 
-The layout is that of the data set of Pasukonis, Lillicrap and Hafner (2022, arXiv 2210.13383). Row t holds what is seen
-and true at time t, and the action and reward that led there: row 0 has neither, so both are 0. (In the rows of
-docs/conventions.md, action_t is chosen from obs_t: it is `action[t + 1]` here.)
+The format is that of the data set of Pasukonis, Lillicrap and Hafner (2022, arXiv 2210.13383). Row t holds the
+observation and the true state at time t, and the action and reward that led there. Row 0 has neither; both are 0 there.
+(In the rows of docs/conventions.md, action_t is chosen from obs_t. Here it is `action[t + 1]`.)
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 from longdream.envs.contract import UserError
 
 STEPS = 1000
-"""Of an episode on disk; longer ones are cut there. Rows are one more."""
+"""Steps of an episode on disk; longer episodes are cut. It has one row more."""
 
-# Axes by letter: t rows, s cells along a side, k targets; kinds of numpy's dtypes, "b" being what is called binary.
+# Axes by letter: t rows, s cells along a side, k targets. Then the allowed kinds of NumPy dtypes; "b" is boolean.
 LAYOUT: dict[str, tuple[str, str]] = {
     "image": ("t 64 64 3", "u"),
     "action": ("t 6", "buif"),
@@ -34,13 +34,13 @@ LAYOUT: dict[str, tuple[str, str]] = {
     "target_vec": ("t 2", "f"),
     "target_color": ("t 3", "f"),
 }
-"""Shape and kinds of type of every entry; docs/memory-maze.md tells units and axes."""
+"""Shape and allowed types of every entry; docs/memory-maze.md lists units and axes."""
 
 
 def row(
     image: np.ndarray, action: int | None, reward: float, probes: Mapping[str, np.ndarray], actions: int = 6
 ) -> dict[str, np.ndarray]:
-    """One row of an episode: the picture and probes after `action` (None before the first) brought `reward`."""
+    """One row of an episode: image and probes after `action` (None in the first row), which earned `reward`."""
     prompted = int(probes["target_index"])
     hot = np.zeros(actions, np.float32)
     if action is not None:
@@ -57,7 +57,11 @@ def row(
 
 
 def write(path: Path, rows: list[dict[str, np.ndarray]]) -> None:
-    """Write an episode, row after row, under a temporary name first: a file of that name is a whole one."""
+    """Write the rows of an episode to `path`. They go to a temporary file first, so that `path` is never incomplete.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     episode = {key: np.stack([row[key] for row in rows]) for key in LAYOUT}
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -70,14 +74,14 @@ def write(path: Path, rows: list[dict[str, np.ndarray]]) -> None:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The entries of LAYOUT of one file, published or ours; others that it has are left out.
+    """Read the entries of LAYOUT from one file, published or ours; other entries are ignored.
 
     Returns:
         arrays with a row per time step: image uint8 (T, 64, 64, 3), action (T, 6) one-hot, reward (T,), and the
         probes, in the types that the file has.
 
     Raises:
-        UserError: no such file, a damaged one, or one of another layout; the message names file and entry.
+        UserError: the file is missing or damaged, or has another layout; the message names file and entry.
     """
     try:
         with open(path, "rb") as stream:
@@ -119,7 +123,8 @@ def check_shapes(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dic
         raise ValueError(f"has no {', '.join(missing)}: it is no episode of Memory Maze's offline data")
     sizes: dict[str, int] = {}
     for key, (axes, kinds) in LAYOUT.items():
-        (shape, dtype), names = entries[key], axes.split()
+        shape, dtype = entries[key]
+        names = axes.split()
         fits = len(shape) == len(names) and all(
             size == (int(name) if name.isdigit() else sizes.setdefault(name, size))
             for name, size in zip(names, shape, strict=True)
@@ -133,7 +138,7 @@ def check_shapes(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dic
 
 
 def _check(path: Path, episode: dict[str, np.ndarray]) -> None:
-    """Raise UserError for shapes and types that are not those of LAYOUT, and values that cannot be."""
+    """Raise UserError where shapes or types differ from LAYOUT, or values are impossible."""
     try:
         sizes = check_shapes({key: (value.shape, value.dtype) for key, value in episode.items()})
     except ValueError as error:

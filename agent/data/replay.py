@@ -1,8 +1,8 @@
-"""What really happened, on disk: a bounded, memory-mapped ring of rows that survives kills and damage.
+"""The replay buffer on disk: a bounded, memory-mapped ring of rows that survives a killed process and damaged files.
 
-Rows come in streams, one per environment, and share one clock: row `time` of every stream was added by the same call.
-A segment file holds `segment_rows` consecutive times of all streams, laid out (field, env, time), so that a clip of one
-stream is one piece of memory per field. Segment s covers the times [s * segment_rows, (s + 1) * segment_rows).
+Rows come in streams, one per environment. All streams share one clock: row `time` of every stream was added by the same
+call. A segment file holds `segment_rows` consecutive times of all streams, laid out (field, env, time), so that a clip
+of one stream is contiguous in memory per field. Segment s covers the times [s * segment_rows, (s + 1) * segment_rows).
 """
 
 import re
@@ -12,25 +12,27 @@ from typing import Literal
 
 import numpy as np
 
-from longdream.agent.data.segment import Segment, DamagedSegment, Fields
+from longdream.agent.data.segment import DamagedSegment, Fields, Segment
 from longdream.envs.contract import EnvSpec, Row, UserError
 
 MAX_SEGMENTS = 128  # each mapping holds a file descriptor
-RELEASE_BYTES = 128 << 20  # mapped pages count as resident memory: hand them back after touching this many bytes
-FAULT_BYTES = 64 << 10  # what one page fault maps at most
+RELEASE_BYTES = 128 << 20  # mapped pages count as resident memory: release them after touching this many bytes
+FAULT_BYTES = 64 << 10  # the most that one page fault maps
 
 
 class Replay:
     """Bounded replay of `capacity` rows (all streams together) in `folder`.
 
-    A new object is empty and touches no file: call `restore` to continue a saved one; the first `add` without it
-    removes the segment files that an earlier run left in the folder before its first checkpoint.
+    A new object is empty and touches no file. Call `restore` to continue a saved replay. Without it, the first `add`
+    removes segment files that an earlier run left in the folder before its first checkpoint.
 
     Args:
-        spec: what one row of one environment holds. Images stay uint8; categorical actions are stored as uint8.
-        segment_rows: times per segment file; None chooses it from the capacity. The oldest segment makes room for a new one.
-        priority: what gives a row priority, as ReplayConfig says it.
-    Raises UserError when the capacity is too small for two segments.
+        spec: observations and actions of one environment. Images stay uint8; categorical actions are stored as uint8.
+        segment_rows: times per segment file; None chooses it from the capacity. A new segment replaces the oldest.
+        priority: what gives a row its priority, see ReplayConfig.
+
+    Raises:
+        UserError: the capacity is too small for two segments, or there would be too many segments.
     """
 
     def __init__(
@@ -43,13 +45,13 @@ class Replay:
         priority: Literal["surprise", "reward"] = "surprise",
     ):
         per_env = capacity // num_envs
-        # At most MAX_SEGMENTS files; small replays get eight segments, so that eviction forgets an eighth at a time.
+        # At most MAX_SEGMENTS files. Small replays get eight segments, so that eviction drops an eighth at a time.
         self.segment_rows = segment_rows or max(-(-per_env // MAX_SEGMENTS), min(1024, per_env // 8), 1)
         self.max_segments = per_env // self.segment_rows
         if self.max_segments < 2:
             raise UserError(
-                f"replay capacity {capacity:,} is too small for {num_envs} environments with {self.segment_rows:,} rows "
-                f"in a segment: set it to {2 * num_envs * self.segment_rows:,} or more"
+                f"replay capacity {capacity:,} is too small for {num_envs} environments with {self.segment_rows:,} "
+                f"rows in a segment: set it to {2 * num_envs * self.segment_rows:,} or more"
             )
         if self.max_segments > 4 * MAX_SEGMENTS:
             raise UserError(
@@ -60,7 +62,7 @@ class Replay:
         self.num_envs = num_envs
         self.capacity = capacity
         self.priority = priority
-        self.longest_clip = (self.max_segments - 1) * self.segment_rows  # that a full replay can always sample
+        self.longest_clip = (self.max_segments - 1) * self.segment_rows  # a full replay can always sample it
         self.fields: Fields = {f"obs/{key}": (obs.shape, obs.dtype) for key, obs in spec.obs.items()}
         self.fields |= {
             "action": ((spec.action.size,), np.dtype(np.uint8 if spec.action.parts else np.float32)),
@@ -69,13 +71,13 @@ class Replay:
             "terminated": ((), np.dtype(bool)),
             "truncated": ((), np.dtype(bool)),
             "surprise": ((), np.dtype(np.float32)),
-            # Running sum of priority along a stream within the segment: sampling in proportion to it is a binary search.
+            # Cumulative sum of priority along a stream within the segment: sampling by priority is a binary search.
             "mass": ((), np.dtype(np.float64)),
         }
         self._segments: dict[int, Segment] = {}  # by sequence number, oldest first
         self._head: Segment | None = None  # the segment being written
         self._next = 0  # sequence number of the next segment
-        self._evicted: list[Path] = []  # no longer sampled, perhaps still needed by the checkpoint on disk
+        self._evicted: list[Path] = []  # no longer sampled, but the checkpoint on disk may still need them
         self._deletable: list[Path] = []  # evicted before the last state()
         self._fresh = True  # nothing added or restored yet
         self._touched = 0  # bytes of mapped pages used since the last release
@@ -87,10 +89,15 @@ class Replay:
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def add(self, row: Row, action: np.ndarray, surprise: np.ndarray) -> None:
-        """Append one row per environment; action (n, A) encoded and chosen from row.obs, surprise (n,) finite.
+        """Append one row per environment.
 
-        Raises ValueError for anything that does not fit the spec, DiskFull when a new segment finds no room (the replay
-        is unchanged then).
+        Args:
+            action: `(n, A)`, encoded, chosen from row.obs.
+            surprise: `(n,)`, finite.
+
+        Raises:
+            ValueError: something does not fit the spec.
+            DiskFull: no room for a new segment; the replay is unchanged then.
         """
         values: dict[str, np.ndarray] = {f"obs/{key}": value for key, value in row.obs.items()}
         values |= {"action": action, "reward": row.reward, "is_first": row.is_first}
@@ -149,7 +156,7 @@ class Replay:
     # -- saving and restoring -----------------------------------------------------------------------------------------
 
     def state(self) -> dict:
-        """The replay at this moment as small JSON values, its rows synced to disk: goes into a checkpoint."""
+        """The state for a checkpoint, as small JSON values. All rows are synced to disk first."""
         for segment in self._segments.values():
             segment.sync()
         self._release(everything=True)
@@ -158,19 +165,21 @@ class Replay:
         return {"layout": self._layout(), "next": self._next, "segments": segments}
 
     def commit_eviction(self) -> None:
-        """Delete what was evicted before the last `state()`. Call it once the checkpoint with that state is on disk."""
+        """Delete files evicted before the last `state()`. Call it once the checkpoint with that state is on disk."""
         for path in self._deletable:
             path.unlink(missing_ok=True)
         self._evicted = [path for path in self._evicted if path not in self._deletable]
         self._deletable = []
 
     def restore(self, state: dict) -> list[str]:
-        """Put the replay back to `state` exactly; returns a warning for each segment that had to be dropped.
+        """Restore `state` exactly. Returns a warning for each segment that had to be dropped.
 
-        Rows added after the state was taken are forgotten. Every segment is verified; one that is missing, truncated or
-        altered is dropped with all of its rows, and leaves a gap that no clip spans. Its file stays until the next
+        Rows added after the state was taken are dropped. Every segment is verified. One that is missing, truncated or
+        altered is dropped with all of its rows and leaves a gap that no clip spans. Its file stays until the next
         `commit_eviction`.
-        Raises UserError when the state belongs to a replay of another layout.
+
+        Raises:
+            UserError: the state belongs to a replay of another layout.
         """
         for key, value in self._layout().items():
             if state["layout"].get(key) != value:
@@ -203,7 +212,12 @@ class Replay:
 
     def _layout(self) -> dict:
         fields = {name: [list(shape), dtype.str] for name, (shape, dtype) in self.fields.items()}
-        return {"num_envs": self.num_envs, "capacity": self.capacity, "segment_rows": self.segment_rows, "fields": fields}
+        return {
+            "num_envs": self.num_envs,
+            "capacity": self.capacity,
+            "segment_rows": self.segment_rows,
+            "fields": fields,
+        }
 
     def close(self) -> None:
         """Unmap all files; the replay is unusable afterwards."""
@@ -232,17 +246,20 @@ class Replay:
         episode_start_fraction: float = 0.0,
         priority_fraction: float = 0.0,
     ) -> dict:
-        """Sample `batch` clips of `length` rows of one stream each: contiguous, across no gap, not past the newest row.
+        """Sample `batch` clips of `length` contiguous rows, each of one stream.
 
-        Returns obs (dict of (B, T, ...)), action (B, T, A) float32, reward and surprise (B, T) float32, is_first,
-        terminated and truncated (B, T) bool; fresh arrays, the caller's own.
+        With probability `episode_start_fraction`, a clip begins at an is_first row. With probability
+        `priority_fraction`, it contains, at a random offset, a row that is sampled in proportion to its priority. The
+        priority is its surprise (negative surprise counts as 0), or 1 for rows with a reward. All other clips are
+        uniform over all clips, and so are those for which no such row exists. Clips may span episodes. A clip that
+        begins within an episode has is_first False in its first row; the caller resets M's state where a clip starts.
 
-        Each clip is, with probability `episode_start_fraction`, one that begins at an is_first row; with probability
-        `priority_fraction`, one around a row that is sampled in proportion to its surprise (negative surprise counts as
-        0) or evenly from those with a reward, at a random offset; else uniform over all clips. Where there is no such
-        row the clip is uniform. Clips may span episodes. A clip that begins within an episode has is_first False in its
-        first row, as it happened: whoever consumes it resets the state at the start of a clip.
-        Raises UserError when there is no clip of that length.
+        Returns:
+            obs (dict of (B, T, ...)), action (B, T, A) float32, reward and surprise (B, T) float32, is_first,
+            terminated and truncated (B, T) bool. The arrays belong to the caller.
+
+        Raises:
+            UserError: the replay holds no clip of that length.
         """
         special = episode_start_fraction + priority_fraction
         if not (episode_start_fraction >= 0 and priority_fraction >= 0 and special <= 1):
@@ -269,7 +286,8 @@ class Replay:
         """The maximal gapless intervals of time, [low, high), oldest first."""
         spans: list[tuple[int, int]] = []
         for segment in self._segments.values():
-            low, high = segment.begin, segment.begin + segment.rows
+            low = segment.begin
+            high = low + segment.rows
             if spans and spans[-1][1] == low:
                 spans[-1] = (spans[-1][0], high)
             else:
@@ -284,7 +302,7 @@ class Replay:
     def _uniform(self, rng, spans, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         ends = np.cumsum([high - low - length + 1 for low, high in spans])
         draw = rng.integers(ends[-1] * self.num_envs, size=batch)
-        envs, place = draw % self.num_envs, draw // self.num_envs
+        place, envs = np.divmod(draw, self.num_envs)
         span = np.searchsorted(ends, place, side="right")
         # The last possible start of a span is `high - length`, at place ends - 1.
         return envs, place - ends[span] + 1 + np.array([high - length for _, high in spans])[span]
@@ -298,7 +316,8 @@ class Replay:
             k = int(np.searchsorted(ends, draw, side="right"))
             segment, count = pairs[k]
             index = int(draw - ends[k] + count)
-            envs[i], times[i] = segment.start_envs[index], segment.start_times[index]
+            envs[i] = segment.start_envs[index]
+            times[i] = segment.start_times[index]
 
     def _from_priority(self, rng, spans, length: int, envs, times, which) -> None:
         pairs = list(self._segments_in(spans))
@@ -313,8 +332,10 @@ class Replay:
             env = _pick(by_env, rest)
             mass = segment.data["mass"][env, : segment.rows]
             anchor = segment.begin + _pick(mass, rest - (by_env[env - 1] if env else 0.0))
-            first, last = max(low, anchor - length + 1), min(anchor, high - length)
-            envs[i], times[i] = env, first + int(offset * (last - first + 1))
+            first = max(low, anchor - length + 1)
+            last = min(anchor, high - length)
+            envs[i] = env
+            times[i] = first + int(offset * (last - first + 1))
 
     def _gather(self, envs: list[int], times: list[int], length: int) -> dict:
         out: dict[str, np.ndarray] = {}
@@ -338,5 +359,5 @@ class Replay:
 
 
 def _pick(ends: np.ndarray, level: float) -> int:
-    """First index whose running sum exceeds `level`: one of positive weight, also where rounding left the range."""
+    """First index whose cumulative sum exceeds `level`. Its weight is positive even where rounding leaves the range."""
     return int(np.searchsorted(ends, min(max(level, 0.0), np.nextafter(ends[-1], 0)), side="right"))

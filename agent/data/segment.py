@@ -1,4 +1,4 @@
-"""One file of the replay: consecutive times of all streams, mapped into memory and checked by checksum."""
+"""One file of the replay: consecutive times of all streams, memory-mapped and verified by checksum."""
 
 import mmap
 import os
@@ -17,14 +17,16 @@ Fields = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape of one row
 
 
 class DamagedSegment(Exception):
-    """Says what is wrong with a segment file."""
+    """A segment file cannot be used. The message says what is wrong with it."""
 
 
 class Segment:
-    """One mapped file: `rows` written times of all streams, with what sampling needs of them in memory."""
+    """One mapped file with `rows` written times of all streams. What sampling needs of them is kept in memory."""
 
     def __init__(self, handle: int, seq: int, num_envs: int, length: int, fields: Fields):
-        self.seq, self.begin, self.rows = seq, seq * length, 0
+        self.seq = seq
+        self.begin = seq * length
+        self.rows = 0
         offsets, size = _offsets(num_envs, length, fields)
         self.map = mmap.mmap(handle, size)
         self.data: dict[str, np.ndarray] = {}
@@ -33,10 +35,11 @@ class Segment:
             block = np.frombuffer(self.map, dtype, count, offsets[name])
             self.data[name] = block.reshape(num_envs, length, *shape)
         self.row_bytes = size // (num_envs * length)
-        self.totals = np.zeros(num_envs)  # sum of mass by stream
-        self.start_times, self.start_envs = array("q"), array("q")  # is_first rows, by time
-        self._sums = [[0] * num_envs for _ in fields]  # running checksum of each stream of each field ...
-        self._summed = 0  # ... up to this row
+        self.totals = np.zeros(num_envs)  # sum of priority by stream
+        self.start_times = array("q")  # of is_first rows, in order of time
+        self.start_envs = array("q")  # their streams
+        self._sums = [[0] * num_envs for _ in fields]  # checksum of each stream of each field, up to row _summed
+        self._summed = 0
         self._synced = 0
 
     @classmethod
@@ -44,7 +47,7 @@ class Segment:
         size = _offsets(num_envs, length, fields)[1]
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            os.posix_fallocate(handle, 0, size)  # now or never: a page without room behind it would kill us later
+            os.posix_fallocate(handle, 0, size)  # writing to a mapped page without disk space kills the process
             return cls(handle, seq, num_envs, length, fields)
         except OSError as error:
             path.unlink()
@@ -52,13 +55,13 @@ class Segment:
                 raise DiskFull(path.parent, size, error) from error
             raise
         finally:
-            os.close(handle)  # the mapping has its own
+            os.close(handle)  # the mapping has its own handle
 
     @classmethod
     def open(
         cls, path: Path, seq: int, num_envs: int, length: int, fields: Fields, rows: int, checksum: int
     ) -> "Segment":
-        """Map an existing file, or raise DamagedSegment unless its first `rows` times have this checksum."""
+        """Map an existing file. Raises DamagedSegment unless its first `rows` times have this checksum."""
         size = _offsets(num_envs, length, fields)[1]
         try:
             handle = os.open(path, os.O_RDWR)
@@ -84,7 +87,7 @@ class Segment:
         return segment
 
     def append(self, values: dict[str, np.ndarray], mass: np.ndarray) -> None:
-        """One row of every stream, and how likely each is to be drawn, `(n,)` >= 0."""
+        """Append one row to every stream. mass `(n,)` >= 0 is the priority of each."""
         for name, value in values.items():
             self.data[name][:, self.rows] = value
         self.totals = self.totals + mass
@@ -99,7 +102,7 @@ class Segment:
         return bisect_right(self.start_times, limit)
 
     def checksum(self) -> int:
-        """CRC-32 over the checksums of every stream of every field; only rows new since the last call are read."""
+        """CRC-32 over the checksums of every stream of every field. Only rows added since the last call are read."""
         if self._summed < self.rows:
             for sums, data in zip(self._sums, self.data.values(), strict=True):
                 for env, stream in enumerate(data[:, self._summed : self.rows]):
@@ -108,7 +111,7 @@ class Segment:
         return zlib.crc32(np.array(self._sums, np.uint32).tobytes())
 
     def release(self) -> None:
-        """Hand the mapped pages back, which count as resident memory. The data stays in the page cache or on disk."""
+        """Release the mapped pages, which count as resident memory. The data stays in the page cache or on disk."""
         self.map.madvise(mmap.MADV_DONTNEED)
 
     def sync(self) -> None:
@@ -117,13 +120,14 @@ class Segment:
             self._synced = self.rows
 
     def close(self) -> None:
-        self.data.clear()  # views keep a map from closing
+        self.data.clear()  # a map cannot be closed while views of it exist
         self.map.close()
 
 
 def _offsets(num_envs: int, length: int, fields: Fields) -> tuple[dict[str, int], int]:
-    """Where each field begins in a segment file, and the size of the file."""
-    offsets, size = {}, 0
+    """The offset of each field in a segment file, and the size of the file, in bytes."""
+    offsets: dict[str, int] = {}
+    size = 0
     for name, (shape, dtype) in fields.items():
         offsets[name] = size
         size += -(-num_envs * length * int(np.prod(shape)) * dtype.itemsize // ALIGN) * ALIGN

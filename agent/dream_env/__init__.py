@@ -1,1 +1,1 @@
-"""``longdream/Dream-v0``: the dream of a trained world model as a Gymnasium vector environment."""
+"""``longdream/Dream-v0``: the dreams of a trained world model as a Gymnasium vector environment."""

@@ -1,4 +1,4 @@
-"""``longdream/Dream-v0``: the dream of a trained M as a Gymnasium environment, natively vectorised.
+"""``longdream/Dream-v0``: dreams of a trained M as a natively vectorised Gymnasium environment.
 
 import gymnasium as gym
 import longdream  # registers it
@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from longdream.agent.core.agent import Agent
-from longdream.agent.core.cuda_graphs import Replayed
-from longdream.agent.core.learner import own_randomness
+from longdream.agent.core.cuda_graphs import GraphedCall
+from longdream.agent.core.device import own_randomness
 from longdream.agent.dream_env.spaces import action_space, observation_space, picture
 from longdream.agent.dream_env.starts import (
     Device,
@@ -48,41 +48,41 @@ POOL = 1024
 
 
 class DreamVecEnv(gym.vector.VectorEnv):
-    """num_envs dreams side by side.
+    """A batch of num_envs dreams.
 
-    Each step, M draws the next frame after the action; reward is the one that M expects; the dream is terminated with
-    the probability that M gives to an end, and truncated after ``horizon`` steps. Actions are the real environment's
-    own. Infos are empty, but for ``final_obs`` with SAME_STEP autoreset.
+    At each step M samples the next frame given the action. The reward is M's expected reward. The dream terminates with
+    the probability that M predicts, and is truncated after ``horizon`` steps. The action space is that of the real
+    environment. Infos are empty except for ``final_obs`` with SAME_STEP autoreset.
 
-    **Seeds.** ``reset(seed=s)`` and the same actions give the same dream again, for an equal checkpoint, equal
-    arguments and, bit for bit, on the CPU. What a copy dreams depends on the seed, on num_envs, on the copy's index
-    and on its own actions, but not on those of other copies. torch's global streams are left as they were.
+    **Seeds.** ``reset(seed=s)`` and the same actions reproduce a dream, given the same checkpoint and arguments; on the
+    CPU bit for bit. A copy's dream depends on the seed, on num_envs, on the copy's index and on its own actions, not on
+    those of other copies. torch's global random state is not changed.
 
     Args:
-        num_envs: copies.
-        checkpoint: the folder of a run, whose newest checkpoint is taken; or an Agent.
-        observation: ``"feature"``, what C sees: Box (F,), with M's memory in it. ``"latent"``: Box (N * D,), the
-            frame's latents. ``"image"``: what V decodes from them, in the form in which the agent stores real
+        num_envs: number of copies.
+        checkpoint: the folder of a run, whose newest checkpoint is loaded, or an Agent.
+        observation: ``"feature"``: C's input, Box (F,), which contains M's memory. ``"latent"``: the frame's latents,
+            Box (N * D,). ``"image"``: the frame as V decodes it, in the form in which the agent stores real
             observations: an image, a vector, a discrete value, or a Dict of these.
-        temperature: randomness of the dreamt frames, 1 as learned. No effect on continuous latents (flow) that are
-            drawn in one denoising step, which are means.
+        temperature: randomness of the dreamt frames; 1 as learned. It has no effect on continuous latents (flow) that
+            are sampled in one denoising step, which are means.
         steps: denoising steps per frame; None for the run's forcing.steps.
         horizon: steps after which a dream is truncated; None for the run's controller.horizon.
-        start: ``"replay"``: random moments of the replay, M having seen the rows before them. ``"initial"``: the first
-            frames of episodes there. ``"observation"``: copy i begins, here and at every autoreset, with observation i
-            of those last given as ``reset(options={"observation": ...})``, batched, in the real environment's form.
-            Or Moments of your own.
-        context: rows in the clips that moments of the replay are taken from; None for the run's replay.length.
-        pool: moments that are taken from the replay, once, to begin from.
+        start: ``"replay"``: random moments of the replay, with M's memory of the rows before them. ``"initial"``: first
+            frames of episodes in the replay. ``"observation"``: copy i starts, also after an autoreset, from
+            observation i of the batch last passed as ``reset(options={"observation": ...})``, in the real environment's
+            form. Or Moments of your own.
+        context: rows of the clips from which moments of the replay are taken; None for the run's replay.length.
+        pool: number of moments that are taken from the replay once; dreams start from these.
         autoreset_mode: NEXT_STEP or SAME_STEP, as Gymnasium's enum or its name.
         device: where M computes; None as in the run.
-        render_mode: None or "rgb_array", the decoded frame; values that are no image are drawn as bars.
+        render_mode: None or "rgb_array", the decoded frame; observations that are not images are drawn as bars.
 
     Raises:
-        UserError: an argument out of its range, no run, or a checkpoint that cannot be used.
+        UserError: an argument is out of its range, there is no such run, or its checkpoint cannot be used.
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012  (each instance has one that tells its own mode)
+    metadata: dict[str, Any] = {  # noqa: RUF012  (each instance replaces it, with its own autoreset mode)
         "render_modes": ["rgb_array"],
         "render_fps": 8,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
@@ -109,9 +109,12 @@ class DreamVecEnv(gym.vector.VectorEnv):
         self.same_step = mode is AutoresetMode.SAME_STEP
         self.agent, self.moments = _open(checkpoint, start, context, pool, device)
         config = self.agent.config
-        self.num_envs, self.observation, self.render_mode = num_envs, observation, render_mode
+        self.num_envs = num_envs
+        self.observation = observation
+        self.render_mode = render_mode
         self.given = start == "observation"
-        self.temperature, self.steps = temperature, steps or config.forcing.steps
+        self.temperature = temperature
+        self.steps = steps or config.forcing.steps
         self.horizon = horizon or config.controller.horizon
         self.single_observation_space = self._space()
         self.single_action_space = action_space(self.agent.spec.action)
@@ -119,63 +122,71 @@ class DreamVecEnv(gym.vector.VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.graphed = self.agent.device.type == "cuda" and getattr(self.agent.model.objective, "capturable", False)
         self.actions = Actions(self.agent.spec.action, self.action_space, num_envs, self.agent.device)
-        self.advance = Replayed(self._advance) if self.graphed else self._advance
+        self.advance = GraphedCall(self._advance) if self.graphed else self._advance
         self._now: Moments | None = None
-        # what new dreams show is known before they begin; pictures would all have to be decoded for that
-        self.foreseen = observation != "image"
-        self._shows: tuple[Moments, np.ndarray] | None = None
-        self._age, self._over = np.zeros(num_envs, np.int64), np.zeros(num_envs, np.bool_)
+        # first observations are computed once for all moments, except images: all would have to be decoded
+        self.precomputed = observation != "image"
+        self._first_observations: tuple[Moments, np.ndarray] | None = None
+        self._age = np.zeros(num_envs, np.int64)
+        self._over = np.zeros(num_envs, np.bool_)
 
     # -- Gymnasium's side ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """New dreams in all copies. Without a seed, the streams of random numbers run on.
+        """Start new dreams in all copies. Without a seed, the random streams continue.
 
         Args:
-            options: with start="observation", {"observation": what all copies see first}.
+            options: with start="observation", {"observation": the first observations, batched}.
         """
         super().reset(seed=seed)
         self._take_options(options or {})
-        begun = self._moments().take(self._index(self._drawn()))
-        if self._now is None:  # tensors of its own: recording writes into them
-            self._now = pytree.tree_map(torch.clone, begun)
+        first = self._moments().take(self._index(self._sample_starts()))
+        if self._now is None:  # separate tensors: a captured graph writes into them
+            self._now = pytree.tree_map(torch.clone, first)
             if self.graphed:
-                with own_randomness(0, self.agent.device):  # recorded now: recording draws random numbers
+                with own_randomness(0, self.agent.device):  # capturing draws random numbers: do it before any dream
                     self.advance()
-        self._go_on_from(begun)
-        self._age[:], self._over[:] = 0, False
-        return self._observe(begun.z, begun.feat), {}
+        self._set_current(first)
+        self._age[:] = 0
+        self._over[:] = False
+        return self._observe(first.z, first.feat), {}
 
     @torch.no_grad()
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         self._current()
         self.actions.put(actions)
-        # as many draws at each step, whatever happens in any copy
+        # the same number of draws at each step, whatever happens in any copy
         with own_randomness(int(self.np_random.integers(2**63)), self.agent.device):
-            told = self.advance()
-        # a device is at work from here on: what the host does until it needs the outcome costs no time
-        now, start, fresh = self._current(), self._drawn(), np.flatnonzero(self._over)
+            outcome = self.advance()
+        # the device works asynchronously from here on, while the host prepares new dreams
+        now = self._current()
+        start = self._sample_starts()
+        fresh = np.flatnonzero(self._over)
         self._age += 1
-        if fresh.size and not self.foreseen:
+        if fresh.size and not self.precomputed:
             self._begin(fresh, start)
-        outcome = OnTheWay((self._shown(now.z, now.feat), told), self.agent.device)
-        if fresh.size and self.foreseen:
-            self._begin(fresh, start)  # behind what is on its way: the host does not wait for it
-        due = self._age >= self.horizon  # (fresh ones are not, at age 0)
-        shown, (expected, ended) = outcome.arrays()
-        reward, terminated = expected.astype(np.float64), ended > 0.5
+        transfer = OnTheWay((self._on_device(now.z, now.feat), outcome), self.agent.device)
+        if fresh.size and self.precomputed:
+            self._begin(fresh, start)  # launched after the transfer, which does not wait for it
+        due = self._age >= self.horizon  # (not in fresh copies, whose age is 0)
+        shown, (expected, ended) = transfer.arrays()
+        reward = expected.astype(np.float64)
+        terminated = ended > 0.5
         if fresh.size:
-            reward[fresh], terminated[fresh] = 0.0, False
-            if self.foreseen:
+            reward[fresh] = 0.0
+            terminated[fresh] = False
+            if self.precomputed:
                 shown[fresh] = self._first_shown()[start[fresh]]
         truncated = due & ~terminated
-        obs, infos, over = self._named(shown), {}, terminated | truncated
+        obs = self._named(shown)
+        infos: dict[str, Any] = {}
+        over = terminated | truncated
         if self.same_step:
             if (rows := np.flatnonzero(over)).size:
                 infos = {"final_obs": _each(obs, rows, self.num_envs), "_final_obs": over}
                 self._begin(rows, start)
-                if self.foreseen:
+                if self.precomputed:
                     obs[rows] = self._first_shown()[start[rows]]
                 else:
                     at = self._index(rows)
@@ -195,37 +206,42 @@ class DreamVecEnv(gym.vector.VectorEnv):
 
     @torch.no_grad()
     def _advance(self) -> Tensor:
-        """M's part of a step, under the actions that were put: `(2, n)`, the expected reward, and 1 where the dream has
-        ended."""
-        model, now, action = self.agent.model, self._current(), self.actions.encoded()
-        reward, cont = model.consequence.expect(now.feat, action)
-        self._go_on_from(Moments(*model.dream_step(now.feat, now.state, action, self.temperature, self.steps)))
+        """M's part of a step, given the actions in `self.actions`.
+
+        Returns:
+            `(2, n)`: the expected reward, and 1 where the dream has terminated.
+        """
+        model = self.agent.model
+        now = self._current()
+        action = self.actions.encoded()
+        reward, cont = model.reward_continue.expect(now.feat, action)
+        self._set_current(Moments(*model.dream_step(now.feat, now.state, action, self.temperature, self.steps)))
         return torch.stack([reward, (torch.rand_like(cont) >= cont).to(reward.dtype)])
 
-    def _go_on_from(self, moments: Moments) -> None:
-        """These are the present ones now. A recorded graph finds them where it found those before."""
+    def _set_current(self, moments: Moments) -> None:
+        """Make these the current moments. A captured graph needs them at the same addresses, so they are copied."""
         if self.graphed:
             torch._foreach_copy_(pytree.tree_leaves(self._current()), pytree.tree_leaves(moments))
         else:
             self._now = moments
 
     def _begin(self, rows: np.ndarray, start: np.ndarray) -> None:
-        """New dreams in these copies, each from the moment that `start` `(num_envs,)` says."""
+        """Start new dreams in the copies `rows`, each from the moment with index `start[i]`; start `(num_envs,)`."""
         self._current().put(self._index(rows), self._moments().take(self._index(start[rows])))
         self._age[rows] = 0
 
-    def _drawn(self) -> np.ndarray:
-        """A moment to begin from for each copy `(num_envs,)`."""
+    def _sample_starts(self) -> np.ndarray:
+        """For each copy the index of a moment to start from, `(num_envs,)`."""
         if self.given:
             return np.arange(self.num_envs)
         return self.np_random.integers(len(self._moments().z), size=self.num_envs)
 
     def _first_shown(self) -> np.ndarray:
-        """What is seen of the moments that dreams begin from: features or latents."""
+        """Features or latents of all moments that dreams start from."""
         moments = self._moments()
-        if self._shows is None or self._shows[0] is not moments:
-            self._shows = moments, self._fetched(self._shown(moments.z, moments.feat))
-        return self._shows[1]
+        if self._first_observations is None or self._first_observations[0] is not moments:
+            self._first_observations = moments, self._fetched(self._on_device(moments.z, moments.feat))
+        return self._first_observations[1]
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return index(rows, self.agent.device)
@@ -251,41 +267,42 @@ class DreamVecEnv(gym.vector.VectorEnv):
             )
         if "observation" not in options:
             return
-        spec, given = self.agent.spec, options["observation"]
+        spec = self.agent.spec
+        given = options["observation"]
         named = given if isinstance(given, dict) else {"obs": given}
         if named.keys() != spec.obs.keys():
             raise UserError(f"options['observation'] has {sorted(named)}, the agent knows {sorted(spec.obs)}")
         for key, known in spec.obs.items():
-            found = np.shape(named[key])
-            if found[:1] != (self.num_envs,) or np.prod(found[1:], dtype=int) != np.prod(known.shape, dtype=int):
+            shape = np.shape(named[key])
+            if shape[:1] != (self.num_envs,) or np.prod(shape[1:], dtype=int) != np.prod(known.shape, dtype=int):
                 raise UserError(
-                    f"options['observation'] {key!r} has shape {found}, expected {(self.num_envs, *known.shape)}"
+                    f"options['observation'] {key!r} has shape {shape}, expected {(self.num_envs, *known.shape)}"
                 )
         self.moments = first_moments(self.agent, spec.pack_obs(named))
 
     def _observe(self, z: Tensor, feat: Tensor) -> Any:
-        """What is seen of moments with these latents and features: arrays of their own."""
-        return self._named(self._fetched(self._shown(z, feat)))
+        """The observation of moments with these latents and features, as new arrays."""
+        return self._named(self._fetched(self._on_device(z, feat)))
 
-    def _shown(self, z: Tensor, feat: Tensor) -> Any:
-        """What is seen of them, on the device."""
+    def _on_device(self, z: Tensor, feat: Tensor) -> Any:
+        """The same as tensors on the device."""
         if self.observation == "image":
             return self.agent.model.encoder.decode(z)
-        # (a latent may lie outside of its bounds by a rounding error)
+        # (a latent may exceed its bounds by a rounding error)
         return (feat if self.observation == "feature" else z.flatten(1).clamp(-1, 1)).float()
 
-    def _fetched(self, found: Any) -> Any:
-        """A tree of tensors as arrays of their own; the host waits for the device here."""
-        return fetched(found, self.agent.device)
+    def _fetched(self, tensors: Any) -> Any:
+        """A tree of tensors as new arrays; waits for the device."""
+        return fetched(tensors, self.agent.device)
 
     def _named(self, shown: Any) -> Any:
-        """What was shown, in the environment's form: values that have a least one count from it, and a single
-        observation has no name."""
+        """Observations in the environment's form: discrete values count from their native start, and a single
+        observation is not in a dict."""
         if self.observation != "image":
             return shown
         known = self.agent.spec.obs
-        found = {key: value + known[key].start if known[key].start else value for key, value in shown.items()}
-        return found["obs"] if found.keys() == {"obs"} else found
+        obs = {key: value + known[key].start if known[key].start else value for key, value in shown.items()}
+        return obs["obs"] if obs.keys() == {"obs"} else obs
 
     @torch.no_grad()
     def _decoded(self, moments: Moments) -> dict[str, np.ndarray]:
@@ -294,17 +311,17 @@ class DreamVecEnv(gym.vector.VectorEnv):
     def _space(self) -> spaces.Space:
         model = self.agent.model
         if self.observation == "image":
-            found = {key: observation_space(spec) for key, spec in self.agent.spec.obs.items()}
-            return found["obs"] if found.keys() == {"obs"} else spaces.Dict(found)
+            by_key = {key: observation_space(spec) for key, spec in self.agent.spec.obs.items()}
+            return by_key["obs"] if by_key.keys() == {"obs"} else spaces.Dict(by_key)
         if self.observation == "feature":
             return spaces.Box(-np.inf, np.inf, (model.feature_size,), np.float32)
-        low = -1.0 if model.encoder.config.latent == "continuous" else 0.0
+        low = -1.0 if model.encoder.latent == "continuous" else 0.0
         return spaces.Box(low, 1.0, (model.encoder.tokens * model.encoder.channels,), np.float32)
 
 
 class DreamEnv(OneCopy):
-    """One dream, for ``gym.make``. Arguments as DreamVecEnv, without num_envs and autoreset_mode; an observation in
-    ``reset(options=...)`` is one, not a batch."""
+    """A single dream, for ``gym.make``. Arguments as for DreamVecEnv, without num_envs and autoreset_mode. The
+    observation in ``reset(options=...)`` is not batched."""
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 8}
     vector: DreamVecEnv
@@ -327,10 +344,10 @@ class DreamEnv(OneCopy):
 
 
 def read_mode(mode: AutoresetMode | str) -> AutoresetMode:
-    """NEXT_STEP or SAME_STEP, from the enum or from its name or value in any writing.
+    """NEXT_STEP or SAME_STEP, from the enum or from its name or value, with any capitals and underscores.
 
     Raises:
-        UserError: another one.
+        UserError: another mode.
     """
     known = {"nextstep": AutoresetMode.NEXT_STEP, "samestep": AutoresetMode.SAME_STEP}
     word = str(mode.value if isinstance(mode, AutoresetMode) else mode).replace("_", "").lower()
@@ -354,7 +371,7 @@ def _check(
     if not checkpoint:
         raise UserError("which dream? Give checkpoint='runs/NAME', the folder of a run")
     least = {"num_envs": (num_envs, 1), "steps": (steps, 1), "horizon": (horizon, 1), "pool": (pool, 1)}
-    for name, (value, bound) in {**least, "context": (context, 2)}.items():  # of two rows, one is no episode's end
+    for name, (value, bound) in {**least, "context": (context, 2)}.items():  # of two rows, one does not end an episode
         if value is not None and not value >= bound:
             raise UserError(f"{name} = {value}: must be at least {bound}")
     if not 0 < temperature < np.inf:
@@ -370,7 +387,7 @@ def _check(
 def _open(
     checkpoint: str | Path | Agent, start: Start | Moments, context: int | None, pool: int, device: Device | None
 ) -> tuple[Agent, Moments | None]:
-    """The agent, and the moments that dreams begin from; None while they are to be given."""
+    """The agent, and the moments that dreams start from; None if `reset` will receive them."""
     if isinstance(checkpoint, Agent):
         if isinstance(start, str) and start != "observation":
             raise UserError(f"start = {start!r} needs the folder of a run: an Agent has no replay; give it Moments")
@@ -387,15 +404,15 @@ def _open(
         replay.close()
 
 
-# -- observations in pieces -------------------------------------------------------------------------------------------
+# -- observations of single copies ------------------------------------------------------------------------------------
 
 
 def _each(obs: Any, rows: np.ndarray, total: int) -> np.ndarray:
-    """Observations of some copies as Gymnasium hands them out, one object each; None for the other copies."""
-    found = np.full(total, None, object)
+    """Observations of the copies `rows` in Gymnasium's form: an array of `total` objects, None for other copies."""
+    each = np.full(total, None, object)
     for i in rows:
-        found[i] = {key: value[i].copy() for key, value in obs.items()} if isinstance(obs, dict) else obs[i].copy()
-    return found
+        each[i] = {key: value[i].copy() for key, value in obs.items()} if isinstance(obs, dict) else obs[i].copy()
+    return each
 
 
 def _overwrite(obs: Any, rows: np.ndarray, new: Any) -> None:

@@ -1,5 +1,5 @@
-"""Between the host and the device that M dreams on: actions there, and what is seen back, each in as few transfers as
-can be, and none that the host waits for but the last."""
+"""Transfers between the host and M's device: actions to it, observations back, in as few copies as possible. The host
+waits only for the last."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from longdream.envs.contract import ActionSpec, UserError
 
 
 class Actions:
-    """The actions that n copies take: checked on the host, encoded where M computes.
+    """The actions of n copies: checked on the host, encoded on the device.
 
-    They lie in tensors that stay where they are, so that a recorded graph finds them there. On a device they travel
-    from page-locked memory, without the host waiting.
+    They are kept in the same tensors, as a captured graph needs it. They are copied to a device from page-locked
+    memory, without the host waiting.
 
     Args:
-        space: the batched action space, to be named in errors.
+        space: the batched action space, for error messages.
     """
 
     def __init__(self, spec: ActionSpec, space: Any, n: int, device: torch.device) -> None:
-        self.space, self.discrete = space, bool(spec.parts)
+        self.space = space
+        self.discrete = bool(spec.parts)
         self.shape = (n, *spec.native["shape"])
         columns = len(spec.parts or spec.low)
         self.start = np.array(spec.native["start"], np.int64).reshape(-1) if self.discrete else None
@@ -35,19 +36,22 @@ class Actions:
         self._there = self._host.to(device)  # the same tensor, on the CPU
         self._values = self._host.numpy()
         if self.discrete:
-            # entry a of an encoded action says whether factor part[a] is at value[a]
+            # entry a of an encoded action is 1 if factor part[a] has the value value[a]
             self._part = torch.from_numpy(np.repeat(np.arange(columns), self.parts)).to(device)
             self._value = torch.from_numpy(np.concatenate([np.arange(k) for k in self.parts])).to(device)
         else:
-            low, high = np.array(spec.low), np.array(spec.high)
+            low = np.array(spec.low)
+            high = np.array(spec.high)
             width = np.where(high > low, high - low, 1.0)
-            self._low, self._width, self._moves = (torch.from_numpy(t).to(device) for t in (low, width, high > low))
+            self._low = torch.from_numpy(low).to(device)
+            self._width = torch.from_numpy(width).to(device)
+            self._moves = torch.from_numpy(high > low).to(device)
 
     def put(self, actions: Any) -> None:
-        """Native actions `(n, *native shape)` are to be taken now.
+        """Set the native actions `(n, *native shape)` of this step.
 
         Raises:
-            UserError: not of this action space.
+            UserError: they are not members of the action space.
         """
         values = np.asarray(actions)
         fits = values.shape == self.shape and values.dtype.kind in ("iu" if self.discrete else "iuf")
@@ -57,7 +61,7 @@ class Actions:
             self._there.copy_(self._host, non_blocking=True)
 
     def _taken(self, values: np.ndarray) -> bool:
-        """Write values `(n, columns)` down; whether all can be taken."""
+        """Store values `(n, columns)`. Returns whether all are valid."""
         held = self._values
         np.copyto(held, values, casting="unsafe")
         if self.start is None:
@@ -66,7 +70,7 @@ class Actions:
         return bool(held.min() >= 0 and (held < self.parts).all())
 
     def encoded(self) -> Tensor:
-        """What was put, as ActionSpec.encode has it, `(n, A)`; boxes clipped to their bounds."""
+        """The actions as ActionSpec.encode encodes them, `(n, A)`; boxes are clipped to their bounds."""
         if self.discrete:
             return (self._there.index_select(1, self._part) == self._value).float()
         scaled = 2.0 * (self._there - self._low) / self._width - 1.0
@@ -74,17 +78,17 @@ class Actions:
 
 
 def index(rows: np.ndarray, device: torch.device) -> Tensor:
-    """Indices `(n,)` to index tensors there with. The host does not wait for it."""
-    found = torch.from_numpy(rows)
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+    """Indices `(n,)` as a tensor on the device. The host does not wait for the copy."""
+    indices = torch.from_numpy(rows)
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices
 
 
 class OnTheWay:
-    """A tree of tensors on its way to the host, in one transfer for each type of them. Work that the device is given
-    after this is not waited for.
+    """A tree of tensors that is being copied to the host, with one transfer for each dtype. It does not wait for work
+    that the device is given later.
 
-    From CUDA they come in page-locked memory, straight from the device. It is handed out anew once nothing holds the
-    arrays any more; whoever keeps very many does better to keep copies.
+    From CUDA the arrays arrive in page-locked memory, which is reused once no array refers to it. To keep many of them,
+    keep copies.
     """
 
     def __init__(self, tree: Any, device: torch.device) -> None:
@@ -105,12 +109,12 @@ class OnTheWay:
             self._there.record()
 
     def arrays(self) -> Any:
-        """The tree, of arrays of their own. The host waits for them here."""
+        """The tree as new arrays. The host waits for the transfer here."""
         if self._there is not None:
             self._there.synchronize()
         return self._arrays
 
 
 def fetched(tree: Any, device: torch.device) -> Any:
-    """The tree, of arrays of their own, as soon as they are there."""
+    """The tree as new arrays on the host; waits for the device."""
     return OnTheWay(tree, device).arrays()

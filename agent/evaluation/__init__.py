@@ -1,1 +1,1 @@
-"""What an agent or a world model is worth: returns, open-loop errors, pictures."""
+"""Evaluation of agents and world models: returns, open-loop errors, pictures."""

@@ -1,4 +1,4 @@
-"""Dream against reality, measured: what really happened, and what M dreams from the same moment and actions."""
+"""Comparison of a real episode with M's dream of it from the same moment, under the same actions."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 import torch
 
 from longdream.agent.core.agent import Agent
-from longdream.agent.core.learner import own_randomness
+from longdream.agent.core.device import own_randomness
 from longdream.envs.contract import EnvSpec, UserError
 from longdream.envs.make import World
 from longdream.worldmodel.dream import Starts, imagine
 
 PSNR_CAP = 60.0
-"""dB given to frames that are equal, or nearly: JSON has no infinity."""
+"""Upper bound of PSNR in dB, for frames that are nearly equal: JSON has no infinity."""
 
 
 @dataclass
 class Comparison:
-    """One real episode of T rows and the dream of it; from row `context` on, all that is dreamt comes from M alone.
+    """One real episode of T rows and the dream of it. From row `context` on, the dream comes from M alone.
 
-    real, kept, dreamt: per observation key `(T, *shape)` as stored: what was seen; the same after passing through V and
-        back; the dream (before `context` that is kept, all that M was given).
-    reward, expected: `(T,)`, what arrived with each row, and what M expected, given its state in the dream.
-    alive, going_on: `(T,)`, 0 where the episode terminated, else 1, and M's probability of that.
+    real, kept, dreamt: per observation key `(T, *shape)` as stored: the real observations; their reconstructions by V;
+        the dream, which before row `context` consists of reconstructions, M's context.
+    reward, expected: `(T,)`, the real reward of each row, and M's expected reward in the dream.
+    alive, going_on: `(T,)`, 0 where the episode terminated and 1 elsewhere, and M's probability of going on.
     """
 
     spec: EnvSpec
@@ -38,32 +38,36 @@ class Comparison:
     alive: np.ndarray
     going_on: np.ndarray
     rewarded: bool = True
-    """Whether rewards and ends mean anything."""
+    """Whether rewards and ends are known."""
 
     def __len__(self) -> int:
         return len(self.reward)
 
     def keys(self, image: bool) -> list[str]:
-        """The observations that are images, or those that are not."""
+        """The keys of observations that are images, or of those that are not."""
         return [key for key, spec in self.spec.obs.items() if (spec.kind == "image") == image]
 
     def error(self, key: str, of: str = "dreamt") -> np.ndarray:
-        """`(T,)`, how far `dreamt` or `kept` is from reality: for images the PSNR in dB (more is nearer), for vectors
-        the root mean square, for discrete values 1 where wrong."""
-        real, other = (getattr(self, name)[key].reshape(len(self), -1).astype(np.float64) for name in ("real", of))
-        kind, square = self.spec.obs[key].kind, np.square(real - other).mean(1)
+        """The error of `dreamt` or `kept` per row, `(T,)`: for images the PSNR in dB (higher is better), for vectors
+        the root mean square error, for discrete values 1 where they differ."""
+
+        def flat(name: str) -> np.ndarray:
+            return getattr(self, name)[key].reshape(len(self), -1).astype(np.float64)
+
+        kind = self.spec.obs[key].kind
+        mse = np.square(flat("real") - flat(of)).mean(1)
         if kind == "image":
-            return psnr(square)
-        return np.sqrt(square) if kind == "vector" else (square > 0).astype(np.float64)
+            return psnr(mse)
+        return np.sqrt(mse) if kind == "vector" else (mse > 0).astype(np.float64)
 
     def to_json(self) -> dict[str, Any]:
-        """Over the dreamt rows: rewards, ends, and the errors of the dream beside those that V alone makes."""
+        """Over the dreamt rows: rewards, ends, and the errors of the dream and of V's reconstructions."""
         rows = slice(self.context, None)
         units = {"image": "psnr_db", "vector": "rms", "discrete": "wrong"}
         errors = {}
         for key, spec in self.spec.obs.items():
-            found = {name: _plain(self.error(key, of)[rows]) for name, of in (("dream", "dreamt"), ("v", "kept"))}
-            errors[key] = {"unit": units[spec.kind], **found}
+            curves = {name: _plain(self.error(key, of)[rows]) for name, of in (("dream", "dreamt"), ("v", "kept"))}
+            errors[key] = {"unit": units[spec.kind], **curves}
         return {
             "frames": len(self),
             "context": self.context,
@@ -74,9 +78,9 @@ class Comparison:
         }
 
 
-def psnr(square: np.ndarray) -> np.ndarray:
-    """Mean squared errors of images, 0 to 255, in dB."""
-    return np.minimum(10 * np.log10(255**2 / np.maximum(square, 1e-9)), PSNR_CAP)
+def psnr(mse: np.ndarray) -> np.ndarray:
+    """PSNR in dB from mean squared errors of images with values in 0 to 255."""
+    return np.minimum(10 * np.log10(255**2 / np.maximum(mse, 1e-9)), PSNR_CAP)
 
 
 def _plain(values: np.ndarray) -> list[float]:
@@ -93,22 +97,27 @@ def compare(
     temperature: float = 1.0,
     steps: int | None = None,
 ) -> Comparison:
-    """Play a greedy episode in a world of one copy, up to `frames` rows, and dream it again.
+    """Play a greedy episode of up to `frames` rows in a world of one copy, and dream it again.
 
     Args:
-        context: frames at the beginning that M is shown.
-        steps: denoising steps per frame; None for the config's forcing.steps. With one step a dreamt frame of
-            continuous latents is the mean of what may come, with several it is a sample.
+        context: frames at the start that M receives.
+        steps: denoising steps per frame; None for the config's forcing.steps. With one step, a dreamt frame of
+            continuous latents is the mean of the possible futures; with several it is a sample.
 
     Raises:
-        UserError: the episode is over before there is anything to dream.
+        UserError: the episode ends before there is anything to dream.
     """
     if context < 1 or frames <= context:
         raise UserError(f"--context {context}, --frames {frames}: give 1 frame of context or more, and more frames")
-    model, start = agent.model, None
-    rows, actions, expected, going_on = [], [], [0.0], [1.0]
+    model = agent.model
+    start = None
+    rows = []
+    actions = []
+    expected = [0.0]
+    going_on = [1.0]
     with own_randomness(seed, agent.device):
-        row, carry = world.reset(), agent.initial(1)
+        row = world.reset()
+        carry = agent.initial(1)
         while True:
             carry, _ = agent.observe(carry, row, measure=False)
             rows.append(row)
@@ -117,7 +126,7 @@ def compare(
                 break
             carry = agent.acted(carry, agent.act(carry, greedy=True))
             actions.append(carry.action)
-            reward, cont = model.consequence.expect(carry.feat, carry.action)
+            reward, cont = model.reward_continue.expect(carry.feat, carry.action)
             expected.append(reward.item())
             going_on.append(cont.item())
             row = world.step(carry.action.cpu().numpy())
@@ -131,11 +140,11 @@ def compare(
 
     real = {key: np.concatenate([row.obs[key] for row in rows]) for key in world.spec.obs}
     seen = model.encoder({key: torch.from_numpy(value).to(agent.device) for key, value in real.items()})
-    kept, imagined = (
-        {key: value.cpu().numpy() for key, value in model.encoder.decode(z).items()} for z in (seen, dream.z[0])
-    )
+    kept = {key: value.cpu().numpy() for key, value in model.encoder.decode(seen).items()}
+    imagined = {key: value.cpu().numpy() for key, value in model.encoder.decode(dream.z[0]).items()}
     dreamt = {key: np.concatenate([kept[key][:context], imagined[key]]) for key in real}
-    reward, ended = (np.concatenate([getattr(row, name) for row in rows]) for name in ("reward", "terminated"))
+    reward = np.concatenate([row.reward for row in rows])
+    terminated = np.concatenate([row.terminated for row in rows])
     return Comparison(
         world.spec,
         context,
@@ -144,6 +153,6 @@ def compare(
         dreamt,
         reward,
         expected=np.array(expected[:context] + dream.reward[0].tolist()),
-        alive=1.0 - ended,
+        alive=1.0 - terminated,
         going_on=np.array(going_on[:context] + dream.cont[0].tolist()),
     )

@@ -1,4 +1,4 @@
-"""Dream against reality, drawn: frames beside each other as a video and as one picture, lines over time for numbers."""
+"""Plots of dream and reality: frames side by side, as a video and as one picture, and line plots of numbers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ Picture = np.ndarray
 """`(height, width, 3)` uint8."""
 Colour = tuple[int, int, int]
 
-BACKGROUND, PANEL, MUTED, TEXT = (13, 17, 23), (48, 54, 61), (139, 148, 158), (230, 237, 243)
-CONTEXT, IMAGINED = (56, 139, 253), (240, 136, 62)
-"""Frames that M was shown, and frames that it dreamt."""
-MARGIN, BORDER = 16, 4
+BACKGROUND = (13, 17, 23)
+PANEL = (48, 54, 61)
+MUTED = (139, 148, 158)
+TEXT = (230, 237, 243)
+CONTEXT = (56, 139, 253)
+"""Colour of frames that M received."""
+IMAGINED = (240, 136, 62)
+"""Colour of frames that M dreamt."""
+MARGIN = 16
+BORDER = 4
 ENTRIES = 12
-"""Vector entries plotted, at most."""
+"""Maximum number of vector entries that are plotted."""
 
 
 def film(comparison: Comparison, title: str) -> Iterator[Picture]:
-    """The comparison as frames of a video, one per row: panels side by side for images, else plots that unfold."""
+    """The comparison as frames of a video, one per row: panels side by side for images, otherwise growing plots."""
     if comparison.keys(image=True):
         yield from _panels(comparison, title)
     else:
@@ -38,7 +44,7 @@ def film(comparison: Comparison, title: str) -> Iterator[Picture]:
 
 
 def sheet(comparison: Comparison, title: str, columns: int = 16) -> Picture:
-    """The comparison as one picture: images as rows of up to `columns` frames, above plots of everything else."""
+    """The comparison as one picture: images in rows of up to `columns` frames, above plots of everything else."""
     blocks = [_contact(comparison, title, key, columns) for key in comparison.keys(image=True)]
     if comparison.keys(image=False):
         blocks.append(_plots(comparison, title)[0])
@@ -46,24 +52,24 @@ def sheet(comparison: Comparison, title: str, columns: int = 16) -> Picture:
 
 
 def stack(blocks: list[Picture]) -> Picture:
-    """Pictures one below the other, on background."""
+    """Pictures stacked vertically, padded on the right with the background colour."""
     width = max(block.shape[1] for block in blocks)
-    wide = [_blank(len(block), width) for block in blocks]
-    for canvas, block in zip(wide, blocks, strict=True):
+    padded = [_blank(len(block), width) for block in blocks]
+    for canvas, block in zip(padded, blocks, strict=True):
         canvas[:, : block.shape[1]] = block
-    return np.concatenate(wide)
+    return np.concatenate(padded)
 
 
 def _panels(comparison: Comparison, title: str) -> Iterator[Picture]:
-    keys, total = comparison.keys(image=True), len(comparison)
+    keys = comparison.keys(image=True)
     names = ("reality", "reality through V", "dream", "difference")
     rows = [[[_sized(v, 192) for v in views] for views in _views(comparison, key)] for key in keys]
     sizes = [row[0][0].shape[:2] for row in rows]
     cell = max(width for _, width in sizes) + 2 * BORDER + MARGIN
     width = MARGIN + 4 * cell
     height = 44 + sum(tall + 2 * BORDER + 34 for tall, _ in sizes) + 50
-    nearness = comparison.error(keys[0])
-    for t in range(total):
+    psnr = comparison.error(keys[0])
+    for t in range(len(comparison)):
         canvas = _blank(height + height % 2, width + width % 2)  # yuv420p halves the colour planes
         imagined = t >= comparison.context
         colour = IMAGINED if imagined else CONTEXT
@@ -82,18 +88,20 @@ def _panels(comparison: Comparison, title: str) -> Iterator[Picture]:
         _timeline(canvas, comparison, t, top)
         phase = "dreaming under the same actions" if imagined else "context: M is shown real frames"
         _write(canvas, phase, MARGIN, top + 18, 12, colour)
-        told = f"PSNR {nearness[t]:.0f} dB"
+        text = f"PSNR {psnr[t]:.0f} dB"
         if comparison.rewarded:
-            told = f"reward expected {_two(comparison.expected[t])}, real {_two(comparison.reward[t])}     {told}"
-        _write(canvas, told, width - MARGIN, top + 18, 12, MUTED, right=True)
+            text = f"reward expected {_two(comparison.expected[t])}, real {_two(comparison.reward[t])}     {text}"
+        _write(canvas, text, width - MARGIN, top + 18, 12, MUTED, right=True)
         yield canvas
 
 
 def _views(comparison: Comparison, key: str) -> tuple[Picture, ...]:
-    """Of one image key, each `(T, H, W, 3)`: reality, reality through V, dream, and where dream and reality differ."""
-    real, kept, dreamt = (_rgb(part[key]) for part in (comparison.real, comparison.kept, comparison.dreamt))
+    """Frames of one image key, each `(T, H, W, 3)`: reality, V's reconstruction, dream, and |dream - reality|."""
+    real = _rgb(comparison.real[key])
+    kept = _rgb(comparison.kept[key])
+    dreamt = _rgb(comparison.dreamt[key])
     gap = np.abs(real.astype(np.int16) - dreamt).mean(-1) / 255
-    heat = (colormaps["inferno"](np.sqrt(gap))[..., :3] * 255).astype(np.uint8)  # the root shows small ones too
+    heat = (colormaps["inferno"](np.sqrt(gap))[..., :3] * 255).astype(np.uint8)  # the root makes small ones visible
     return real, kept, dreamt, heat
 
 
@@ -102,8 +110,11 @@ def _contact(comparison: Comparison, title: str, key: str, columns: int) -> Pict
     chosen = _chosen(len(comparison), comparison.context, columns)
     views = [_sized(view[chosen], 96) for view in _views(comparison, key)]
     tall, wide = views[0].shape[1:3]
-    left, top, edge = MARGIN + 124, 76, 3
-    cell_x, cell_y = wide + 10, tall + 10
+    left = MARGIN + 124
+    top = 76
+    edge = 3
+    cell_x = wide + 10
+    cell_y = tall + 10
     rewards = [("expected reward", comparison.expected, 2), ("real reward", comparison.reward, 24)]
     rewards = rewards if comparison.rewarded else []
     canvas = _blank(top + 4 * cell_y + (54 if rewards else 10), left + len(chosen) * cell_x - 10 + MARGIN)
@@ -114,7 +125,8 @@ def _contact(comparison: Comparison, title: str, key: str, columns: int) -> Pict
     for name, _, y in rewards:
         _write(canvas, name, MARGIN, below + y, 12, IMAGINED if y == 2 else MUTED)
     for j, t in enumerate(chosen):
-        x, colour = left + j * cell_x, IMAGINED if t >= comparison.context else CONTEXT
+        x = left + j * cell_x
+        colour = IMAGINED if t >= comparison.context else CONTEXT
         _write(canvas, str(t), x, top - 26, 12, colour)
         for i, view in enumerate(views):
             y = top + i * cell_y
@@ -132,7 +144,7 @@ def _contact(comparison: Comparison, title: str, key: str, columns: int) -> Pict
 
 
 def _chosen(total: int, context: int, columns: int) -> np.ndarray:
-    """Up to `columns` of `total` rows: all, or first and last of the context and an even choice of what was dreamt."""
+    """Up to `columns` of `total` rows: all of them, or the context's first and last and evenly spaced dreamt ones."""
     if total <= columns:
         return np.arange(total)
     dreamt = np.linspace(context, total - 1, columns - 2).round().astype(int)
@@ -144,18 +156,25 @@ def _two(value: Any) -> str:
 
 
 def _timeline(canvas: Picture, comparison: Comparison, t: int, y: int) -> None:
-    left, width, total = MARGIN, canvas.shape[1] - 2 * MARGIN, len(comparison)
+    width = canvas.shape[1] - 2 * MARGIN
+    total = len(comparison)
+
+    def column(row: int) -> int:
+        return MARGIN + round(width * row / total)
+
     for first, last, colour in ((0, comparison.context, CONTEXT), (comparison.context, total, IMAGINED)):
-        start, end, now = (left + round(width * min(max(v, first), last) / total) for v in (first, last, t + 1))
-        canvas[y : y + 6, start:end] = (np.array(colour) * 0.3).astype(np.uint8)
-        canvas[y : y + 6, start:now] = colour
+        now = min(max(t + 1, first), last)
+        canvas[y : y + 6, column(first) : column(last)] = (np.array(colour) * 0.3).astype(np.uint8)
+        canvas[y : y + 6, column(first) : column(now)] = colour
 
 
 def _plots(comparison: Comparison, title: str) -> tuple[Picture, list[tuple[slice, slice, np.ndarray]]]:
-    """All numbers, differences, reward and end over time; and of each plot its rows, columns and steps' columns."""
+    """Plots of all numbers, errors, rewards and ends over time. For each plot also the pixels that it covers (rows,
+    columns), and the pixel column of each time step."""
     lines = []
     for key in comparison.keys(image=False):
-        real, dreamt = (part[key].reshape(len(comparison), -1).T for part in (comparison.real, comparison.dreamt))
+        real = comparison.real[key].reshape(len(comparison), -1).T
+        dreamt = comparison.dreamt[key].reshape(len(comparison), -1).T
         names = [key] if len(real) == 1 else [f"{key}[{i}]" for i in range(len(real))]
         lines += zip(names, real, dreamt, strict=True)
     left_out = len(lines) - ENTRIES
@@ -171,10 +190,12 @@ def _plots(comparison: Comparison, title: str) -> tuple[Picture, list[tuple[slic
         ("reward (dream: expected)", comparison.reward, comparison.expected),
         ("goes on (dream: probability)", comparison.alive, comparison.going_on),
     ]
-    rows, time, context = ceil(len(lines) / 2), np.arange(len(comparison)), comparison.context
-    background, panel, muted, text, shown, imagined = (
-        f"#{bytes(colour).hex()}" for colour in (BACKGROUND, PANEL, MUTED, TEXT, CONTEXT, IMAGINED)
-    )
+    rows = ceil(len(lines) / 2)
+    time = np.arange(len(comparison))
+    context = comparison.context
+    background = _hex(BACKGROUND)
+    muted = _hex(MUTED)
+    text = _hex(TEXT)
     figure = Figure(figsize=(9.6, 0.6 + 1.7 * rows), dpi=100, facecolor=background)
     canvas = FigureCanvasAgg(figure)
     if left_out > 0:
@@ -188,10 +209,10 @@ def _plots(comparison: Comparison, title: str) -> tuple[Picture, list[tuple[slic
         axes.set_facecolor(background)
         axes.set_title(name, color=muted, fontsize=9, loc="left", pad=3)
         axes.tick_params(colors=muted, labelsize=8, labelbottom=True)
-        axes.spines[:].set_color(panel)
-        axes.axvspan(0, context - 1, color=shown, alpha=0.35, lw=0, label="shown to M")
+        axes.spines[:].set_color(_hex(PANEL))
+        axes.axvspan(0, context - 1, color=_hex(CONTEXT), alpha=0.35, lw=0, label="shown to M")
         axes.plot(time, real, color=text, lw=1.2, label="reality")
-        axes.plot(time[context - 1 :], dreamt[context - 1 :], color=imagined, lw=1.4, label="dream")
+        axes.plot(time[context - 1 :], dreamt[context - 1 :], color=_hex(IMAGINED), lw=1.4, label="dream")
         axes.margins(x=0)
     legend = grid[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=8, borderpad=0)
     for label in legend.get_texts():
@@ -219,25 +240,30 @@ def _unfolding(comparison: Comparison, title: str) -> Iterator[Picture]:
         yield canvas
 
 
+def _hex(colour: Colour) -> str:
+    return f"#{bytes(colour).hex()}"
+
+
 def _blank(height: int, width: int) -> Picture:
     return np.full((height, width, 3), BACKGROUND, np.uint8)
 
 
 def _rgb(images: np.ndarray) -> np.ndarray:
-    """`(..., C)` of 1, 3 or 4 channels to 3."""
+    """Images `(..., C)` with 1, 3 or 4 channels as `(..., 3)`."""
     return images.repeat(3, -1) if images.shape[-1] == 1 else images[..., :3]
 
 
 def _sized(images: np.ndarray, side: int) -> np.ndarray:
-    """`(..., H, W, 3)` enlarged or thinned by a whole factor, so that the longer side is near `side` pixels."""
-    longest = max(images.shape[-3:-1])
-    if longest > side:
-        return images[..., :: ceil(longest / side), :: ceil(longest / side), :]
-    return images.repeat(side // longest, -3).repeat(side // longest, -2)
+    """Images `(..., H, W, 3)` enlarged or subsampled by an integer factor, so that the longer side is near `side`."""
+    longer_side = max(images.shape[-3:-1])
+    if longer_side > side:
+        stride = ceil(longer_side / side)
+        return images[..., ::stride, ::stride, :]
+    return images.repeat(side // longer_side, -3).repeat(side // longer_side, -2)
 
 
 def _write(canvas: Picture, text: str, x: int, y: int, size: int, colour: Colour, right: bool = False) -> int:
-    """Text whose top left (or right) corner is at x, y; its width. What does not fit is cut off."""
+    """Draw text with its top left (or right) corner at x, y, cut off at the border. Returns its width in pixels."""
     ink = _ink(text, size)
     x -= ink.shape[1] if right else 0
     place = canvas[y : y + len(ink), max(x, 0) : x + ink.shape[1]]
@@ -248,8 +274,9 @@ def _write(canvas: Picture, text: str, x: int, y: int, size: int, colour: Colour
 
 @lru_cache(maxsize=4096)
 def _ink(text: str, size: int) -> np.ndarray:
-    """`(height, width)` in 0..1: the text in matplotlib's own font, which is there on every machine."""
-    height, width = round(size * 1.7), (len(text) + 1) * size
+    """The coverage of the text's pixels, `(height, width)` in 0..1, in the font that matplotlib contains."""
+    height = round(size * 1.7)
+    width = (len(text) + 1) * size
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor="black")
     canvas = FigureCanvasAgg(figure)
     figure.text(0, 0.3, text, color="white", fontsize=size * 0.72, va="baseline", parse_math=False)
@@ -262,7 +289,9 @@ def _ink(text: str, size: int) -> np.ndarray:
 
 
 def save_film(path: Path, frames: Iterable[Picture], fps: float) -> int:
-    """Write frames of one even size as H.264 in yuv420p, which every player knows, or as a GIF; how many they were.
+    """Write frames as H.264 in yuv420p, which every player supports, or as a GIF. Returns the number of frames.
+
+    All frames have the same, even size.
 
     Raises:
         UserError: the name ends in neither .mp4 nor .gif.

@@ -1,4 +1,4 @@
-"""What an agent is worth: its returns beside those of chance and of itself without memory."""
+"""Evaluation of an agent in the real environment: its returns, those without memory, and those of random actions."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ import numpy as np
 
 from longdream.agent.config.schema import EnvConfig, EvaluateConfig
 from longdream.agent.core.agent import Agent
-from longdream.agent.evaluation.rollout import EVALUATION_SEED, Returns, Who, evaluate
+from longdream.agent.evaluation.rollout import EVALUATION_SEED, Returns, Who, rollout
 from longdream.agent.run.signals import Signals
 from longdream.envs.contract import EnvSpec, Row, UserError
 from longdream.envs.make import World
 
 W = TypeVar("W", bound=World)
 
-
-USUAL = EvaluateConfig()
-
-PATIENCE_S = 20.0
-"""After so long without a word an evaluation says how far it is."""
+DEFAULTS = EvaluateConfig()
+QUIET_S = 20.0
+"""Seconds after which an evaluation prints its progress."""
+LABELS: dict[Who, str] = {"agent": "the agent", "without_memory": "it without memory", "random": "random actions"}
 
 
 class WatchedWorld(World):
-    """A world that stops at the next step when a signal came, and says now and then how far it is."""
+    """A world that stops at the next step after a signal, and prints its progress every QUIET_S seconds."""
 
     signals: Signals | None = None
-    playing = ""
-    """What is said beside the numbers."""
+    label = "evaluating"
+    """Printed before the numbers."""
 
     def reset(self) -> Row:
-        self.steps, self.ended, self.said = 0, 0, time.monotonic()
+        self.steps = 0
+        self.ended = 0
+        self.printed_at = time.monotonic()
         return super().reset()
 
     def step(self, action: np.ndarray) -> Row:
@@ -42,13 +43,10 @@ class WatchedWorld(World):
         row = super().step(action)
         self.steps += int((~row.is_first).sum())
         self.ended += int((row.terminated | row.truncated).sum())
-        if time.monotonic() - self.said > PATIENCE_S:
-            print(f"{self.playing}: {self.steps:,} steps, {self.ended} episodes ended", file=sys.stderr)
-            self.said = time.monotonic()
+        if time.monotonic() - self.printed_at > QUIET_S:
+            print(f"{self.label}: {self.steps:,} steps, {self.ended} episodes ended", file=sys.stderr)
+            self.printed_at = time.monotonic()
         return row
-
-
-WORDS: dict[Who, str] = {"agent": "the agent", "without_memory": "it without memory", "random": "random actions"}
 
 
 def play(
@@ -57,53 +55,58 @@ def play(
     episodes: int,
     seed: int,
     who: Who = "agent",
-    how: EvaluateConfig = USUAL,
+    settings: EvaluateConfig = DEFAULTS,
     signals: Signals | None = None,
 ) -> Returns:
-    """Play `episodes` in a world of their own; `how` says how many side by side and whether greedily, a run's `seed`
-    gives its evaluation episodes.
+    """Play `episodes` in a new environment.
+
+    Args:
+        seed: of the run; it selects the evaluation episodes.
+        settings: number of copies in parallel, and whether actions are greedy.
 
     Raises:
-        UserError: the environment cannot be made, or is not one that the agent can see and act in.
-        EnvError: it failed. Interrupted: a signal came.
+        UserError: the environment cannot be made, or its observations or actions are not those of the agent.
+        EnvError: the environment failed. Interrupted: a signal was received.
     """
-    with closing(make_world(WatchedWorld, env, min(how.copies, episodes), seed + EVALUATION_SEED, signals)) as world:
-        world.signals, world.playing = signals, f"evaluating {WORDS[who]}, {episodes} episodes"
+    copies = min(settings.copies, episodes)
+    with closing(make_world(WatchedWorld, env, copies, seed + EVALUATION_SEED, signals)) as world:
+        world.signals = signals
+        world.label = f"evaluating {LABELS[who]}, {episodes} episodes"
         if world.spec != agent.spec:
             raise UserError(f"{env.id} does not fit this agent: {_difference(world.spec, agent.spec)}")
-        return evaluate(agent, world, episodes, seed, who, how.greedy)
+        return rollout(agent, world, episodes, seed, who, settings.greedy)
 
 
 def make_world(kind: type[W], env: EnvConfig, copies: int, seed: int, signals: Signals | None = None) -> W:
-    """A world whose processes end when we end them, not when Ctrl-C reaches the whole terminal."""
+    """A world whose worker processes ignore Ctrl-C, so that they end when the program ends them."""
     with signals.hidden() if signals else nullcontext():
         return kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s)
 
 
-def judge(
+def evaluate_agent(
     agent: Agent,
     env: EnvConfig,
     episodes: int,
     seed: int,
-    how: EvaluateConfig = USUAL,
+    settings: EvaluateConfig = DEFAULTS,
     signals: Signals | None = None,
 ) -> dict[str, Any]:
-    """The returns of the agent as plain values, and the means of it without long memory and of random actions."""
-    found, forgetful, random = (
-        play(agent, env, episodes, seed, who, how, signals) for who in ("agent", "without_memory", "random")
-    )
-    means = {"random_mean": random.return_mean, "without_memory_mean": forgetful.return_mean}
-    told = {"env": env.id, "seed": seed, "policy": "greedy" if how.greedy else "drawn"}
-    return {**found.to_json(), **means, **told}
+    """The returns of the agent as JSON values, with the mean returns without long memory and of random actions.
+
+    Arguments and errors are those of `play`.
+    """
+    returns = play(agent, env, episodes, seed, "agent", settings, signals)
+    without_memory = play(agent, env, episodes, seed, "without_memory", settings, signals)
+    random = play(agent, env, episodes, seed, "random", settings, signals)
+    means = {"random_mean": random.return_mean, "without_memory_mean": without_memory.return_mean}
+    policy = "greedy" if settings.greedy else "drawn"
+    return {**returns.to_json(), **means, "env": env.id, "seed": seed, "policy": policy}
 
 
-def _difference(found: EnvSpec, wanted: EnvSpec) -> str:
-    if found.obs.keys() != wanted.obs.keys():
-        return f"it shows {', '.join(found.obs)}, the agent knows {', '.join(wanted.obs)}"
-    for key, spec in found.obs.items():
-        known = wanted.obs[key]
-        if spec != known:
-            return (
-                f"its {key!r} is a {spec.kind} of shape {spec.shape}, the agent knows a {known.kind} of {known.shape}"
-            )
+def _difference(spec: EnvSpec, known: EnvSpec) -> str:
+    if spec.obs.keys() != known.obs.keys():
+        return f"it shows {', '.join(spec.obs)}, the agent knows {', '.join(known.obs)}"
+    for key, obs in spec.obs.items():
+        if obs != (other := known.obs[key]):
+            return f"its {key!r} is a {obs.kind} of shape {obs.shape}, the agent knows a {other.kind} of {other.shape}"
     return "its actions are others than those that the agent was trained with"

@@ -1,4 +1,4 @@
-"""Evaluation: whole real episodes, and a fair mean of their returns."""
+"""Rollouts of complete real episodes, and unbiased statistics of their returns."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any, Literal
 import numpy as np
 
 from longdream.agent.core.agent import Agent
-from longdream.agent.core.learner import own_randomness
+from longdream.agent.core.device import own_randomness
 from longdream.envs.make import World
 
 EVALUATION_SEED = 1_000_003
-"""Added to a run's seed: evaluation sees other episodes than training."""
+"""Added to a run's seed, so that evaluation episodes differ from those of training."""
 
 
 @dataclass(frozen=True)
 class Returns:
-    """Of n episodes: mean, standard deviation, and the 95% interval of the mean (normal approximation)."""
+    """Returns of n episodes: mean, standard deviation, and the 95% confidence interval of the mean (normal
+    approximation)."""
 
     return_mean: float
     return_std: float
@@ -28,7 +29,8 @@ class Returns:
 
     @classmethod
     def of(cls, returns: np.ndarray, lengths: np.ndarray) -> Returns:
-        mean, std = float(returns.mean()), float(returns.std(ddof=1)) if len(returns) > 1 else 0.0
+        mean = float(returns.mean())
+        std = float(returns.std(ddof=1)) if len(returns) > 1 else 0.0
         half = 1.96 * std / len(returns) ** 0.5
         steps = int(lengths.sum())
         return cls(mean, std, (mean - half, mean + half), len(returns), float(lengths.mean()), steps)
@@ -40,23 +42,25 @@ class Returns:
 Who = Literal["agent", "without_memory", "random"]
 
 
-def evaluate(agent: Agent, world: World, episodes: int, seed: int, who: Who = "agent", greedy: bool = True) -> Returns:
-    """Play `episodes` whole episodes of a fresh world and sum up their returns.
+def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "agent", greedy: bool = True) -> Returns:
+    """Play `episodes` complete episodes in a new world, and compute statistics of their returns.
 
-    Every copy plays the same number of episodes (the last round may be cut short by index, never by length), so that
-    short episodes are not counted more often than long ones.
+    The number of episodes of each copy is fixed in advance, so that short episodes are not overrepresented.
 
     Args:
-        who: the agent; the same with M's long memory erased before every step; or uniform random actions.
-        greedy: its likeliest actions, or such as it draws.
+        who: the agent; the agent with M's long memory erased before every step; or uniform random actions.
+        greedy: whether the agent takes its most probable actions instead of sampling them.
     """
     rng = np.random.default_rng(seed)
     quota = np.array([episodes // world.num_envs + (i < episodes % world.num_envs) for i in range(world.num_envs)])
     done = np.zeros_like(quota)
-    returns, lengths = [], []
-    total, length = np.zeros(world.num_envs), np.zeros(world.num_envs)
+    returns = []
+    lengths = []
+    total = np.zeros(world.num_envs)
+    length = np.zeros(world.num_envs)
     with own_randomness(seed, agent.device):
-        row, carry = world.reset(), agent.initial(world.num_envs)
+        row = world.reset()
+        carry = agent.initial(world.num_envs)
         while (done < quota).any():
             total += row.reward
             length += ~row.is_first

@@ -1,1 +1,1 @@
-"""The folder of a run: configuration, checkpoints, the record."""
+"""The folder of a run: configuration, checkpoints, metrics."""

@@ -1,14 +1,14 @@
-"""Atomic checkpoints that are loaded without running anybody's code.
+"""Atomic checkpoints. Loading one executes no code from it.
 
-A checkpoint is a folder `step_000000012345` holding
+A checkpoint is a folder `step_000000012345` that contains
 
     weights.safetensors   the tensors under the top-level key "weights"
     state.safetensors     every other tensor and array (optimizer moments, recurrent states, random state ...)
     state.json            the tree itself: structure, numbers, strings, and the names of the tensors above
     manifest.json         format version, step, SHA-256 and size of each file
 
-It is written beside the others under a temporary name, synced to disk and renamed, so at every moment the newest
-folder with a proper name is a whole checkpoint. Older ones go only after the rename.
+It is written under a temporary name, synced to disk and then renamed. The newest folder with such a name is therefore
+always a complete checkpoint. Older ones are deleted only after the rename.
 """
 
 import errno
@@ -31,26 +31,27 @@ from longdream.envs.contract import UserError
 FORMAT = 1
 FILES = ("weights.safetensors", "state.safetensors", "state.json")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file size limit
-TAG = "$"  # marks a JSON object that stands for something JSON has no word for
+TAG = "$"  # marks a JSON object that encodes a value that JSON lacks
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used: says which file, what is wrong with it and what to do."""
+    """A checkpoint cannot be used. The message names the file, what is wrong with it and what to do."""
 
 
 class NewerFormat(CheckpointError):
-    """A checkpoint of a later version of this program; intact, hence never silently passed over for an older one."""
+    """A checkpoint of a later version of this program. It is intact, so no older one is loaded in its place."""
 
 
 class DiskFull(RuntimeError):
-    """No room left. Raised before anything that was already saved has been touched."""
+    """The disk is full. Everything that was saved before is intact."""
 
     def __init__(self, folder: Path, needed: int, cause: OSError):
         super().__init__(
             f"disk full: {needed:,} bytes are needed in {folder} ({cause.strerror}); "
             f"free some space there and resume: what was saved before is intact"
         )
-        self.folder, self.needed = Path(folder), needed
+        self.folder = Path(folder)
+        self.needed = needed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,12 +61,16 @@ class DiskFull(RuntimeError):
 def save(root: Path, step: int, tree: dict, keep: int = 2) -> Path:
     """Write `tree` as the checkpoint of `step` below `root` and return its folder.
 
-    `tree` is a nested dict / list / tuple of tensors, numpy arrays and scalars, int, float, bool, str and None;
-    it comes back from `load` exactly (tensors on the CPU; dict subclasses as dict; a tensor that occurs several times
-    is stored once and comes back as one tensor). Afterwards the `keep` newest checkpoints up to this one remain;
-    later ones belong to a future that was given up when the run went back to an earlier step, and go as well.
+    `load` returns the tree exactly, with tensors on the CPU and dict subclasses as dict. A tensor that occurs several
+    times is stored once and loaded as one tensor. Afterwards the `keep` newest checkpoints up to this step remain.
+    Later ones are deleted: the run has gone back to an earlier step.
 
-    Raises TypeError (naming the place in the tree) for anything else, DiskFull when there is no room.
+    Args:
+        tree: nested dict / list / tuple of tensors, NumPy arrays and scalars, int, float, bool, str and None.
+
+    Raises:
+        TypeError: the tree contains anything else; the message names the place.
+        DiskFull: the disk has no room for it.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -97,8 +102,8 @@ def save(root: Path, step: int, tree: dict, keep: int = 2) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
         _sync_folder(temporary)
-        # The same step may be saved twice (on the clock, then at the end): a folder cannot be replaced in one move, so
-        # the second gets a name of its own that sorts after the first.
+        # The same step may be saved twice (periodically, then at the end). A folder cannot be replaced atomically, so
+        # the second gets another name, which sorts after the first.
         repeats = [_order(path)[1] for path in older if _order(path)[0] == step]
         final = root / (f"step_{step:012d}" + (f".{max(repeats) + 1}" if repeats else ""))
         temporary.rename(final)
@@ -118,7 +123,7 @@ def save(root: Path, step: int, tree: dict, keep: int = 2) -> Path:
 
 
 def _remove(path: Path) -> None:
-    # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under a proper name.
+    # Renamed first: a process killed during the deletion must not leave an incomplete checkpoint under a proper name.
     doomed = path.with_name(f".tmp-old-{path.name}")
     path.rename(doomed)
     shutil.rmtree(doomed)
@@ -133,12 +138,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 class _Packer:
-    """Turns a tree into JSON values, collecting its tensors under readable names."""
+    """Converts a tree to JSON values and collects its tensors under readable names."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "state": {}}
         self.seen: dict[tuple, dict] = {}
-        self.alive: list[torch.Tensor] = []  # keeps the addresses in `seen` from being reused
+        self.alive: list[torch.Tensor] = []  # keeps the addresses in `seen` from being reused by other tensors
 
     def encode(self, value: Any, path: tuple) -> Any:
         if value is None or type(value) in (bool, int, str):
@@ -146,7 +151,7 @@ class _Packer:
         if type(value) is float:
             if math.isfinite(value):
                 return value
-            sign = "-" if math.copysign(1, value) < 0 else ""  # NaN has one, too
+            sign = "-" if math.copysign(1, value) < 0 else ""  # NaN has a sign, too
             return {TAG: "float", "v": sign + repr(abs(value))}
         if isinstance(value, dict):
             if all(type(key) is str for key in value) and TAG not in value:
@@ -171,9 +176,9 @@ class _Packer:
         if tensor.numel() and identity in self.seen:
             return self.seen[identity]
         self.alive.append(tensor)
-        part, path = ("weights", path[1:]) if path[:1] == ("weights",) else ("state", path)
+        part = "weights" if path[:1] == ("weights",) else "state"
         names = self.tensors[part]
-        name = _name(path)
+        name = _name(path[1:] if part == "weights" else path)
         while name in names:  # {"a.b": ...} beside {"a": {"b": ...}}
             name += "'"
         names[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
@@ -196,17 +201,21 @@ def _digest(manifest: dict) -> str:
 
 
 def latest(root: Path) -> Path | None:
-    """The newest checkpoint folder below `root`, unverified; None where there is none."""
+    """The newest checkpoint folder below `root`, not verified; None if there is none."""
     return max(_all(Path(root)), key=_order, default=None)
 
 
 def load(path: Path) -> tuple[dict, int]:
     """Read a checkpoint and return `(tree, step)`.
 
-    `path` is one checkpoint folder, or the folder of all of them: then the newest intact one is read, with a warning
-    for each damaged one that was passed over. Every file is checked against its SHA-256 before it is decoded.
+    Every file is verified by its SHA-256 before it is decoded.
 
-    Raises CheckpointError for a missing, damaged or newer checkpoint.
+    Args:
+        path: the folder of one checkpoint, or the folder of all. Then the newest intact one is read, with a warning
+            for each damaged one that is skipped.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or its format is newer than this program.
     """
     path = Path(path)
     if _order(path) != (-1, -1) or (path / "manifest.json").exists():
@@ -232,40 +241,42 @@ def _all(root: Path) -> list[Path]:
 
 
 def _order(path: Path) -> tuple[int, int]:
-    """(step, repeat) of a checkpoint's name; (-1, -1) for any other."""
+    """(step, repeat) of a checkpoint's name; (-1, -1) for any other name."""
     match = re.fullmatch(r"step_(\d{12,})(?:\.(\d+))?", path.name)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, -1)
 
 
 def _read(folder: Path) -> tuple[dict, int]:
-    mend = "delete this folder to go on from an older checkpoint"
+    hint = "delete this folder to go on from an older checkpoint"
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such checkpoint")
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        version, step, files = manifest["format"], manifest["step"], manifest["files"]
+        version = manifest["format"]
+        step = manifest["step"]
+        files = manifest["files"]
     except FileNotFoundError:
-        raise CheckpointError(f"{folder / 'manifest.json'} is missing; {mend}") from None
+        raise CheckpointError(f"{folder / 'manifest.json'} is missing; {hint}") from None
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder / 'manifest.json'} is damaged (not a manifest); {mend}") from None
+        raise CheckpointError(f"{folder / 'manifest.json'} is damaged (not a manifest); {hint}") from None
     if isinstance(version, int) and version > FORMAT:
         raise NewerFormat(
             f"{folder} has checkpoint format {version}, this program reads up to {FORMAT}: update the program"
         )
     if manifest.get("sha256") != _digest(manifest):
-        raise CheckpointError(f"{folder / 'manifest.json'} is damaged (checksum differs); {mend}")
+        raise CheckpointError(f"{folder / 'manifest.json'} is damaged (checksum differs); {hint}")
 
     blobs = {}
     for name in FILES:
         try:
             blobs[name] = (folder / name).read_bytes()
         except FileNotFoundError:
-            raise CheckpointError(f"{folder / name} is missing; {mend}") from None
+            raise CheckpointError(f"{folder / name} is missing; {hint}") from None
         size = files[name]["bytes"]
         if len(blobs[name]) != size:
-            raise CheckpointError(f"{folder / name} is damaged ({len(blobs[name]):,} of {size:,} bytes); {mend}")
+            raise CheckpointError(f"{folder / name} is damaged ({len(blobs[name]):,} of {size:,} bytes); {hint}")
         if hashlib.sha256(blobs[name]).hexdigest() != files[name]["sha256"]:
-            raise CheckpointError(f"{folder / name} is damaged (checksum differs); {mend}")
+            raise CheckpointError(f"{folder / name} is damaged (checksum differs); {hint}")
     tensors = {part: safetensors.torch.load(blobs.pop(f"{part}.safetensors")) for part in ("weights", "state")}
     return _decode(json.loads(blobs["state.json"]), tensors), step
 

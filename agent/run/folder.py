@@ -1,4 +1,4 @@
-"""The folder of a run: made, locked while it is trained in, opened again."""
+"""The folder of a run: creating it, locking it during training, opening it."""
 
 from __future__ import annotations
 
@@ -33,26 +33,27 @@ PACKAGES = ("longdream", "torch", "gymnasium", "numpy", "safetensors", "pydantic
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk. `tree` and `step` are those of its newest intact checkpoint, read when first asked for."""
+    """A run on disk."""
 
     folder: Path
     config: Config
 
     @cached_property
     def saved(self) -> tuple[dict[str, Any], int]:
+        """Content and step of the newest intact checkpoint. Raises CheckpointError."""
         return checkpoint.load(self.folder / "checkpoints")
 
     @property
     def spec(self) -> EnvSpec:
-        """What the agent sees and does."""
+        """The agent's observations and actions."""
         return EnvSpec.from_json(self.saved[0]["spec"])
 
 
 def unused(name: str | None, label: str, seed: int, root: Path | str = "runs") -> Path:
-    """The folder of a new run: `root`/`name`, or `root`/LABEL-sSEED-1 (or -2, ...) without a name. Makes nothing.
+    """The folder of a new run: `root`/`name`, or `root`/LABEL-sSEED-1 (or -2, ...) without a name. Creates nothing.
 
     Raises:
-        UserError: it is there already, or the name is no name.
+        UserError: the folder exists, or the name is not valid.
     """
     root = Path(root)
     if name is None:
@@ -69,10 +70,10 @@ def unused(name: str | None, label: str, seed: int, root: Path | str = "runs") -
 
 
 def create(folder: Path, config: Config) -> Path:
-    """Make the folder of a new run with its config.yaml, runnable again as it is, and environment.txt.
+    """Create the folder of a new run with config.yaml, which can be run again as it is, and environment.txt.
 
     Raises:
-        UserError: it is there already, or cannot be made.
+        UserError: the folder exists, or cannot be created.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def create(folder: Path, config: Config) -> Path:
         raise _in_use(folder) from None
     except OSError as error:
         raise UserError(
-            f"cannot make {folder} ({error.strerror}): choose another place or mend its permissions"
+            f"cannot make {folder} ({error.strerror}): choose another place or fix its permissions"
         ) from None
     write(folder / "environment.txt", _environment())
     write_config(folder, config)
@@ -89,20 +90,20 @@ def create(folder: Path, config: Config) -> Path:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Keep the configuration in config.yaml, runnable again as it is."""
+    """Write config.yaml, which can be run again as it is."""
     write(folder / "config.yaml", "# longdream train config.yaml runs this again.\n" + options.dump(config))
 
 
 def _in_use(folder: Path) -> UserError:
-    mend = f"--resume {folder} goes on with it" if (folder / "config.yaml").exists() else "it holds no run"
-    return UserError(f"{folder} is in use: {mend}; --name other starts a new one")
+    hint = f"--resume {folder} goes on with it" if (folder / "config.yaml").exists() else "it holds no run"
+    return UserError(f"{folder} is in use: {hint}; --name other starts a new one")
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a small file in one step.
+    """Write a small file atomically.
 
     Raises:
-        DiskFull: no room; what was there before is intact.
+        DiskFull: the disk is full; the previous file is intact.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -119,7 +120,7 @@ def write(path: Path, text: str) -> None:
 
 
 def to_json(values: Any, indent: int | None = None) -> str:
-    """JSON as everybody reads it: a number that is not finite becomes null."""
+    """Standard JSON: numbers that are not finite become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -140,10 +141,10 @@ def _environment() -> str:
 
     here = Path(__file__).resolve().parent
     try:
-        told = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=here, capture_output=True, text=True
         )
-        commit = told.stdout.strip() or "none"
+        commit = result.stdout.strip() or "none"
     except OSError:
         commit = "none"
     lines = {
@@ -162,15 +163,13 @@ def open_run(folder: Path | str) -> Run:
     """The run in `folder`.
 
     Raises:
-        UserError: it is no run, or its config.yaml cannot be used.
+        UserError: there is no run, or its config.yaml cannot be used.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         if not folder.is_dir():
-            runs = [
-                str(path.parent)
-                for path in (folder.parent if folder.parent.name else Path("runs")).glob("*/config.yaml")
-            ]
+            root = folder.parent if folder.parent.name else Path("runs")
+            runs = [str(path.parent) for path in root.glob("*/config.yaml")]
             raise UserError(f"{folder}: there is no such run" + options.suggest(str(folder), runs))
         raise UserError(f"{folder} is no run: it holds no config.yaml; give a folder such as runs/quickstart-s1-1")
     return Run(folder, options.load(str(folder / "config.yaml")))
@@ -179,14 +178,14 @@ def open_run(folder: Path | str) -> Run:
 def load_agent(
     folder: Path | str, device: Literal["auto", "cpu", "cuda"] | None = None
 ) -> tuple[Agent, Config, EnvSpec, int]:
-    """The agent of a run as it was last saved, to act and dream with; its config, spec, and steps trained.
+    """The agent of a run as last saved, with its config, its spec, and the steps that it was trained for.
 
     Raises:
-        UserError: no run.
-        CheckpointError: no checkpoint in it yet, or none that can be used.
+        UserError: there is no such run, or it was trained on video and has no agent.
+        CheckpointError: it has no checkpoint, or none that can be used.
     """
     run = open_run(folder)
-    if run.config.video.lengths:
+    if run.config.kind == "video":
         raise UserError(
             f"{folder} was trained on video: there is nobody in it who acts; see its videos/ and summary.json"
         )
@@ -198,10 +197,10 @@ def load_agent(
 
 
 def fill(agent: Learner, tree: dict[str, Any], folder: Path, weights_only: bool = False) -> None:
-    """Give the agent, or V and M alone, what a checkpoint of `folder` holds.
+    """Load the checkpoint `tree` of the run in `folder` into the agent, or into a learner of V and M alone.
 
     Raises:
-        CheckpointError: it holds something else than an agent of this configuration.
+        CheckpointError: the checkpoint does not fit this configuration.
     """
     try:
         agent.load_state_dict(tree, weights_only)
@@ -214,10 +213,10 @@ def fill(agent: Learner, tree: dict[str, Any], folder: Path, weights_only: bool 
 
 
 def fill_model(agent: Agent, tree: dict[str, Any], folder: Path) -> None:
-    """Give the agent V and M of a checkpoint of `folder`, and leave C as it is.
+    """Load V and M from the checkpoint `tree` of the run in `folder`. C stays as it is.
 
     Raises:
-        CheckpointError: V and M there are others than in the agent's configuration.
+        CheckpointError: V and M of the checkpoint do not fit the agent's configuration.
     """
     try:
         agent.model.load_state_dict(tree["weights"]["model"])
@@ -227,30 +226,30 @@ def fill_model(agent: Agent, tree: dict[str, Any], folder: Path) -> None:
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
-    """The newest intact checkpoint of the run; None while there is none.
+    """The newest intact checkpoint of the run; None if there is no checkpoint yet.
 
     Raises:
-        CheckpointError: there are some, and none of them can be used.
+        CheckpointError: none of its checkpoints can be used.
     """
     root = folder / "checkpoints"
     return checkpoint.load(root)[0] if checkpoint.latest(root) else None
 
 
 def summary(folder: Path) -> dict[str, Any] | None:
-    """What the run's summary.json says, null standing for what is not a number; None without one."""
+    """The content of the run's summary.json, with NaN for null; None if there is no such file."""
     try:
-        found = json.loads((folder / "summary.json").read_text())
+        values = json.loads((folder / "summary.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return {key: math.nan if value is None else value for key, value in found.items()}
+    return {key: math.nan if value is None else value for key, value in values.items()}
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the run for this process; the system lets go of it whenever the process ends.
+    """Lock the run for this process. The operating system releases the lock when the process ends.
 
     Raises:
-        UserError: another process is training in it.
+        UserError: another process holds the lock, or the folder cannot be written to.
     """
     with ExitStack() as stack:
         try:
@@ -259,5 +258,5 @@ def lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{folder} is being trained by another process: wait for it or end it first") from None
         except OSError as error:
-            raise UserError(f"{folder} cannot be written to ({error.strerror}): mend its permissions") from None
+            raise UserError(f"{folder} cannot be written to ({error.strerror}): fix its permissions") from None
         yield

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, its view in TensorBoard, and a line on the console."""
+"""The metrics of a run: metrics.jsonl, TensorBoard, and a line on the console."""
 
 import json
 import math
@@ -18,11 +18,11 @@ Value = float | int | str | None
 
 
 class Logger:
-    """Appends to `folder`/metrics.jsonl, the record, and mirrors its numbers to `folder`/tensorboard.
+    """Appends metrics to `folder`/metrics.jsonl and writes their numbers to `folder`/tensorboard.
 
-    On a terminal one progress line is kept up to date on stderr; elsewhere a plain line appears at most every `every`
-    seconds. Both show the step of `total`, steps per second, the time left, and the last value of each metric in
-    `show`. Use it as a context manager, or call `close`.
+    On a terminal, stderr shows one progress line, which is updated in place. Elsewhere a plain line is printed at most
+    every `every` seconds. Both show the step out of `total`, steps per second, the time left, and the last value of
+    each metric in `show`. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -34,27 +34,34 @@ class Logger:
         every: float = 5.0,
         tensorboard: bool = True,
     ):
-        self.folder, self.total, self.show, self.every = Path(folder), total, show, every
+        self.folder = Path(folder)
+        self.total = total
+        self.show = show
+        self.every = every
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        self.nonfinite = 0  # values that were not finite, over the whole run
+        self.nonfinite = 0  # number of values that were not finite, over the whole run
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the logger)
         self._bytes = self._file.seek(0, os.SEEK_END)
-        self._step = -1  # last one written
-        self._tensorboard, self._writer, self._purge = tensorboard, None, None
+        self._step = -1  # the last step written
+        self._tensorboard = tensorboard
+        self._writer = None
+        self._purge: int | None = None
         self._shown: dict[str, Value] = {}
-        self._began: tuple[int, float] | None = None  # step and clock of the first line of this process
+        self._began: tuple[int, float] | None = None  # step and time of the first line of this process
         self._printed = -math.inf
         self._console = Console(stderr=True, highlight=False, soft_wrap=True) if console else None
         self._progress: Progress | None = None
 
     def write(self, step: int, metrics: dict[str, Any], **tags: Value) -> None:
-        """Record `metrics` (numbers, strings, None, or anything with `.item()`) at `step`, flushed to the file.
+        """Write `metrics` (numbers, strings, None, or anything with `.item()`) at `step`, unbuffered.
 
-        The line is one JSON object: "step", the tags and the metrics, with keys in order and floats exact. A value
-        that is not finite becomes null; how many there were so far is added as "log/nonfinite", and the console names
+        The line is one JSON object: "step", the tags and the metrics, with sorted keys and exact floats. A value that
+        is not finite becomes null. The number of such values so far is added as "log/nonfinite", and the console names
         the metric. Wall-clock values belong under "time/", so that runs can be compared without them.
-        Raises DiskFull, leaving only whole lines in the file.
+
+        Raises:
+            DiskFull: the disk is full; the file contains only complete lines.
         """
         values: dict[str, Value] = {key: _plain(value) for key, value in metrics.items()}
         bad = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -73,7 +80,7 @@ class Logger:
     def _append(self, line: bytes) -> None:
         try:
             written = self._file.write(line)
-            if written < len(line):  # a nearly full disk takes a part first, and the rest not at all
+            if written < len(line):  # a nearly full disk takes only a part; writing the rest raises the error
                 self._file.write(line[written:])
         except OSError as error:
             os.truncate(self.path, self._bytes)
@@ -101,7 +108,7 @@ class Logger:
     # -- console ------------------------------------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
-        """Print one line on the console (above the progress line, on a terminal)."""
+        """Print one line on the console, on a terminal above the progress line."""
         if self._console is not None:
             (self._progress.console if self._progress else self._console).print(text, markup=False)
 
@@ -126,7 +133,8 @@ class Logger:
     def _line(self, step: int, now: float) -> str:
         assert self._began is not None
         parts = [f"step {step:,}" + (f"/{self.total:,}" if self.total else "")]
-        done, seconds = step - self._began[0], now - self._began[1]
+        done = step - self._began[0]
+        seconds = now - self._began[1]
         if done > 0 and seconds > 0:
             rate = done / seconds
             parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
@@ -140,16 +148,16 @@ class Logger:
     # -- resume -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict:
-        """Where the record stands, synced to disk: goes into a checkpoint."""
+        """The state for a checkpoint. The file is synced to disk first."""
         os.fsync(self._file.fileno())
         if self._writer is not None:
             self._writer.flush()
         return {"bytes": self._bytes, "step": self._step, "nonfinite": self.nonfinite, "shown": dict(self._shown)}
 
     def restore(self, state: dict | None) -> list[str]:
-        """Cut the record back to `state`, or to nothing for None: the resumed run writes those lines again.
+        """Truncate the file to its length at `state`, or to 0 for None: the resumed run writes the later lines again.
 
-        Returns a warning when the record is shorter than it was.
+        Returns a warning if the file is shorter than it was at `state`.
         """
         state = state or {"bytes": 0, "step": -1, "nonfinite": 0, "shown": {}}
         warnings = []
@@ -162,19 +170,21 @@ class Logger:
             )
         os.truncate(self.path, end)
         self._bytes = end
-        self._step, self.nonfinite, self._shown = state["step"], state["nonfinite"], dict(state["shown"])
+        self._step = state["step"]
+        self.nonfinite = state["nonfinite"]
+        self._shown = dict(state["shown"])
         self._began = (max(self._step, 0), time.monotonic())
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._purge = self._step + 1  # TensorBoard hides the events from this step on that were written before
+        self._purge = self._step + 1  # TensorBoard hides earlier events from this step on
         return warnings
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
         if self._writer is not None:
-            with suppress(OSError):  # a full disk has been reported by then, and must not hide the error on its way
+            with suppress(OSError):  # a full disk has been reported already; do not hide the exception being raised
                 self._writer.close()
         self._file.close()
 

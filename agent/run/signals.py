@@ -1,4 +1,4 @@
-"""Ctrl-C and friendly kills: the run saves itself first."""
+"""SIGINT (Ctrl-C) and SIGTERM: the run is saved before the program ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came."""
+    """SIGINT or SIGTERM was received."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -21,9 +21,9 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """While entered, SIGINT and SIGTERM wait for `check`; a second one ends the program at once, as it would have.
+    """A context in which SIGINT and SIGTERM take effect at the next `check`. A second signal has its usual effect.
 
-    Signals belong to the main thread; entered in another one, this does nothing.
+    Signals are handled in the main thread. In another thread the context does nothing.
     """
 
     def __init__(self) -> None:
@@ -46,13 +46,13 @@ class Signals:
         self.number = number
 
     def check(self) -> None:
-        """Raise Interrupted if a signal came."""
+        """Raise Interrupted if a signal was received."""
         if self.number is not None:
             raise Interrupted(self.number)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Processes started inside never see SIGINT, which a terminal sends to all of them."""
+        """Processes started in this context ignore SIGINT, which a terminal sends to all processes."""
         if not self._before:
             yield
             return

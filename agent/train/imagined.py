@@ -1,4 +1,4 @@
-"""The loop without reality: a new C learns in the dreams of a run that is there, and is then judged in reality."""
+"""Training in imagination: a new C learns in the dreams of a run that is there, and is then evaluated for real."""
 
 from __future__ import annotations
 
@@ -8,55 +8,40 @@ from typing import Any
 
 import numpy as np
 
-from longdream.agent.config import ranges
+from longdream.agent.config.checks import check_clip
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent
 from longdream.agent.dream_env.starts import open_replay
-from longdream.agent.evaluation.policy import judge, play
-from longdream.agent.run import folder as run
+from longdream.agent.evaluation.policy import play
+from longdream.agent.run import folder as run_folder
 from longdream.agent.run.signals import Signals
-from longdream.agent.train.trainer import UpdateLoop
-from longdream.controller.types import Exporting
+from longdream.agent.train.trainer import LINES, Trainer
 from longdream.envs.contract import UserError
 
-MAY_DIFFER = ("controller.", "evaluate.", "replay.batch", "replay.length", "replay.episode_start_fraction", "replay.priority_fraction")
-MAY_DIFFER += ("learn.updates", "learn.actor_critic_rate", "learn.decay", "learn.agc", "seed", "device", "threads")
-MAY_DIFFER += ("recorded",)
-"""Settings in which such a run may differ from the one that it dreams of. (forcing, worldmodel and encoder are what V
-and M were trained with.)"""
-LINES = 20
-"""Lines of metrics, evenly over the updates."""
 
+class ImaginationTrainer(Trainer):
+    """A C learns alone, in dreams that start from the replay of the run `config.world`.
 
-def train(config: Config, folder: Path, resume: bool = False, console: bool = True) -> dict[str, Any]:
-    """Train the C of `config` in dreams of the run `config.world`; returns what is also written to summary.json.
-
-    The folder is a run like any other: its checkpoint holds that run's V and M and the new C, and can be evaluated and
-    dreamt with. `env_steps` in its summary are the real steps behind V and M, `updates` those of C. It resumes as
-    longdream.agent.train.online.train does, exactly.
-
-    Raises:
-        UserError: the configuration, the folder, or the run that it dreams of cannot be used.
-        EnvError, Interrupted, NotFinite, DiskFull: as longdream.agent.train.online.train.
+    The folder is a run like any other: its checkpoints hold that run's V and M and the new C, and can be evaluated and
+    dreamt with. `env_steps` in its summary are the real steps behind V and M, `updates` those of C.
     """
-    return DreamTraining.train(config, folder, resume, console)
 
+    SHOWN = ("controller/return", "evaluate/return_mean")
 
-class DreamTraining(UpdateLoop):
-    """A C in training on its own."""
-
-    SHOW = ("controller/return", "evaluate/return_mean")
-
-    def __init__(self, config: Config, folder: Path, tree: dict[str, Any] | None, signals: Signals, stack: ExitStack):
-        super().__init__(config, folder, tree, signals, stack)
-        source = run.open_run(config.world)
-        known, self.real_steps = source.saved
+    def __init__(self, config: Config, folder: Path, saved: dict[str, Any] | None, signals: Signals, stack: ExitStack):
+        super().__init__(config, folder, saved, signals, stack)
+        world = run_folder.open_run(config.world)
+        if world.config.kind == "video":
+            raise UserError(
+                f"{config.world} was trained on video: it has no replay for dreams of a controller to start in"
+            )
+        checkpoint, self.real_steps = world.saved
         self.rng = np.random.default_rng((config.seed, 1))
-        self.learner = self.agent = Agent(config, source.spec)
-        run.fill_model(self.agent, known, source.folder)
-        self.replay = open_replay(source.folder, known)
+        self.learner = self.agent = Agent(config, world.spec)
+        run_folder.fill_model(self.agent, checkpoint, world.folder)
+        self.replay = open_replay(world.folder, checkpoint)
         stack.callback(self.replay.close)
-        ranges.check_clip(config, self.replay.longest_clip)
+        check_clip(config, self.replay.longest_clip)
         if not self.replay.can_sample(config.replay.length):
             raise UserError(f"the replay of {config.world} holds no {config.replay.length} rows in a row: use less")
 
@@ -64,38 +49,47 @@ class DreamTraining(UpdateLoop):
     def total(config: Config) -> int:
         return config.learn.updates
 
-    def greeting(self) -> str:
-        return f"{super().greeting()}, in dreams of {self.config.world}"
+    def greeting(self, progress: int) -> str:
+        return f"{super().greeting(progress)}, in dreams of {self.config.world}"
 
-    def update(self) -> dict[str, Any]:
-        replay = self.config.replay
-        rows = self.replay.sample(self.rng, replay.batch, replay.length, replay.episode_start_fraction, replay.priority_fraction)
-        return self.agent.update_controller(rows, self.pace())
+    def turn(self) -> None:
+        settings = self.config.replay
+        rows = self.replay.sample(
+            self.rng,
+            settings.batch,
+            settings.length,
+            settings.episode_start_fraction,
+            settings.priority_fraction,
+        )
+        self.averages.add(self.agent.update_controller(rows, self.rate_scale()), self.agent.finite)
 
-    def log(self) -> None:
-        """A line of metrics, and an evaluation where `evaluate.every` is not 0."""
-        updates, total, clock = self.agent.updates, self.total(self.config), self.config.evaluate
-        if updates % max(1, total // LINES) and updates < total:
-            return
-        told = {}
-        if clock.every:
-            env, seed = self.config.evaluation_env, self.config.seed
-            found = play(self.agent, env, clock.episodes, seed, "agent", clock, self.signals)
-            told = {"evaluate/return_mean": found.return_mean, "evaluate/return_std": found.return_std}
-        self.write(told)
+    def report(self) -> None:
+        """A line of metrics, and an evaluation, where it is time for them."""
+        metrics: dict[str, Any] = {}
+        if self.is_due("evaluated", self.config.evaluate.times + 1, before_the_end=True):
+            metrics = self.evaluation()
+            self.count["evaluated"] = self.progress
+        if self.is_due("logged", LINES) or metrics:
+            self.write(metrics)
+
+    def evaluation(self) -> dict[str, Any]:
+        config = self.config
+        settings = config.evaluate
+        returns = play(
+            self.agent, config.evaluation_env, settings.episodes, config.seed, "agent", settings, self.signals
+        )
+        return {"evaluate/return_mean": returns.return_mean, "evaluate/return_std": returns.return_std}
 
     def state(self) -> dict[str, Any]:
-        return {"replay": {"of": self.config.world}, "sampling": self.rng.bit_generator.state}
+        return {
+            "spec": self.agent.spec.to_json(),
+            "replay": {"of": self.config.world},
+            "random": {"sample": self.rng.bit_generator.state},
+        }
 
-    def restore(self, tree: dict[str, Any]) -> None:
-        self.rng.bit_generator.state = tree["sampling"]
+    def restore(self, saved: dict[str, Any]) -> list[str]:
+        self.rng.bit_generator.state = saved["random"]["sample"]
+        return []
 
     def finish(self) -> dict[str, Any]:
-        config, clock = self.config, self.config.evaluate
-        self.logger.note(f"evaluating over {clock.final_episodes} episodes")
-        found = judge(self.agent, config.evaluation_env, clock.final_episodes, config.seed, clock, self.signals)
-        names = ("return_mean", "return_std", "length_mean", "random_mean", "without_memory_mean")
-        self.logger.write(self.agent.updates, {f"final/{key}": found[key] for key in names})
-        if isinstance(self.agent.controller, Exporting):
-            self.agent.controller.export(self.folder)
-        return self.conclude(found | {"env_steps": self.real_steps, "dream_steps": self.agent.dream_steps})
+        return self.conclude(self.final_evaluation(self.agent) | {"env_steps": self.real_steps})

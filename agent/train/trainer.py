@@ -26,7 +26,8 @@ from longdream.agent.data.base import ReplayBuffer
 from longdream.agent.data.device_replay import DeviceReplay
 from longdream.agent.data.replay import Replay
 from longdream.agent.evaluation.policy import evaluate_agent, make_world, play
-from longdream.agent.run import checkpoint, folder as run_folder
+from longdream.agent.run import checkpoint
+from longdream.agent.run import folder as run_folder
 from longdream.agent.run.logger import Logger
 from longdream.agent.run.metrics import Averages
 from longdream.agent.run.signals import Interrupted, Signals
@@ -68,7 +69,8 @@ class Trainer:
         self.began = time.monotonic()
         self.saved_at = self.began
         self.count: dict[str, Any] = {"wall": 0.0, "logged": 0, "evaluated": 0}
-        """Counters that outlive a session: seconds of earlier sessions, and which lines and evaluations were written."""
+        """Counters that outlive a session: seconds of earlier sessions, and `progress` at the last line of metrics and
+        at the last evaluation."""
         if saved:
             self.count |= saved["count"]
         self.averages = Averages()
@@ -167,6 +169,7 @@ class Trainer:
         counts = {"count/updates": learner.updates, "count/skipped": learner.skipped, "time/wall": self.wall()}
         self.logger.write(self.progress, self.averages.means() | counts | metrics)
         self.averages = Averages()
+        self.count["logged"] = self.progress
 
     def conclude(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json: these values, the number of updates, and the time that they took."""
@@ -184,6 +187,16 @@ class Trainer:
         if isinstance(agent.controller, Exporting):
             agent.controller.export(self.folder)
         return summary | {"dream_steps": agent.dream_steps}
+
+    def rate_scale(self) -> float:
+        """Factor on the learning rates: from 1 linearly to `learn.decay` at the end."""
+        return 1 - (1 - self.config.learn.decay) * self.progress / self.total(self.config)
+
+    def is_due(self, counter: str, times: int, before_the_end: bool = False) -> bool:
+        """Whether one of `times` evenly spaced events is due; `counter` holds `progress` at the last one."""
+        total = self.total(self.config)
+        passed = self.progress * times // total
+        return passed > self.count[counter] * times // total and not (before_the_end and passed == times)
 
     def wall(self) -> float:
         """Seconds of this run, those of earlier sessions included."""
@@ -330,10 +343,14 @@ class OnlineTrainer(Trainer):
     def report(self) -> None:
         settings = self.config.evaluate
         finished = self.progress >= self.total(self.config)
-        if self.progress // settings.log_every > self.count["logged"] or (finished and self.averages.numbers):
+        if self.passed(settings.log_every, "logged") or (finished and self.averages.numbers):
             self.log()
-        if settings.every and self.progress // settings.every > self.count["evaluated"] and not finished:
+        if settings.every and self.passed(settings.every, "evaluated") and not finished:
             self.evaluate()
+
+    def passed(self, every: int, counter: str) -> bool:
+        """Whether a multiple of `every` steps was passed since the event of `counter`."""
+        return self.progress // every > self.count[counter] // every
 
     def log(self) -> None:
         """A line of metrics: means over the updates and episodes since the last one, counts and timings."""
@@ -346,7 +363,6 @@ class OnlineTrainer(Trainer):
             metrics["train/reward"] = self.collector.take_reward() / steps
             self.count["rewarded"] = self.progress
         self.write(metrics)
-        self.count["logged"] = self.progress // self.config.evaluate.log_every
 
     def evaluate(self) -> None:
         """Play some episodes in an environment of their own: this changes nothing in training."""
@@ -357,7 +373,7 @@ class OnlineTrainer(Trainer):
                 self.agent, config.evaluation_env, settings.episodes, config.seed, "agent", settings, self.signals
             ).to_json()
         self.logger.write(self.progress, {f"evaluate/{key}": returns[key] for key in RETURNS if key in returns})
-        self.count["evaluated"] = self.progress // settings.every
+        self.count["evaluated"] = self.progress
 
     def finish(self) -> dict[str, Any]:
         return self.conclude(self.final_evaluation(self.agent) | {"env_steps": self.progress})

@@ -3,6 +3,8 @@
 Importing it registers the project's environments with Gymnasium: `gym.make("longdream/Recall-v0")`.
 """
 
+__version__ = "0.2.0"
+
 from longdream import envs
 
-__all__ = ["envs"]
+__all__ = ["__version__", "envs"]

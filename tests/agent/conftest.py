@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from longdream.agent.config import options
 from longdream.agent.data import npz_episodes as offline
-from longdream.agent.train import online as loop
+from longdream.agent.train.trainer import OnlineTrainer
 
 
 class Cramped:
@@ -101,7 +101,7 @@ def dream_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         if name not in made:
             other = {"env.kwargs": {}} if settings[name] else {}
             config = options.update(options.load("tiny"), {"evaluate.every": 0} | short | other | settings[name])
-            loop.train(config, root / name, console=False)
+            OnlineTrainer.train(config, root / name, console=False)
             made.add(name)
         return root / name
 

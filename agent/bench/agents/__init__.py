@@ -1,1 +1,1 @@
-"""Measurements of whole agents."""
+"""Benchmarks of whole agents."""

@@ -1,4 +1,4 @@
-"""`longdream bench controllers`: every kind of C in the dreams of the same runs, and model-free ones in reality."""
+"""`longdream bench controllers`: every kind of C in the dreams of the same runs, and model-free baselines."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from longdream.envs.make import World
 
 UPDATES = {"actor_critic": 300, "tree": 300, "planner/mppi": 300, "planner/cem": 1, "evolution": 200}
 UPDATES |= {"stable_baselines3:PPO": 150}
+"""Updates of C of each kind."""
 LONGER = {"pendulum": 3}
-"""Updates of a C of each kind, and how many times as many of those by gradient a preset needs."""
+"""Factor on the updates of kinds that learn by gradient, by preset."""
 FIXED = ("planner/cem", "evolution")
-"""Those that do not learn by gradient."""
+"""Kinds that do not learn by gradient."""
 REAL = "real/"
-"""What the names of those begin with that learn in the real environment."""
+"""Prefix of the names of algorithms that learn in the real environment."""
 
 
 class Job(NamedTuple):
-    """A run: a row of the table, named as there, and the command that makes it."""
+    """A run: its row in the table, and the command that trains it."""
 
     controller: str
     preset: str
@@ -39,7 +40,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"{Path(self.preset).stem}-{re.sub('[ /:]', '-', self.controller)}-s{self.seed}"
 
 
@@ -53,29 +54,30 @@ def measure(
     out: Path = Path("runs/controllers"),
     device: Device | None = None,
 ) -> dict[str, Any]:
-    """Kinds of C compared: each trained in the dreams of the same runs, beside model-free ones in reality.
+    """Compare kinds of C, each trained in the dreams of the same runs, with model-free baselines.
 
-    For every preset and seed a run is trained as `longdream train` does it (the row `with M`); every kind then gets its
-    V and M as they are, and learns in their dreams alone (`longdream train --world`). `real/PPO` has as many real steps
-    as that run, `real/PPOx10` ten times as many (`longdream baseline`). Every run has a folder of its own below OUT.
-    One that has finished is not run again and one that was cut short goes on, so the same command continues.
+    For every preset and seed, a run is trained by `longdream train` (the row `with M`). Every kind of C then learns
+    only in the dreams of that run's V and M, which stay fixed (`longdream train --world`). `real/PPO` takes as many
+    real steps as that run, `real/PPOx10` ten times as many (`longdream baseline`). Every run has its own folder below
+    OUT. Finished runs are not repeated and interrupted ones are resumed, so the same command continues.
 
     Args:
         presets: presets or .yaml files
-        kinds: of C, as controller.kind, planner/METHOD, or real/ALGORITHM
-        seeds: of the runs of each kind
-        episodes: real ones that each is judged by
-        updates: of each C (default: 300, 200 generations, 150 of SB3; on pendulum three times as many but generations)
-        parallel: runs at a time
-        out: folder of the runs and of what they print
+        kinds: kinds of C, as controller.kind, planner/METHOD, or real/ALGORITHM
+        seeds: seeds of the runs of each kind
+        episodes: real episodes of each evaluation
+        updates: updates of each C (default: 300, 200 generations, 150 of SB3; on pendulum three times as many, except
+            of generations)
+        parallel: runs in parallel
+        out: folder of the runs and of their logs
         device: where to compute (default: as in the preset)
 
     Returns:
-        rows: of each run controller, env, seed, return_mean, return_ci95, env_steps, dream_steps, wall_s. Those of a C
-        in dreams count the real steps behind M; wall_s is its own time, without that of M.
+        rows: of each run controller, env, seed, return_mean, return_ci95, env_steps, dream_steps, wall_s. For a C that
+        learns in dreams, env_steps are those of its M, and wall_s does not include the training of M.
 
     Raises:
-        UserError: a training failed; the message says where to find what it printed.
+        UserError: a training failed; the message names its log file.
     """
     if parallel < 1 or episodes < 1 or not (seeds and presets):
         raise UserError(f"--parallel {parallel}, --episodes {episodes}, --seeds {seeds}: must be like 1, 100 and 1,2,3")
@@ -88,7 +90,8 @@ def measure(
         print(f"{job.name}: {row['return_mean']:.2f} in {row['wall_s']:.0f} s", file=sys.stderr)
         return row | {"dream_steps": summary.get("dream_steps", 0)}
 
-    worlds, others = [], []
+    worlds = []
+    others = []
     for preset in presets:
         config = config_of(preset, device)  # an unknown preset is an error here, not in each of the runs
         discrete = _discrete(config)
@@ -108,10 +111,10 @@ def measure(
     with ThreadPoolExecutor(parallel) as pool:
         for jobs in (worlds, others):
             rows += pool.map(one, jobs)
-    known = {row["env"]: row["random_mean"] for row in rows}
+    random_mean = {row["env"]: row["random_mean"] for row in rows}
     print(markdown(rows))
     rows = [{key: value for key, value in row.items() if key != "random_mean"} for row in rows]
-    return {"presets": list(presets), "random_mean": known, "rows": rows}
+    return {"presets": list(presets), "random_mean": random_mean, "rows": rows}
 
 
 def _discrete(config: Config) -> bool:
@@ -121,8 +124,8 @@ def _discrete(config: Config) -> bool:
 
 def _world(preset: str, seed: int, episodes: int, device: Device | None) -> Job:
     settings = {"seed": seed, "evaluate.final_episodes": episodes} | ({"device": device} if device else {})
-    named = str(Path(preset).resolve()) if Path(preset).suffix else preset
-    return Job("with M", preset, seed, ["train", named, *trained.flags(settings)])
+    source = str(Path(preset).resolve()) if Path(preset).suffix else preset
+    return Job("with M", preset, seed, ["train", source, *trained.flags(settings)])
 
 
 def _in_dreams(
@@ -131,10 +134,10 @@ def _in_dreams(
     name, _, method = kind.partition("/")
     count = updates or UPDATES.get(kind, 300) * (1 if kind in FIXED else LONGER.get(preset, 1))
     settings: dict[str, Any] = {"world": f"runs/{world.name}", "controller.kind": name, "seed": seed}
-    settings |= {"controller.replay_value": 0}  # dreams alone, whatever the preset says
-    settings |= {"learn.updates": count, "evaluate.final_episodes": episodes, "evaluate.every": 0}
-    settings |= ({"controller.planner.method": method} if method else {}) | ({"device": device} if device else {})
-    if name == "planner":  # what it dreams at a step, for all episodes at once: most of its time on an accelerator
+    settings |= {"controller.replay_value": 0}  # learn from dreams alone, whatever the preset says
+    settings |= {"learn.updates": count, "evaluate.final_episodes": episodes, "evaluate.times": 0}
+    settings |= ({"controller.kwargs.method": method} if method else {}) | ({"device": device} if device else {})
+    if name == "planner":  # it plans by dreaming at every step: faster for all episodes at once
         settings["evaluate.copies"] = episodes
     return Job(kind, preset, seed, ["train", *trained.flags(settings)])
 
@@ -148,7 +151,7 @@ def _in_reality(kind: str, preset: str, config: Config, seed: int, episodes: int
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The comparison as two tables: a line per environment and controller, over its seeds, and a line per run."""
+    """The comparison as two tables: one line per environment and controller, over seeds, and one line per run."""
     steps = ["real steps", "dreamt steps"]
     over_seeds = [["environment", "controller", "return, mean", "lowest", "runs", *steps, "minutes"]]
     runs = [["environment", "controller", "seed", "return", "95% interval", *steps, "seconds"]]

@@ -1,4 +1,4 @@
-"""`longdream bench dream`: how fast `longdream/Dream-v0` steps, and how much of that is M."""
+"""`longdream bench dream`: the speed of `longdream/Dream-v0`, and M's share of the time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from longdream.envs.contract import UserError
 from longdream.envs.make import World
 
 STARTS = 16
-"""Moments that dreams begin from."""
+"""Number of states that dreams start from."""
 
 
 def measure(
@@ -29,16 +29,16 @@ def measure(
     rounds: int = 10,
     device: Device | None = None,
 ) -> dict[str, Any]:
-    """Dreamt steps per second of longdream/Dream-v0, and the share of each part.
+    """Dreamt steps per second of longdream/Dream-v0, and the share of each part in the time.
 
-    An untrained agent of a preset dreams under random actions, from first frames of its environment; its dreams are
-    made to end at the preset's horizon only. These are timed in turns: steps of the environment; M alone, at as many
-    copies; V's decoding alone, where observations are decoded. What is left is the environment's own.
+    An untrained agent of a preset dreams under random actions, from first frames of its environment. Its dreams end
+    only at the preset's horizon. Three things are timed in turns: steps of the environment; M alone, with as many
+    copies; and V's decoder alone, if observations are decoded. The remaining time is the overhead of the environment.
 
-    M alone is timed twice. Back to back: the host asks for the next step while a device is still at the last, as
-    nobody can whose action depends on what came. And waited for at each step, as whoever acts in M waits, with or
-    without an environment. The shares, and overhead_share, count by the first, which is the harder; waited_share is
-    the environment's own time by the second. Without a device there is nothing to wait for, and they are alike.
+    M alone is timed in two ways. In the first, the host launches the next step while the device still computes the last
+    one, which is impossible for a policy whose action depends on the last observation. In the second, the host waits
+    after each step, as any policy must. The shares and overhead_share are relative to the first, which is the harder
+    standard; waited_share is the environment's overhead relative to the second. On the CPU both are the same.
 
     examples
       longdream bench dream
@@ -46,27 +46,27 @@ def measure(
 
     Args:
         preset: preset or .yaml file
-        copies: dreams side by side
-        observation: what the environment shows
+        copies: numbers of dreams in parallel
+        observation: form of the environment's observations
         seconds: time for each row
-        rounds: so many turns; the fastest of each counts, since what else the machine does only makes it slower
+        rounds: number of turns; the fastest counts, since other load on the machine only adds time
         device: where to compute (default: cpu, and cuda where there is one)
 
     Returns:
         rows: copies, device, observation, steps_per_s (of all copies together), ms_per_step (of the environment),
-        model_ms and waited_ms (of M alone, back to back and waited for), share of model, decoder and environment in a
-        step, overhead_share: the environment's own time, by M's back to back; waited_share: by M's waited for.
+        model_ms and waited_ms (of M alone, without and with waiting), share of model, decoder and environment in a
+        step, overhead_share: the environment's overhead divided by model_ms; waited_share: divided by waited_ms.
     """
     if min(copies, default=0) < 1 or seconds <= 0 or rounds < 1:
         raise UserError(f"--copies {copies}, --seconds {seconds:g}, --rounds {rounds}: must be more than 0")
-    found: tuple[Device, ...] = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    available: tuple[Device, ...] = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     rows = []
-    for where in (device,) if device else found:
+    for where in (device,) if device else available:
         agent, moments = _asleep(preset, where)
         for n in copies:
             rows.append(_row(agent, moments, n, observation, seconds, rounds))
-            told = "{device}, {copies:,} copies: {steps_per_s:,.0f} dreamt steps/s, {ms_per_step:.2f} ms per step"
-            print(told.format(**rows[-1]), file=sys.stderr)
+            text = "{device}, {copies:,} copies: {steps_per_s:,.0f} dreamt steps/s, {ms_per_step:.2f} ms per step"
+            print(text.format(**rows[-1]), file=sys.stderr)
     print(f"preset {preset}, observation {observation}, {torch.get_num_threads()} CPU threads")
     print(
         "| device | copies | dreamt steps/s | ms per step | M alone, ms | waited for, ms | M | V's decoding | "
@@ -84,12 +84,12 @@ def measure(
 
 
 def _asleep(preset: str, device: Device) -> tuple[Agent, Moments]:
-    """An untrained agent whose M expects no end, and first frames of its environment."""
+    """An untrained agent whose M predicts no terminations, and STARTS copies of its environment's first moment."""
     config = config_of(preset, device)
     with closing(World(config.env.id, 1, config.seed, config.env.kwargs)) as world:
         agent = Agent(config, world.spec)
         frames = [world.reset().obs]
-    last: Any = agent.model.consequence.cont_out[-1]
+    last: Any = agent.model.reward_continue.cont_out[-1]
     torch.nn.init.constant_(last.bias, 20.0)
     moments = first_moments(agent, frames[0])
     return agent, moments.take(torch.zeros(STARTS, dtype=torch.long, device=agent.device))
@@ -113,14 +113,14 @@ def _row(agent: Agent, moments: Moments, n: int, observation: Observation, secon
     }
     if observation == "image":
         parts["decoder"] = lambda i: agent.model.encoder.decode(now.z)
-    for call in parts.values():  # the first calls allocate, or record a graph
+    for call in parts.values():  # the first calls allocate memory, or capture a CUDA graph
         timed(call, 3, agent.device)
     once = timed(parts["total"], 3, agent.device)
     calls = max(3, int(seconds / rounds / len(parts) / max(once, 1e-6)))
-    taken = [{part: timed(call, calls, agent.device) for part, call in parts.items()} for _ in range(rounds)]
-    ms = {"decoder": 0.0} | {part: 1e3 * min(turn[part] for turn in taken) for part in parts}
-    own = {by: max(0.0, ms["total"] - ms[by] - ms["decoder"]) for by in ("model", "waited")}
-    ms["environment"] = own["model"]
+    turns = [{part: timed(call, calls, agent.device) for part, call in parts.items()} for _ in range(rounds)]
+    ms = {"decoder": 0.0} | {part: 1e3 * min(turn[part] for turn in turns) for part in parts}
+    overhead = {by: max(0.0, ms["total"] - ms[by] - ms["decoder"]) for by in ("model", "waited")}
+    ms["environment"] = overhead["model"]
     inside = ("model", "decoder", "environment")
     return {
         "copies": n,
@@ -131,14 +131,14 @@ def _row(agent: Agent, moments: Moments, n: int, observation: Observation, secon
         "model_ms": round(ms["model"], 4),
         "waited_ms": round(ms["waited"], 4),
         "share": {part: ms[part] / sum(ms[part] for part in inside) for part in inside},
-        "overhead_share": own["model"] / ms["model"],
-        "waited_share": own["waited"] / ms["waited"],
+        "overhead_share": overhead["model"] / ms["model"],
+        "waited_share": overhead["waited"] / ms["waited"],
     }
 
 
 @torch.no_grad()
 def timed(call: Callable[[int], Any], calls: int, device: torch.device) -> float:
-    """Seconds per call, the device's work included."""
+    """Seconds per call, including the device's work."""
     _wait(device)
     began = time.perf_counter()
     for i in range(calls):

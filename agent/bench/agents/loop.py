@@ -1,4 +1,4 @@
-"""`longdream bench loop`: where the time of training goes."""
+"""`longdream bench loop`: the time of each part of training."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from longdream.agent.bench.common import MB, Device, config_of, resident_bytes
-from longdream.agent.config import options
+from longdream.agent.config.checks import check
 from longdream.agent.run.logger import Logger
 from longdream.agent.run.signals import Signals
-from longdream.agent.train.online import Training
+from longdream.agent.train.trainer import OnlineTrainer
 from longdream.envs.contract import UserError
 
 
@@ -25,93 +25,101 @@ def measure(
     preset: str = "quickstart",
     seconds: float = 60.0,
     steps: int | None = None,
-    ratio: float | None = None,
+    train_ratio: float | None = None,
     device: Device | None = None,
 ) -> dict[str, Any]:
-    """Where the time of training goes, how fast it is, whether memory stays flat.
+    """The time of each part of training, its speed, and the growth of memory.
 
-    Runs the training loop of a preset in a temporary folder, turn by turn, without evaluations and checkpoints, and
-    measures once learning has begun.
+    Runs the training loop of a preset in a temporary folder, without evaluations and checkpoints. It measures once
+    learning has begun.
 
     Args:
         preset: preset or .yaml file
-        seconds: how long to measure
-        steps: measure over so many real steps instead
-        ratio: of learning to acting (default: learn.ratio of the preset); a small one takes many steps in minutes
+        seconds: duration of the measurement
+        steps: measure over this many real steps instead
+        train_ratio: replayed rows per real step (default: learn.train_ratio of the preset); with a small ratio, a few
+            minutes cover many steps
         device: where to compute (default: as in the preset)
 
     Returns:
         share: of wall-clock time, by part: collect (environment and acting), replay (sampling), encoder (V), model (M),
-        controller (C and its dreams), other. replay_share_of_updates: sampling, of the time of an update with it.
-        rss_mb: resident memory at some marks, [real step, MB]. rss_growth_mb: rise of a line through them, without the
-        first fifth, in which replay pages fill what may stay mapped.
-        env_steps_per_s, updates_per_s.
+        controller (C and its dreams), other. replay_share_of_updates: share of sampling in the time of an update.
+        rss_mb: resident memory at some steps, [real step, MB]. rss_growth_mb: its rise by linear regression, without
+        the first fifth, in which the mapped pages of the replay accumulate. env_steps_per_s, updates_per_s.
     """
     if seconds <= 0 or (steps is not None and steps < 1):
         raise UserError(f"--seconds {seconds:g}, --steps {steps}: must be more than 0")
     config = config_of(preset, device)
-    ratio = config.learn.ratio if ratio is None else ratio
-    config = dataclasses.replace(config, learn=dataclasses.replace(config.learn, warmup=0, ratio=ratio))
-    options.check(config)
+    train_ratio = config.learn.train_ratio if train_ratio is None else train_ratio
+    config = dataclasses.replace(config, learn=dataclasses.replace(config.learn, warmup=0, train_ratio=train_ratio))
+    check(config)
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        training = Training(config, folder, None, signals, stack)
-        training.record(stack.enter_context(Logger(folder, console=False)), None)
-        while training.count["begun"] is None or (ratio and training.agent.updates < 3):  # the first updates allocate
-            training.turn()
+        trainer = OnlineTrainer(config, folder, None, signals, stack)
+        trainer.open(stack.enter_context(Logger(folder, console=False)), None)
+        # the first three updates allocate memory and are not measured
+        while trainer.count["learning_began"] is None or (train_ratio and trainer.agent.updates < 3):
+            trainer.turn()
             signals.check()
-        spent, updates, first = _spent(training), training.agent.updates, training.collector.env_steps
-        began, percent, marks = time.perf_counter(), 0, [(first, resident_bytes() / MB)]
+        spent = _spent(trainer)
+        updates = trainer.agent.updates
+        first = trainer.collector.env_steps
+        began = time.perf_counter()
+        percent = 0
+        marks = [(first, resident_bytes() / MB)]
         while percent < 100:
-            training.turn()
+            trainer.turn()
             signals.check()
-            step = training.collector.env_steps
-            if step // config.evaluate.log_every > training.count["logged"]:
-                training.log()
+            step = trainer.collector.env_steps
+            if step // config.evaluate.log_every > trainer.count["logged"]:
+                trainer.log()
             wall = time.perf_counter() - began
-            before, percent = percent, int(100 * ((step - first) / steps if steps else wall / seconds))
+            before = percent
+            percent = int(100 * ((step - first) / steps if steps else wall / seconds))
             if percent > before:
                 marks.append((step, resident_bytes() / MB))
             if percent // 10 > before // 10:
                 print(f"step {step:,}: {marks[-1][1]:.0f} MB resident", file=sys.stderr)
-        spent = {part: value - spent[part] for part, value in _spent(training).items()}
-        updates, walked = training.agent.updates - updates, training.collector.env_steps - first
+        spent = {part: value - spent[part] for part, value in _spent(trainer).items()}
+        updates = trainer.agent.updates - updates
+        env_steps = trainer.collector.env_steps - first
     learning = sum(spent[part] for part in ("replay", "encoder", "model", "controller"))
     spent["other"] = max(wall - sum(spent.values()), 0.0)
     total = sum(spent.values())
-    found = {
+    result = {
         "preset": preset,
-        "device": str(training.agent.device),
+        "device": str(trainer.agent.device),
         "share": {part: value / total for part, value in spent.items()},
         "replay_share_of_updates": spent["replay"] / learning if learning else 0.0,
-        "env_steps": walked,
+        "env_steps": env_steps,
         "updates": updates,
         "wall_s": round(wall, 4),
-        "env_steps_per_s": round(walked / wall, 2),
+        "env_steps_per_s": round(env_steps / wall, 2),
         "updates_per_s": round(updates / wall, 3),
         "rss_mb": [[step, round(size, 1)] for step, size in marks[:: max(len(marks) // 10, 1)]],
         "rss_growth_mb": round(growth(marks[len(marks) // 5 :]), 1),
     }
-    print(f"preset {preset} on {found['device']}: {walked:,} real steps, {updates:,} updates in {wall:.0f} s")
-    for part, value in found["share"].items():
+    print(f"preset {preset} on {result['device']}: {env_steps:,} real steps, {updates:,} updates in {wall:.0f} s")
+    for part, value in result["share"].items():
         print(f"  {part:10} {value:6.1%}" + (f" {1e3 * spent[part] / updates:9.2f} ms per update" if updates else ""))
-    print(f"  {found['env_steps_per_s']:,} real steps and {found['updates_per_s']} updates per second")
-    print(f"  sampling replay is {found['replay_share_of_updates']:.2%} of an update")
+    print(f"  {result['env_steps_per_s']:,} real steps and {result['updates_per_s']} updates per second")
+    print(f"  sampling replay is {result['replay_share_of_updates']:.2%} of an update")
     sizes = [size for _, size in marks]
-    print(f"  resident memory {min(sizes):.0f} to {max(sizes):.0f} MB, grew by {found['rss_growth_mb']} MB")
-    return found
+    print(f"  resident memory {min(sizes):.0f} to {max(sizes):.0f} MB, grew by {result['rss_growth_mb']} MB")
+    return result
 
 
 def growth(marks: Sequence[tuple[int, float]]) -> float:
-    """How much a straight line through the marks (step, MB) rises from first to last.
+    """The rise from first to last of the regression line through the marks (step, MB).
 
-    Resident memory goes up and down as mapped replay pages are used and handed back: two marks alone would tell chance.
+    Resident memory fluctuates, as mapped pages of the replay are used and released: the difference of two marks would
+    be random.
     """
     steps, sizes = np.array(marks, np.float64).T
-    away = steps - steps.mean()
-    return float(away @ sizes / max(away @ away, 1e-9) * (steps[-1] - steps[0]))
+    centered = steps - steps.mean()
+    return float(centered @ sizes / max(centered @ centered, 1e-9) * (steps[-1] - steps[0]))
 
 
-def _spent(training: Training) -> dict[str, float]:
-    return {"collect": training.seconds["act"], "replay": training.seconds["replay"], **training.agent.seconds}
+def _spent(trainer: OnlineTrainer) -> dict[str, float]:
+    return {"collect": trainer.seconds["act"], "replay": trainer.seconds["replay"], **trainer.agent.seconds}

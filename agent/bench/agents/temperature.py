@@ -1,4 +1,4 @@
-"""`longdream bench temperature`: what a dream's randomness does to what is learned in it."""
+"""`longdream bench temperature`: the effect of a dream's temperature on the C that learns in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from longdream.agent.bench.common import Device
 from longdream.agent.core.agent import Agent
-from longdream.agent.core.learner import own_randomness
+from longdream.agent.core.device import own_randomness
 from longdream.agent.data.replay import Replay
 from longdream.agent.dream_env.env import DreamVecEnv
 from longdream.agent.dream_env.starts import Moments, initial_moments, open_agent, open_replay
@@ -24,7 +24,7 @@ from longdream.worldmodel.dream import imagine
 from longdream.worldmodel.types import Batch
 
 COPIES = 256
-"""Dreams side by side that a score is taken from."""
+"""Number of dreams in parallel when a score is computed."""
 
 
 def measure(
@@ -38,27 +38,27 @@ def measure(
     out: Path | None = None,
     device: Device | None = None,
 ) -> dict[str, Any]:
-    """Score in the dream beside score in reality, over temperatures of the dream, for one run.
+    """Scores in dreams and in reality over the temperature of dreams, for one run.
 
-    At each temperature a new C learns in the dreams of the run's V and M, which stay as they are, from moments of its
-    replay. It then plays, greedily, whole dreams of that temperature that begin at first frames of episodes, and whole
-    real episodes. As in Ha and Schmidhuber 2018 (arXiv 1803.10122): what is learned in a dream without enough
-    randomness may live on M's mistakes, and then scores high there and low in reality.
+    At each temperature a new C learns in the dreams of the run's V and M, which stay fixed; the dreams start from
+    moments of its replay. C then plays greedily: complete dreams of that temperature from first frames of episodes, and
+    complete real episodes. As in Ha and Schmidhuber (2018, arXiv 1803.10122), a C that learns in dreams without enough
+    randomness may exploit M's errors; its score is then high in dreams and low in reality.
 
-    With --updates 0 the run's own C is scored at each temperature.
+    With --updates 0, the run's own C is scored at each temperature.
 
     examples
       longdream bench temperature runs/quickstart-s0-1
       longdream bench temperature runs/quickstart-s0-1 --updates 0 --temperatures 0.5,1,2 --json
 
     Args:
-        run_folder: of the run
-        temperatures: of the dreams, each more than 0
-        updates: of each new C; 0 for the run's own
-        episodes: dreamt ones and real ones that each score is the mean of
-        steps: denoising steps per dreamt frame. With 1, temperature changes nothing where latents are continuous
-        horizon: longest dream that is scored (default: the longest episode in the replay)
-        seed: of the new Cs, the dreams and the real episodes
+        run_folder: folder of the run
+        temperatures: temperatures of the dreams, each more than 0
+        updates: updates of each new C; 0 for the run's own C
+        episodes: number of dreams, and of real episodes, for each score
+        steps: denoising steps per dreamt frame. With 1, temperature has no effect on continuous latents
+        horizon: steps after which a dream is truncated (default: the length of the longest episode in the replay)
+        seed: random seed of the new Cs, the dreams and the real episodes
         out: the picture (default: temperature.png in the run)
         device: where to compute (default: as in the run)
 
@@ -73,7 +73,8 @@ def measure(
     if horizon is not None and horizon < 1:
         raise UserError(f"--horizon {horizon}: must be at least 1")
     agent, tree = open_agent(run_folder, device)
-    config, replay = agent.config, open_replay(run_folder, tree)
+    config = agent.config
+    replay = open_replay(run_folder, tree)
     horizon = horizon or replay.longest_episode()
     if not horizon:
         raise UserError(f"the replay in {replay.folder} holds no whole episode: say how long dreams are with --horizon")
@@ -88,8 +89,8 @@ def measure(
             row |= {f"{name}_mean": score.return_mean, f"{name}_ci95": list(score.return_ci95)}
             row |= {f"{name}_length": score.length_mean}
         rows.append(row)
-        told = "temperature {temperature:g}: dream {dream_mean:.3f}, real {real_mean:.3f}"
-        print(told.format(**row), file=sys.stderr)
+        text = "temperature {temperature:g}: dream {dream_mean:.3f}, real {real_mean:.3f}"
+        print(text.format(**row), file=sys.stderr)
     replay.close()
     picture = out or run_folder / "temperature.png"
     draw(rows, f"{config.env.id}   {'a C per temperature' if updates else 'one C'}, {episodes} episodes", picture)
@@ -101,8 +102,8 @@ def measure(
         scores = (f"{row[f'{k}_mean']:.3f} | {_interval(row[f'{k}_ci95'])}" for k in ("dream", "real"))
         print(f"| {row['temperature']:g} | {' | '.join(scores)} |")
     print(f"picture  {picture}")
-    told = {"run": str(run_folder), "env": config.evaluation_env.id, "updates": updates, "denoising_steps": steps}
-    return told | {"episodes": episodes, "horizon": horizon, "seed": seed, "picture": str(picture), "rows": rows}
+    settings = {"run": str(run_folder), "env": config.evaluation_env.id, "updates": updates, "denoising_steps": steps}
+    return settings | {"episodes": episodes, "horizon": horizon, "seed": seed, "picture": str(picture), "rows": rows}
 
 
 def _interval(ends: list[float]) -> str:
@@ -110,19 +111,21 @@ def _interval(ends: list[float]) -> str:
 
 
 def learned(agent: Agent, replay: Replay, temperature: float, steps: int, updates: int, seed: int) -> Agent:
-    """The same V and M with a new C, which learned in their dreams at that temperature."""
+    """The agent's V and M with a new C that has learned in their dreams at that temperature."""
     config = agent.config
     with own_randomness(seed, agent.device):
         fresh = Agent(config, agent.spec)
         fresh.model.load_state_dict(agent.model.state_dict())
-        rng, learn, clips = np.random.default_rng(seed), config.controller, config.replay
+        rng = np.random.default_rng(seed)
+        learn = config.controller
+        clips = config.replay
         for _ in range(updates):
-            rows = replay.sample(rng, clips.batch, clips.length, clips.starts, clips.surprise)
+            rows = replay.sample(rng, clips.batch, clips.length, clips.episode_start_fraction, clips.priority_fraction)
             with torch.no_grad():
-                _, starts, _ = fresh.model.loss(Batch.of(rows, agent.device), learn.starts)
+                _, starts, _ = fresh.model.loss(Batch.of(rows, agent.device), learn.imagination_starts)
             policy = lambda feat: fresh.controller.act(feat, greedy=False)  # noqa: E731
             dream = imagine(fresh.model, starts, policy, learn.horizon, temperature, steps)
-            fresh.parts["controller"].step(fresh.controller.loss(dream).value)
+            fresh.optimizers["controller"].step(fresh.controller.loss(dream).value)
             fresh.controller.after_update()
     return fresh
 
@@ -131,12 +134,16 @@ def learned(agent: Agent, replay: Replay, temperature: float, steps: int, update
 def dream_returns(
     agent: Agent, moments: Moments, episodes: int, temperature: float, steps: int, horizon: int, seed: int
 ) -> Returns:
-    """Returns of `episodes` whole dreams, greedy: each copy dreams as many, so that short ones do not count more."""
+    """Returns of `episodes` complete dreams with greedy actions. Each copy plays the same number of dreams, so that
+    short ones are not overrepresented."""
     copies = min(COPIES, episodes)
     env = DreamVecEnv(copies, agent, "feature", temperature, steps, horizon, moments)
-    returns, lengths = [], []
+    returns = []
+    lengths = []
     for round in range(-(-episodes // copies)):
-        total, length, alive = np.zeros(copies), np.zeros(copies), np.ones(copies, bool)
+        total = np.zeros(copies)
+        length = np.zeros(copies)
+        alive = np.ones(copies, bool)
         feat, _ = env.reset(seed=seed + round)
         with own_randomness(seed + round, agent.device):
             while alive.any():
@@ -148,11 +155,11 @@ def dream_returns(
                 alive &= ~(terminated | truncated)
         returns.append(total)
         lengths.append(length)
-    return Returns.of(*(np.concatenate(values)[:episodes] for values in (returns, lengths)))
+    return Returns.of(np.concatenate(returns)[:episodes], np.concatenate(lengths)[:episodes])
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Both scores with their intervals over temperature."""
+    """Plot both scores with their confidence intervals over temperature."""
     figure = Figure(figsize=(7, 4.2), dpi=120)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()

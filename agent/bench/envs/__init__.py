@@ -1,1 +1,1 @@
-"""Measurements of environments."""
+"""Benchmarks of environments."""

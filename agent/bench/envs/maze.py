@@ -1,4 +1,4 @@
-"""`longdream bench maze`: how fast the twin of Memory Maze is, beside the original in one process."""
+"""`longdream bench maze`: the speed of the fast Memory Maze, and of the original in one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longdream.envs.contract import UserError
 from longdream.envs.memory_maze.env import upstream_imports
 from longdream.envs.memory_maze.sizes import ACTIONS, SIZES
 
-WARM_UP = 5  # steps before time is taken: compilers, caches
+WARM_UP = 5  # steps that are not timed: compilation, caches
 
 
 def measure(
@@ -29,40 +29,42 @@ def measure(
     upstream: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Steps per second of the twin, pictures included, and of the package's own environment in the same minutes.
+    """Steps per second of the fast (batched) Memory Maze, images included, and of the original package's environment.
 
-    In each round the original takes upstream_steps steps in this process, then the twin takes steps of all copies, by
-    uniform random actions. Rates are medians over the rounds; resets are not counted. On the CPU the twin uses as many
-    threads as torch does (OMP_NUM_THREADS).
+    In each round the original takes upstream_steps steps in this process, then the fast version takes `steps` steps of
+    all copies, both with random actions. Rates are medians over the rounds; resets are not timed. On the CPU the fast
+    version uses as many threads as torch (OMP_NUM_THREADS).
 
     Args:
         size: 9, 11, 13 or 15
-        copies: of the twin, side by side
-        device: where the twin runs
-        rounds: of both
-        steps: of the twin, of all copies, in each round
-        upstream_steps: of the original in each round
+        copies: copies of the fast version in parallel
+        device: device of the fast version
+        rounds: number of rounds
+        steps: steps of all copies of the fast version in each round
+        upstream_steps: steps of the original in each round
         upstream: measure the original too
-        seed: of mazes and actions
+        seed: random seed of mazes and actions
 
     Returns:
-        steps_per_s, upstream_steps_per_s, their ratio, device, copies; physics_share: the part of the twin's time that
-        goes into moving bodies, the rest being pictures; bytes_per_copy: of device memory, null on the CPU.
+        steps_per_s, upstream_steps_per_s, their ratio, device, copies; physics_share: share of the body's physics in
+        the time of the fast version, the rest being images; bytes_per_copy: device memory, null on the CPU.
     """
     if size not in SIZES or min(rounds, steps, upstream_steps) < 1:
         raise UserError(f"--size {size} --rounds {rounds} --steps {steps} --upstream-steps {upstream_steps}: too small")
     from longdream.envs.fast_memory_maze.env import FastMemoryMazeVecEnv
 
     before = torch.cuda.memory_allocated() if device == "cuda" and torch.cuda.is_available() else 0
-    twin = FastMemoryMazeVecEnv(copies, size, device=device)
+    fast = FastMemoryMazeVecEnv(copies, size, device=device)
     actions = torch.from_numpy(np.random.default_rng(seed).integers(len(ACTIONS), size=(steps, copies)))
-    actions = actions.to(twin.device)
+    actions = actions.to(fast.device)
     original = _original(size, seed) if upstream else None
-    rates, theirs, shares = [], [], []
-    with closing(twin):
-        twin.reset_tensors(seed)
+    rates = []
+    upstream_rates = []
+    shares = []
+    with closing(fast):
+        fast.reset_tensors(seed)
         for step in range(WARM_UP):
-            twin.step_tensors(actions[step % steps])
+            fast.step_tensors(actions[step % steps])
             if original is not None:
                 original(step % len(ACTIONS))
         for i in range(rounds):
@@ -70,18 +72,19 @@ def measure(
                 began = time.perf_counter()
                 for step in range(upstream_steps):
                     original(step % len(ACTIONS))
-                theirs.append(upstream_steps / (time.perf_counter() - began))
-            whole = _seconds(twin.device, actions, twin.step_tensors)
-            unseen = _seconds(twin.device, actions, twin.step_unseen)
+                upstream_rates.append(upstream_steps / (time.perf_counter() - began))
+            whole = _seconds(fast.device, actions, fast.step_tensors)
+            unseen = _seconds(fast.device, actions, fast.step_unseen)
             rates.append(copies * steps / whole)
             shares.append(unseen / whole)
             print(f"round {i + 1} of {rounds}: {rates[-1]:,.0f} steps/s", file=sys.stderr)
         bytes_per_copy = (torch.cuda.max_memory_allocated() - before) / copies if device == "cuda" else None
-    rate, upstream_rate = float(np.median(rates)), float(np.median(theirs)) if theirs else None
-    found = {
+    rate = float(np.median(rates))
+    upstream_rate = float(np.median(upstream_rates)) if upstream_rates else None
+    result = {
         "size": size,
         "copies": copies,
-        "device": torch.cuda.get_device_name(twin.device) if device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(fast.device) if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "steps_per_s": round(rate, 1),
         "upstream_steps_per_s": None if upstream_rate is None else round(upstream_rate, 1),
@@ -89,11 +92,11 @@ def measure(
         "physics_share": round(float(np.median(shares)), 3),
         "bytes_per_copy": None if bytes_per_copy is None else round(bytes_per_copy),
     }
-    print(f"twin of Memory Maze {size}x{size}, {copies} copies on {found['device']}: {rate:,.0f} steps/s")
-    print(f"  of its time {found['physics_share']:.0%} moves bodies, the rest draws pictures")
+    print(f"fast Memory Maze {size}x{size}, {copies} copies on {result['device']}: {rate:,.0f} steps/s")
+    print(f"  physics take {result['physics_share']:.0%} of the time, images the rest")
     if upstream_rate is not None:
         print(f"  the original in one process: {upstream_rate:.1f} steps/s; {rate / upstream_rate:.1f} times as fast")
-    return found
+    return result
 
 
 def _original(size: int, seed: int) -> Callable[[int], Any]:
@@ -110,6 +113,6 @@ def _seconds(device: torch.device, actions: torch.Tensor, step: Callable[[torch.
     synchronise(device)
     began = time.perf_counter()
     for action in actions:
-        step(action)  # what it returns is let go: memory is measured too
+        step(action)  # its result is not kept, since memory is measured too
     synchronise(device)
     return time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""`longdream bench memory-maze`: our Memory Maze beside upstream's, in speed and in every picture."""
+"""`longdream bench memory-maze`: our Memory Maze against the upstream package: speed, and equality of every image."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from longdream.envs.memory_maze.sizes import ACTIONS, SIZES
 
 
 def measure(size: int = 9, rounds: int = 7, steps: int = 100, seed: int = 0) -> dict[str, Any]:
-    """How much faster the real Memory Maze is here than the class of its package, and whether it is the same.
+    """How much faster our Memory Maze is than the class of the upstream package, and whether it is identical.
 
-    In each round both are reset and then stepped with the same random actions, in one process, taking turns who is
-    first; upstream is given what it needs for the observation alone. Ratios are medians over the rounds, of times in
-    the same round. Not counted are the very first reset of each, in which drivers and shaders are loaded, and a step
-    ahead of each turn, which makes OpenGL turn from one to the other.
+    In each round both are reset and then stepped with the same random actions in one process; the order alternates.
+    Upstream computes only the image. Ratios are medians over rounds of the times in a round. The first reset of each is
+    not counted, since it loads drivers and shaders, nor is a step before each turn, in which OpenGL switches contexts.
 
     Args:
         size: 9, 11, 13 or 15
-        rounds: episodes begun in each
-        steps: in each round
-        seed: of mazes and actions
+        rounds: number of rounds, each with one episode
+        steps: steps in each round
+        seed: random seed of mazes and actions
 
     Returns:
-        ratio_steps, ratio_resets: upstream's time divided by ours. identical: whether every picture and reward was.
+        ratio_steps, ratio_resets: upstream's time divided by ours. identical: whether all images and rewards are equal.
         steps_per_s, upstream_steps_per_s, reset_s, upstream_reset_s: medians.
     """
     if size not in SIZES or rounds < 1 or steps < 1:
@@ -41,7 +40,9 @@ def measure(size: int = 9, rounds: int = 7, steps: int = 100, seed: int = 0) -> 
     with upstream_imports():
         from memory_maze import tasks
     theirs = getattr(tasks, f"memory_maze_{size}x{size}")(seed=seed, image_only_obs=True)
-    rng, times, identical = np.random.default_rng(seed), np.zeros((rounds + 1, 2, 2)), True
+    rng = np.random.default_rng(seed)
+    times = np.zeros((rounds + 1, 2, 2))  # round; reset, steps; ours, theirs
+    identical = True
     with closing(ours), closing(theirs):
         for i in range(rounds + 1):
             actions = rng.integers(len(ACTIONS), size=steps)
@@ -54,7 +55,8 @@ def measure(size: int = 9, rounds: int = 7, steps: int = 100, seed: int = 0) -> 
                     seen[0] = [ours.reset(seed=seed if i == 0 else None)[0]]
                 else:
                     seen[1] = [theirs.reset().observation]
-                began, times[i, 0, who] = time.perf_counter(), time.perf_counter() - began
+                times[i, 0, who] = time.perf_counter() - began
+                began = time.perf_counter()
                 for action in actions:
                     if who == 0:
                         seen[0].extend(ours.step(action)[:2])
@@ -66,11 +68,12 @@ def measure(size: int = 9, rounds: int = 7, steps: int = 100, seed: int = 0) -> 
             identical &= same
             if i:
                 ratios = times[i, :, 1] / times[i, :, 0]
-                told = f"resets {ratios[0]:.2f}x, steps {ratios[1]:.2f}x, pictures {'equal' if same else 'DIFFER'}"
-                print(f"round {i} of {rounds}: {told}", file=sys.stderr)
+                text = f"resets {ratios[0]:.2f}x, steps {ratios[1]:.2f}x, pictures {'equal' if same else 'DIFFER'}"
+                print(f"round {i} of {rounds}: {text}", file=sys.stderr)
     times = times[1:]
-    ratio, median = np.median(times[:, :, 1] / times[:, :, 0], axis=0), np.median(times, axis=0)
-    found = {
+    ratio = np.median(times[:, :, 1] / times[:, :, 0], axis=0)
+    median = np.median(times, axis=0)
+    result = {
         "size": size,
         "ratio_steps": round(float(ratio[1]), 2),
         "ratio_resets": round(float(ratio[0]), 2),
@@ -81,9 +84,8 @@ def measure(size: int = 9, rounds: int = 7, steps: int = 100, seed: int = 0) -> 
         "upstream_reset_s": round(median[0, 1], 3),
     }
     print(f"Memory Maze {size}x{size}, {rounds} rounds of a reset and {steps} steps, beside upstream's in one process")
-    for what, unit, times in (("steps", "steps_per_s", ratio[1]), ("resets", "reset_s", ratio[0])):
-        print(
-            f"  {what:7} {unit:11} {found[unit]:8}, upstream's {found[f'upstream_{unit}']:8}: {times:.2f} times as fast"
-        )
+    for what, key, speedup in (("steps", "steps_per_s", ratio[1]), ("resets", "reset_s", ratio[0])):
+        upstream = result[f"upstream_{key}"]
+        print(f"  {what:7} {key:11} {result[key]:8}, upstream's {upstream:8}: {speedup:.2f} times as fast")
     print(f"  pictures and rewards {'identical' if identical else 'DIFFER'}")
-    return found
+    return result

@@ -1,4 +1,4 @@
-"""`longdream bench remote`: what it costs that an environment lives in another interpreter."""
+"""`longdream bench remote`: the overhead of an environment that runs in another interpreter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from longdream.envs.contract import UserError
 from longdream.envs.remote import RemoteEnv
 
-WORLD = '''"""Two environments that cost next to nothing, for any interpreter with numpy."""
+WORLD = '''"""Two environments of negligible cost, for any interpreter with numpy."""
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Discrete:
 
 
 class Frames:
-    """Pictures, 64 x 64 x 3, each another one."""
+    """Images, 64 x 64 x 3, that differ from step to step."""
 
     observation_space, action_space = Box(64, 64, 3), Discrete()
 
@@ -63,25 +63,25 @@ class Trivial(Frames):
 
 
 def measure(python: str | None = None, steps: int = 1_000, rounds: int = 15, copies: int = 4) -> dict[str, Any]:
-    """What a step costs through another interpreter, beside the same environment in this process.
+    """The time of a step through another interpreter, compared with the same environment in this process.
 
-    In each round both are stepped, taking turns who is first. The environments make no use of time: what is measured is
-    the way there and back.
+    In each round both are stepped; the order alternates. The environments compute nothing, so that only the
+    communication is measured.
 
     examples
       longdream bench remote
       longdream bench remote --python ~/minerl/bin/python --json
 
     Args:
-        python: the other interpreter, with numpy (default: another process of this one).
-        steps: in each round
-        rounds: of each measurement
-        copies: side by side under AsyncVectorEnv, in the last measurement
+        python: the other interpreter, with numpy (default: another process of this one)
+        steps: steps in each round
+        rounds: rounds of each measurement
+        copies: copies in parallel under AsyncVectorEnv, in the last measurement
 
     Returns:
-        overhead_ms: median over the rounds of what a step costs more than in-process, with 64 x 64 x 3 frames.
-        steps_per_s: median, of an environment whose observation is one byte. frames_per_s: of that with frames.
-        parallel_frames_per_s: of all copies together. same: whether the same frames came out of both.
+        overhead_ms: median over rounds of the additional time of a step with 64 x 64 x 3 frames. steps_per_s: median,
+        with an observation of one byte. frames_per_s: median, with frames. parallel_frames_per_s: of all copies
+        together. same: whether both gave the same frames.
     """
     if steps < 1 or rounds < 1 or copies < 1:
         raise UserError(f"--steps {steps} --rounds {rounds} --copies {copies}: each must be at least 1")
@@ -91,34 +91,38 @@ def measure(python: str | None = None, steps: int = 1_000, rounds: int = 15, cop
         world: dict[str, Any] = {}
         exec(compile(WORLD, "remote_bench_world.py", "exec"), world)
         environ = {"PYTHONPATH": folder}
-        found: dict[str, Any] = {"python": python, "steps": steps, "rounds": rounds, "copies": copies}
-        rates, same = {}, True
+        result: dict[str, Any] = {"python": python, "steps": steps, "rounds": rounds, "copies": copies}
+        seconds = {}
+        same = True
         for name in ("Frames", "Trivial"):
             here: Any = world[name]()
             with closing(RemoteEnv(python, f"remote_bench_world:{name}", environ=environ)) as there:
                 same &= np.array_equal(here.reset()[0], there.reset()[0])
                 times = np.array([_times(here, there, steps, i % 2) for i in range(-1, rounds)])[1:]
                 same &= np.array_equal(here.step(0)[0], there.step(0)[0])
-            rates[name] = times
+            seconds[name] = times
             print(f"{name}: {rounds} rounds of {steps} steps", file=sys.stderr)
-        found["overhead_ms"] = round(1e3 * float(np.median(rates["Frames"][:, 1] - rates["Frames"][:, 0])), 4)
-        found["steps_per_s"] = round(1 / float(np.median(rates["Trivial"][:, 1])), 1)
-        found["frames_per_s"] = round(1 / float(np.median(rates["Frames"][:, 1])), 1)
-        found["parallel_frames_per_s"] = round(_parallel(python, environ, copies, steps, rounds), 1)
-        found["same"] = bool(same)
+        result["overhead_ms"] = round(1e3 * float(np.median(seconds["Frames"][:, 1] - seconds["Frames"][:, 0])), 4)
+        result["steps_per_s"] = round(1 / float(np.median(seconds["Trivial"][:, 1])), 1)
+        result["frames_per_s"] = round(1 / float(np.median(seconds["Frames"][:, 1])), 1)
+        result["parallel_frames_per_s"] = round(_parallel(python, environ, copies, steps, rounds), 1)
+        result["same"] = bool(same)
     print(f"an environment in {python}, on {os.cpu_count()} cores")
-    print(f"  a step with a 64x64x3 frame costs {found['overhead_ms']} ms more than in this process")
-    print(f"  {found['steps_per_s']:,} steps/s with an observation of one byte, {found['frames_per_s']:,} with frames")
-    print(f"  {found['parallel_frames_per_s']:,} frames/s of {copies} copies under AsyncVectorEnv")
+    print(f"  a step with a 64x64x3 frame costs {result['overhead_ms']} ms more than in this process")
+    print(
+        f"  {result['steps_per_s']:,} steps/s with an observation of one byte, {result['frames_per_s']:,} with frames"
+    )
+    print(f"  {result['parallel_frames_per_s']:,} frames/s of {copies} copies under AsyncVectorEnv")
     print(f"  frames {'the same' if same else 'DIFFER'}")
-    return found
+    return result
 
 
 def _times(here: Any, there: Any, steps: int, first: int) -> tuple[float, float]:
     """Seconds per step in this process and in the other interpreter; `first` says who begins."""
     seconds = [0.0, 0.0]
     for who in (first, 1 - first):
-        env, began = (here, there)[who], time.perf_counter()
+        env = (here, there)[who]
+        began = time.perf_counter()
         for t in range(steps):
             env.step(t % 2)
         seconds[who] = (time.perf_counter() - began) / steps
@@ -126,7 +130,7 @@ def _times(here: Any, there: Any, steps: int, first: int) -> tuple[float, float]
 
 
 def _parallel(python: str, environ: dict[str, str], copies: int, steps: int, rounds: int) -> float:
-    """Steps per second of all copies, the median over rounds."""
+    """Steps per second of all copies together, the median over rounds."""
     kwargs = {"python": python, "env": "remote_bench_world:Frames", "environ": environ}
     vector = gym.make_vec(
         "longdream:longdream/Remote-v0", copies, "async", vector_kwargs={"context": "forkserver"}, **kwargs

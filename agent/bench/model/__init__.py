@@ -1,1 +1,1 @@
-"""Measurements of V and M."""
+"""Benchmarks of V and M."""

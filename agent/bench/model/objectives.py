@@ -1,4 +1,4 @@
-"""`longdream bench objectives`: the objectives of M, each trained for real and compared."""
+"""`longdream bench objectives`: agents trained with each objective of M, compared."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def measure(
     out: Path = Path("runs/objectives"),
     device: Device | None = None,
 ) -> dict[str, Any]:
-    """The objectives of M compared: a preset trained with each of them, over several seeds.
+    """Compare the objectives of M: a preset is trained with each of them, over several seeds.
 
-    Every training is a run of its own below OUT, by `longdream train`. One that has finished is not run again and one
-    that was cut short goes on, so the same command continues a comparison that was stopped.
+    Each run is trained by `longdream train` in its own folder below OUT. Finished runs are not repeated and interrupted
+    ones are resumed, so the same command continues a comparison.
 
     Args:
         preset: preset or .yaml file
-        kinds: forcing.objective/forcing.stream of each; teacher forcing noises nothing, there the stream means nothing
-        seeds: of the runs of each kind
+        kinds: forcing.objective/forcing.history of each; teacher forcing adds no noise, and ignores the history
+        seeds: seeds of the runs of each kind
         steps: real steps of each run (default: the preset's)
-        threshold: mean greedy return that is asked for
-        parallel: runs at a time
-        out: folder of the runs and of what they print
+        threshold: mean greedy return to be reached
+        parallel: runs in parallel
+        out: folder of the runs and of their logs
         device: where to compute (default: as in the preset)
 
     Returns:
-        rows: of each run objective, stream, seed, return_mean, env_steps, updates, wall_s and, from the evaluations on
-        the clock, steps_to_threshold and seconds_to_threshold (null where it was never reached).
+        rows: of each run objective, stream (forcing.history), seed, return_mean, env_steps, updates, wall_s and, from
+        the evaluations during training, steps_to_threshold and seconds_to_threshold (null if it was never reached).
 
     Raises:
-        UserError: a training failed; the message says where to find what it printed.
+        UserError: a training failed; the message names its log file.
     """
     if parallel < 1 or not seeds or not all("/" in kind for kind in kinds):
         raise UserError(f"--parallel {parallel}, --seeds {seeds}, --kinds {kinds}: must be like 1, 1,2,3 and flow/two")
@@ -66,10 +66,10 @@ def measure(
 
 
 def _trained(out: Path, preset: str, flags: list[str], threshold: float, kind: str, seed: int) -> dict[str, Any]:
-    """The row of one run, trained now unless it has been."""
+    """The row of one run, which is trained now if it is not finished."""
     objective, _, stream = kind.rpartition("/")
     name = f"{objective}-{stream}-s{seed}"
-    settings = {"seed": seed, "forcing.objective": objective, "forcing.stream": stream}
+    settings = {"seed": seed, "forcing.objective": objective, "forcing.history": stream}
     summary = trained.finished(out, name, ["train", preset, *flags, *trained.flags(settings)])
     steps, seconds = reached_at(out / "runs" / name / "metrics.jsonl", threshold)
     row = {"objective": objective, "stream": stream, "seed": seed}
@@ -78,7 +78,12 @@ def _trained(out: Path, preset: str, flags: list[str], threshold: float, kind: s
 
 
 def reached_at(record: Path, threshold: float) -> tuple[int, float] | tuple[None, None]:
-    """Real step and seconds of wall-clock at a run's first evaluation on the clock with that mean return, or more."""
+    """Real step and wall-clock seconds at a run's first evaluation with at least that mean return; None if there is
+    none.
+
+    Args:
+        record: the run's metrics.jsonl.
+    """
     wall = 0.0
     for line in record.read_text().splitlines():
         values = json.loads(line)
@@ -90,7 +95,7 @@ def reached_at(record: Path, threshold: float) -> tuple[int, float] | tuple[None
 
 
 def markdown(rows: Sequence[dict[str, Any]], threshold: float) -> str:
-    """The comparison as two tables: a line per objective, over its seeds, and a line per run."""
+    """The comparison as two tables: one line per objective, over seeds, and one line per run."""
     to = [f"real steps to {threshold:g}", f"seconds to {threshold:g}"]
     over_seeds = [["objective", "stream", "return, mean", "lowest", "runs that got there", *to, "seconds in all"]]
     for kind in dict.fromkeys((row["objective"], row["stream"]) for row in rows):
@@ -101,8 +106,8 @@ def markdown(rows: Sequence[dict[str, Any]], threshold: float) -> str:
             f"{statistics.median(row[key] for row in some):,.0f}" if some else "–"
             for key, some in (("steps_to_threshold", hits), ("seconds_to_threshold", hits), ("wall_s", group))
         ]
-        got = f"{len(hits)} of {len(group)}"
-        over_seeds.append([*kind, f"{statistics.mean(returns):.3f}", f"{min(returns):.3f}", got, *medians])
+        reached = f"{len(hits)} of {len(group)}"
+        over_seeds.append([*kind, f"{statistics.mean(returns):.3f}", f"{min(returns):.3f}", reached, *medians])
     runs = [["objective", "stream", "seed", "return", *to, "real steps", "updates", "seconds in all"]]
     for row in rows:
         keys = ("steps_to_threshold", "seconds_to_threshold", "env_steps", "updates", "wall_s")

@@ -1,4 +1,4 @@
-"""What a frame costs M in training and in generation, after contexts of any length."""
+"""The cost of a frame in training and in generation, by the length of the context."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from longdream.agent.bench.common import median_ms
-from longdream.agent.core.cuda_graphs import Graphed
+from longdream.agent.core.cuda_graphs import Graphed, GraphedUpdate
 from longdream.agent.train.video import ClipLearner
-from longdream.worldmodel.generate import Step, generate, take_in
+from longdream.worldmodel.generate import Step, generate, read_context
 from longdream.worldmodel.model import WorldModel
 
 ROUNDS = 5
@@ -19,67 +19,77 @@ FRAMES = 16
 """Frames that are generated in each round."""
 
 
-def recorder(model: WorldModel, device: torch.device) -> type[Graphed] | None:
-    """What makes generation faster where it can: a frame is hundreds of small kernels, and launching them takes longer
-    than running them. Not for `causal`, whose state grows."""
-    dynamics, capturable = model.dynamics, getattr(model.objective, "capturable", False)
-    fit = device.type == "cuda" and capturable and dynamics.config.mixer != "causal"
-    return Graphed if fit and dynamics.config.frames_together == 1 else None
+def step_capture(model: WorldModel, device: torch.device) -> type[Graphed] | None:
+    """Captures a step of generation as a CUDA graph, or None if it cannot be captured.
+
+    A frame takes hundreds of small kernels, and launching them takes longer than running them. The step of `causal`
+    cannot be captured, since its state grows."""
+    dynamics = model.dynamics
+    capturable = getattr(model.objective, "capturable", False) and not dynamics.grows
+    return Graphed if device.type == "cuda" and capturable and dynamics.config.chunk_frames == 1 else None
 
 
 def random_clips(learner: ClipLearner, count: int, frames: int) -> dict[str, Tensor]:
-    """Latents, actions and first frames (none), such as `update_ms` takes."""
-    dynamics, device = learner.model.dynamics, learner.device
+    """Random latents and actions, and first (no frame begins an episode), as `update_ms` takes them."""
+    dynamics = learner.model.dynamics
+    device = learner.device
     z = torch.randn(count, frames, dynamics.tokens, dynamics.channels, device=device).clamp(-1, 1)
     action = torch.randn(count, frames, dynamics.actions, device=device)
     return {"z": z, "action": action, "first": torch.zeros(count, frames, dtype=torch.bool, device=device)}
 
 
 def update_ms(learner: ClipLearner, clips: dict[str, Tensor], rounds: int) -> float:
-    """The median of so many: milliseconds of an update of M as in training, its optimiser's step included, V's part
-    not."""
-    model, part = learner.model, learner.parts["model"]
+    """Median milliseconds of an update of M as in training, with its optimizer's step and without V."""
+    model = learner.model
+    optimizer = learner.optimizers["model"]
 
     def learn(fields: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        with learner.half_precision():
+        with learner.autocast():
             loss = model.objective.run(model.dynamics, fields["z"], fields["action"], fields["first"], 0).loss
-        return {}, part.step(loss)[0]
+        return {}, optimizer.step(loss)[0]
 
-    update = learner.recording(learn)
+    update = GraphedUpdate(learn) if learner.cuda_graphs else learn
     return median_ms(lambda: update(clips), learner.device, rounds)
 
 
 def cost_of(learner: ClipLearner, context: int) -> dict[str, Any]:
-    """Medians over ROUNDS of milliseconds a frame: `train_ms_per_frame` of an update of M as in training, its
-    optimiser's step included and V's part not, on as many clips of `context` frames as `video.frames` holds, at least
-    one; `generate_ms_per_frame` of one stream after `context` frames. `state_bytes` of that stream; `peak_bytes` of the
-    device over both (null without CUDA)."""
-    model, device = learner.model, learner.device
-    dynamics, objective = model.dynamics, model.objective
-    chunk = dynamics.config.frames_together
-    context = -(-context // chunk) * chunk
+    """The cost of a frame with contexts of `context` frames. Times are medians over ROUNDS.
+
+    Returns:
+        train_ms_per_frame: of an update of M as in training, with its optimizer's step and without V, on as many clips
+            of `context` frames as make `video.frames`, at least one.
+        generate_ms_per_frame: of one stream after `context` frames. state_bytes: size of its state.
+        peak_bytes: peak memory of the device in both (None without CUDA).
+    """
+    model = learner.model
+    device = learner.device
+    dynamics = model.dynamics
+    chunk_frames = dynamics.config.chunk_frames
+    context = -(-context // chunk_frames) * chunk_frames
     count = max(1, learner.config.video.frames // context)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     clips = random_clips(learner, count, context)
     trained = update_ms(learner, clips, ROUNDS) / (count * context)
     z, action, first = clips.values()
-    with torch.compiler.set_stance("force_eager"):  # what is compiled is for training
-        feat, state = take_in(dynamics, z[:1], action[:1], first[:1])
-    ahead = torch.randn(1, FRAMES * chunk, dynamics.actions, device=device)
-    kind, recorded = recorder(model, device), []
+    with torch.compiler.set_stance("force_eager"):  # layers are compiled for the shapes of training
+        feat, state = read_context(dynamics, z[:1], action[:1], first[:1])
+    actions = torch.randn(1, FRAMES * chunk_frames, dynamics.actions, device=device)
+    capture = step_capture(model, device)
+    captured = []
 
-    def once(step: Step) -> Step:  # all rounds do the same
-        if not recorded and kind is not None:
-            recorded.append(kind(step))
-        return recorded[0]
+    def capture_once(step: Step) -> Step:  # all rounds take the same step
+        if not captured and capture is not None:
+            captured.append(capture(step))
+        return captured[0]
 
-    def go_on() -> None:
-        for _ in generate(objective, dynamics, feat, state, ahead, model.steps, record=once if kind else None):
+    def generate_frames() -> None:
+        record = capture_once if capture else None
+        for _ in generate(model.objective, dynamics, feat, state, actions, model.steps, record=record):
             pass
 
-    generated = median_ms(go_on, device, ROUNDS) / ahead.shape[1]
-    parts = itertools.chain(state.ssm, state.k, state.v, (state.last,))
+    generated = median_ms(generate_frames, device, ROUNDS) / actions.shape[1]
+    parts = itertools.chain(state.mixers, state.k, state.v, (state.last,))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
         "train_ms_per_frame": trained,

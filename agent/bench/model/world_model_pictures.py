@@ -1,4 +1,4 @@
-"""Curves over distance, and strips of frames, of what mixers remember."""
+"""Pictures of `longdream bench world-model`: PSNR and SSIM over time, and strips of generated frames."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 COLUMNS = 12
-"""Frames of a strip, evenly spread over what was generated."""
+"""Frames of a strip, evenly spaced over the generated ones."""
 
 
 def draw_curves(rows: list[dict[str, Any]], task: str, context: int, path: Path) -> Path:
-    """PSNR and SSIM over the frames after the context, a line for each mixer: means over seeds, and their range."""
+    """Plot PSNR and SSIM over the frames after the context, one line per mixer: the mean over seeds and the range."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, name, unit in zip(axes, ("psnr", "ssim"), ("PSNR in dB", "SSIM"), strict=True):
@@ -32,7 +32,11 @@ def draw_curves(rows: list[dict[str, Any]], task: str, context: int, path: Path)
 
 
 def draw_strip(frames: dict[str, np.ndarray], title: str, path: Path) -> Path:
-    """The truth, and below it what each mixer generated; frames: by mixer `(2, n, H, W, 3)`, the truth first."""
+    """Draw true frames, and below them those that each mixer generated.
+
+    Args:
+        frames: by mixer `(2, n, H, W, 3)`, true and generated frames.
+    """
     names = ["truth", *frames]
     shown = [next(iter(frames.values()))[0], *(made for _, made in frames.values())]
     columns = np.linspace(0, len(shown[0]) - 1, min(COLUMNS, len(shown[0]))).round().astype(int)

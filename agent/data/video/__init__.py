@@ -1,1 +1,1 @@
-"""Recorded video as clips of rows: a reader per layout, the order in which clips are drawn, loading beside training."""
+"""Recorded video as clips of rows: a reader per layout, the order of clips, loading in the background."""

@@ -1,4 +1,4 @@
-"""Forms of actions that several layouts share."""
+"""Action encodings that several layouts share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longdream.envs.contract import ActionSpec, UserError, env_spec
 
 
 def discrete(n: int) -> ActionSpec:
-    """One of n actions, encoded as a one-hot."""
+    """A choice among n actions, encoded as a one-hot vector."""
     return ActionSpec((n,), native={"kind": "discrete", "start": 0, "shape": [], "dtype": "int64"})
 
 
@@ -22,29 +22,28 @@ def box(n: int) -> ActionSpec:
 
 
 def one_hots(path: Path, actions: np.ndarray, row: int, n: int) -> np.ndarray:
-    """Whole numbers `(rows,)`, of which the first is that of `row`, as float32 `(rows, n)`.
+    """Encode integer actions `(rows,)` as one-hot vectors, float32 `(rows, n)`.
+
+    Args:
+        row: number of the first row in the file, for the error message.
 
     Raises:
-        UserError: one of them is not in 0 to n - 1.
+        UserError: an action is not in 0 to n - 1.
     """
     wrong = np.flatnonzero((actions < 0) | (actions >= n))
     if len(wrong):
         raise UserError(
-            f"{path}: action {actions[wrong[0]]} in row {row + wrong[0]} is out of range: there are {n}, 0 to {n - 1} "
-            f"(video.choices sets how many)"
+            f"{path}: action {actions[wrong[0]]} in row {row + wrong[0]} is out of range: there are {n}, 0 to {n - 1}"
         )
     return np.eye(n, dtype=np.float32)[actions]
 
 
 def of_space(space: spaces.Space) -> ActionSpec:
-    """What an environment with this action space has."""
+    """The encoding of an environment's action space."""
     return env_spec(spaces.Discrete(1), space).action
 
 
-def actions_only(condition: Condition, choices: int = 0) -> None:
-    """Raise UserError where a layout that tells no poses is asked for them, or one that knows its actions is told how
-    many there are."""
+def actions_only(condition: Condition) -> None:
+    """Raise UserError if poses are requested from a layout that has none."""
     if condition == "pose":
-        raise UserError("video.condition = pose: this layout tells no poses; use actions")
-    if choices:
-        raise UserError(f"video.choices = {choices}: this layout knows its actions; leave it at 0")
+        raise UserError("video.condition = pose: this layout has no poses; use actions")

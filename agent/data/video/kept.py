@@ -1,4 +1,4 @@
-"""Recordings in memory: each is read whole when a clip of it is first asked for, and not again."""
+"""Recordings cached in memory: each is read once, in full, when its first clip is requested."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from longdream.agent.data.video.reader import Recording, Rows
 
 
 class Kept:
-    """`Rows` that answer as others do, from arrays of whole recordings. Threads that ask for a new recording at the
-    same time read it once each, and one of the arrays stays."""
+    """`Rows` that are served from arrays of whole recordings. Threads that request a new recording at the same time
+    may each read it; one of the arrays is kept."""
 
     def __init__(self, rows: Rows):
-        self.rows, self.action = rows, rows.action
+        self.rows = rows
+        self.action = rows.action
         self.whole: dict[tuple[str | int, ...], np.ndarray] = {}
 
     def frames(self, recording: Recording, start: int, stop: int, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A folder of recordings: which layout it has, what of it can be read, and what is held out."""
+"""A folder of recordings: its layout, the recordings that can be read, and those that are held out."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ LAYOUTS: dict[str, type[Reader]] = {
     "teco": Teco,
     "mp4": Folder,
 }
-"""By name, those that ask for more first: a folder is of the first that finds something in it."""
+"""Layouts by name, the most specific first. A folder has the first layout that finds recordings in it."""
 THREADS = 8
-"""That read at once. Unpacking and decoding leave Python to the others."""
+"""Reading threads. Decompression and decoding release Python's lock."""
 
 
 @dataclass
 class Library:
-    """The recordings of a folder, by name.
+    """The recordings of a folder, sorted by name.
 
     rewarded: whether they hold rewards.
-    damaged: files that cannot be read, and what is wrong with each; it grows as such are found.
+    damaged: unreadable files by name, and what is wrong with each. More are added as they are found.
     """
 
     root: Path
@@ -42,33 +42,36 @@ class Library:
     damaged: dict[str, str] = field(default_factory=dict)
 
     def held_out(self, share: float) -> tuple[list[Recording], list[Recording]]:
-        """The recordings to learn from, and `share` of them, at least one, to judge by: a choice by their names alone.
+        """Split into recordings to learn from and held-out ones: `share` of all, at least one unless `share` is 0.
+
+        The split depends on their names alone.
 
         Raises:
-            UserError: there is one only, and a share of it is to be held out.
+            UserError: there is only one recording, and some are to be held out.
         """
         if not share:
             return self.recordings, []
         if len(self.recordings) < 2:
-            raise UserError(f"{self.root} holds one recording: give more, or hold none out with --video.held_out 0")
+            raise UserError(
+                f"{self.root} holds one recording: give more, or hold none out with --video.held_out_clips 0"
+            )
         count = min(max(1, round(share * len(self.recordings))), len(self.recordings) - 1)
-        judged = sorted(self.recordings, key=lambda r: hashlib.sha256(r.name.encode()).digest())[:count]
-        return [r for r in self.recordings if r not in judged], sorted(judged, key=lambda r: r.name)
+        held_out = sorted(self.recordings, key=lambda r: hashlib.sha256(r.name.encode()).digest())[:count]
+        return [r for r in self.recordings if r not in held_out], sorted(held_out, key=lambda r: r.name)
 
 
-def open_library(
-    root: Path, layout: str = "auto", condition: Condition = "actions", choices: int = 0, actions: str = "flat"
-) -> Library:
-    """Look at every recording's header.
+def open_library(root: Path, layout: str = "auto", condition: Condition = "actions", actions: str = "flat") -> Library:
+    """Read the header of every recording below `root`.
 
     Raises:
-        UserError: no such folder or layout, nothing in it that can be read, or frames of different sizes.
+        UserError: there is no such folder or layout, no recording can be read, or frames differ in size.
     """
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder; --data names a folder of recordings")
     name, files = _recognise(root, layout)
-    reader = LAYOUTS[name](root, files, condition, choices, actions)
-    recordings, damaged = [], {}
+    reader = LAYOUTS[name](root, files, condition, actions)
+    recordings: list[Recording] = []
+    damaged: dict[str, str] = {}
 
     def head(path: Path) -> Recording | str:
         try:
@@ -77,17 +80,18 @@ def open_library(
             return str(error)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for path, found in zip(files, pool.map(head, files), strict=True):
-            if isinstance(found, str):
-                damaged[str(path.relative_to(root))] = found
+        for path, recording in zip(files, pool.map(head, files), strict=True):
+            if isinstance(recording, str):
+                damaged[str(path.relative_to(root))] = recording
             else:
-                recordings.append(found)
+                recordings.append(recording)
     if not recordings:
         first, why = next(iter(damaged.items()))
         raise UserError(f"none of the {len(files)} recordings in {root} can be read: {first} {why}")
     for recording in recordings:
         if recording.size != recordings[0].size:
-            (h, w), (height, width) = recordings[0].size, recording.size
+            h, w = recordings[0].size
+            height, width = recording.size
             raise UserError(
                 f"{root}: frames of mixed size, {h} x {w} in {recordings[0].name} and {height} x {width} in "
                 f"{recording.name}: put them into folders of their own"

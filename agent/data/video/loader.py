@@ -1,4 +1,4 @@
-"""Batches of clips, read by other threads while the one before is learned from, in an order that they do not change."""
+"""Batches of clips. Threads read the next ones while the current one is learned from; they do not affect the order."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from longdream.agent.data.video.reader import Damaged, Recording
 from longdream.envs.contract import UserError
 
 AHEAD = 2
-"""Batches that are read before they are asked for."""
+"""Batches that are read in advance."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where reading stands: all that the next batch depends on, beside the seed and which files are known as damaged.
+    """The reader's position: with the seed and the list of damaged files, it determines the next batch.
 
-    clip: rows of the clips of this epoch. position: its batches so far. line: of each clip of the last batch, the
-    number of its recording and the row behind it.
+    clip: rows of a clip in this epoch. position: batches of the epoch that have been read. line: for each clip of the
+    last batch, the number of its recording and the row after its last.
     """
 
     epoch: int = -1
@@ -36,8 +36,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch: rows as `Batch.of` takes them, or what was made of these; where reading stands after it; and files that
-    it found damaged."""
+    """A batch: its rows, as `Batch.of` takes them or as `bring` returned them; the reader's position after it; and the
+    files that were found damaged."""
 
     rows: Any
     place: Place
@@ -48,14 +48,11 @@ class Loader:
     """Draws batches of clips from recordings.
 
     Args:
-        recordings: those to draw from. plan: rows of a clip, and clips, of the batch of each update.
-        size: side of the images. carry: whether clip b of a batch goes on where clip b of the batch before ended.
-        update, place: from which update on, and where reading stood then.
+        recordings: those to draw from. plan: for each update, the rows of a clip and the clips of its batch.
+        size: height and width of the images. carry: whether clip b of a batch continues clip b of the last batch.
+        update, place: the first update, and the reader's position before it.
         retrace: share of clips whose second half is the way back (`retraced`).
-        bring: what the reading thread does with a batch's rows before they are handed out.
-
-    Raises:
-        UserError: no recording is as long as a clip.
+        bring: called with a batch's rows in the reading thread, for example to copy them to a device.
     """
 
     def __init__(
@@ -71,12 +68,18 @@ class Loader:
         retrace: float = 0.0,
         bring: Callable[[dict[str, Any]], Any] = lambda rows: rows,
     ):
-        self.library, self.recordings, self.plan = library, recordings, plan
-        self.size, self.seed, self.carry, self.update = size, seed, carry, update
-        self.retrace, self.bring = retrace, bring
+        self.library = library
+        self.recordings = recordings
+        self.plan = plan
+        self.size = size
+        self.seed = seed
+        self.carry = carry
+        self.update = update
+        self.retrace = retrace
+        self.bring = bring
         self.lengths = [recording.length for recording in recordings]
         self.place = place or Place()
-        self._damaged = set(library.damaged)  # of the reading thread, which is ahead
+        self._damaged = set(library.damaged)  # as the reading thread knows them: it is batches ahead
         self._orders: tuple[tuple[int, int, int], np.ndarray] = ((-1, 0, 0), np.empty(0))
         self._queue: queue.Queue[Loaded | BaseException] = queue.Queue(AHEAD)
         self._stop = threading.Event()
@@ -85,24 +88,24 @@ class Loader:
         self._thread.start()
 
     def next(self) -> Loaded:
-        """The next batch; what it found damaged is in the library from now on.
+        """The next batch. Files that were found damaged are added to the library.
 
         Raises:
-            UserError: a file of another form than its layout says, or nothing left that can be read.
+            UserError: a file does not have the form of its layout, or no readable recording is long enough.
         """
-        found = self._queue.get()
-        if isinstance(found, BaseException):
-            raise found
-        self.place = found.place
-        self.library.damaged.update(found.damaged)
-        return found
+        loaded = self._queue.get()
+        if isinstance(loaded, BaseException):
+            raise loaded
+        self.place = loaded.place
+        self.library.damaged.update(loaded.damaged)
+        return loaded
 
     def too_short(self, clip: int) -> int:
-        """How many recordings are shorter than a clip."""
+        """Number of recordings that are shorter than a clip."""
         return sum(length < clip for length in self.lengths)
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._stop.set()
         self._thread.join()
         self._pool.shutdown()
@@ -110,11 +113,13 @@ class Loader:
     # -- in the reading thread ----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        place, update = self.place, self.update
+        place = self.place
+        update = self.update
         try:
             while not self._stop.is_set():
                 loaded = self._load(place, *self.plan(update))
-                place, update = loaded.place, update + 1
+                place = loaded.place
+                update += 1
                 self._put(loaded)
         except BaseException as error:
             self._put(error)
@@ -134,24 +139,27 @@ class Loader:
             place = replace(place, epoch=place.epoch + 1, position=0)
             order = self._order(place.epoch, clip, batch)
         slots = [(int(recording), int(start)) for recording, start in order[place.position]]
-        clips, line, damaged = [], [], {}
-        for i, found in enumerate(list(self._pool.map(lambda slot: self._try(slot[0], slot[1], clip), slots))):
-            (recording, start), tries = slots[i], 0
-            while isinstance(found, str):  # another clip of the epoch takes its place
+        clips = []
+        line = []
+        damaged: dict[str, str] = {}
+        for i, rows_or_error in enumerate(list(self._pool.map(lambda slot: self._try(slot[0], slot[1], clip), slots))):
+            recording, start = slots[i]
+            tries = 0
+            while isinstance(rows_or_error, str):  # another clip of the epoch replaces it
                 if (name := self.recordings[recording].name) not in self._damaged:
-                    damaged[name] = found
+                    damaged[name] = rows_or_error
                     self._damaged.add(name)
                 if tries == order.size // 2:
                     raise UserError(f"{self.library.root}: no recording of {clip} rows is left that can be read")
                 tries += 1
                 later = ((place.position + 1) * batch + i + tries) % (order.size // 2)
                 recording, start = map(int, order.reshape(-1, 2)[later])
-                found = self._try(recording, start, clip)
+                rows_or_error = self._try(recording, start, clip)
             follows = self.carry and i < len(place.line) and place.line[i] == (recording, start)
-            found["is_first"][0] = not follows
+            rows_or_error["is_first"][0] = not follows
             number = place.position * batch + i
             back = int((number + 1) * self.retrace) > int(number * self.retrace)
-            clips.append(retraced(found) if back else found)
+            clips.append(retraced(rows_or_error) if back else rows_or_error)
             line.append((recording, start + clip))
         rows: dict[str, Any] = {key: np.stack([each[key] for each in clips]) for key in clips[0]}
         rows["obs"] = {"image": rows.pop("image")}
@@ -164,7 +172,7 @@ class Loader:
         return self._orders[1]
 
     def _try(self, number: int, start: int, clip: int) -> dict[str, np.ndarray] | str:
-        """The clip, or what is wrong with its file."""
+        """The rows of the clip, or what is wrong with its file."""
         recording = self.recordings[number]
         if recording.name in self._damaged:
             return self.library.damaged.get(recording.name, "")
@@ -175,28 +183,31 @@ class Loader:
 
 
 def check_lengths(recordings: list[Recording], root: Any, clip: int) -> None:
-    """Raise UserError where every recording is shorter than `clip` rows."""
-    longest = max(recordings, key=lambda recording: recording.length)
-    if longest.length < clip:
+    """Raise UserError if every recording is shorter than `clip` rows."""
+    longest_recording = max(recordings, key=lambda recording: recording.length)
+    if longest_recording.length < clip:
         raise UserError(
-            f"clips of {clip} rows are asked for, and the longest recording to learn from in {root}, {longest.name}, "
-            f"has {longest.length}: lower video.lengths"
+            f"clips of {clip} rows are asked for, and the longest recording to learn from in {root}, "
+            f"{longest_recording.name}, has {longest_recording.length}: lower video.lengths"
         )
 
 
 def read_clip(library: Library, recording: Recording, start: int, clip: int, size: int) -> dict[str, np.ndarray]:
-    """Rows of a recording, each `(clip, ...)`, as docs/conventions.md has them; `before` `(A,)` is the action before
-    the first. A recording that ends is cut off: truncated.
+    """The rows `start` to `start + clip` of a recording, each `(clip, ...)`, as in docs/conventions.md.
+
+    `before` `(A,)` is the action before the first row. The last row of a recording is truncated.
 
     Raises:
-        Damaged: it cannot be read.
-        UserError: it is of another form than its layout says.
+        Damaged: the file cannot be read.
+        UserError: the file does not have the form of its layout.
     """
-    reader, stop = library.reader, start + clip
+    reader = library.reader
+    stop = start + clip
     back = min(start, 1)
     actions = reader.actions(recording, start - back, stop)
     flags = np.zeros((3, clip), bool)
-    flags[0, 0], flags[2, -1] = start == 0, stop == recording.length
+    flags[0, 0] = start == 0
+    flags[2, -1] = stop == recording.length
     return {
         "image": reader.frames(recording, start, stop, size),
         "action": actions[back:],
@@ -208,12 +219,13 @@ def read_clip(library: Library, recording: Recording, start: int, clip: int, siz
 
 
 def retraced(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A clip that is told by poses, out along its first half and back again: row t shows the frame of row `way[t]`, and
-    the row before holds that frame's pose. Nothing is rewarded and nothing ends."""
+    """A clip with poses as actions, played along its first half and back again.
+
+    Row t shows the frame of row `way[t]`, and the row before holds that frame's pose. Rewards and ends are 0."""
     length = len(rows["image"])
     out = length // 2 + 1
     way = np.concatenate([np.arange(out), np.arange(out - 2, out - 2 - (length - out), -1)])
-    poses = np.concatenate([rows["before"][None], rows["action"]])  # of row t at t
+    poses = np.concatenate([rows["before"][None], rows["action"]])  # pose t is that of row t
     last = np.zeros_like(poses[:1])
-    calm = {key: np.zeros_like(rows[key]) for key in ("reward", "surprise", "terminated", "truncated")}
-    return rows | calm | {"image": rows["image"][way], "action": np.concatenate([poses[way[1:]], last])}
+    zeros = {key: np.zeros_like(rows[key]) for key in ("reward", "surprise", "terminated", "truncated")}
+    return rows | zeros | {"image": rows["image"][way], "action": np.concatenate([poses[way[1:]], last])}

@@ -1,7 +1,7 @@
-"""People's play in Minecraft: recordings of MineRL 0.4 and of Video PreTraining, their ticks as actions of a set.
+"""Human play in Minecraft: recordings of MineRL 0.4 and of Video PreTraining (VPT), their ticks encoded as actions.
 
-The action sets are those of MineRL's environments here (docs/minerl.md), so that what is learned from recordings means
-the same in the game.
+The action sets are those of the MineRL environments (docs/minerl.md), so that an action means the same in recordings
+and in the game.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from longdream.envs.minerl.recordings import ticks_of_jsonl, ticks_of_rendered
 
 
 class Ticks:
-    """What both layouts share: frames in an mp4 file, and ticks beside it of which each is encoded once."""
+    """What both layouts share: frames in an mp4 file, and a file of ticks beside it, which is encoded once."""
 
     set: ActionSet
 
@@ -31,12 +31,13 @@ class Ticks:
 
     def actions(self, recording: Recording, start: int, stop: int) -> np.ndarray:
         taken = self.numbers(recording.path)[start:stop]
-        found = np.zeros((stop - start, self.action.size), np.float32)
-        found[: len(taken)] = self.action.encode(taken)
-        return found
+        actions = np.zeros((stop - start, self.action.size), np.float32)
+        actions[: len(taken)] = self.action.encode(taken)
+        return actions
 
     def _use(self, chosen: ActionSet) -> None:
-        self.set, self.action = chosen, of_space(chosen.space)
+        self.set = chosen
+        self.action = of_space(chosen.space)
         self.numbers = lru_cache(maxsize=256)(self._numbers)
 
     def _numbers(self, path: Path) -> np.ndarray:
@@ -45,15 +46,16 @@ class Ticks:
 
 
 class MineRL(Ticks):
-    """`TASK/STREAM/recording.mp4` beside `rendered.npz`, of MineRL 0.4: N ticks and, one for what came of each and one
-    before, N + 1 frames. Row t + 1 has the reward of tick t; the last row has no action. Frames that a video has more
-    are those before the first tick, as MineRL's own reader takes them."""
+    """`TASK/STREAM/recording.mp4` beside `rendered.npz`, of MineRL 0.4.
+
+    N ticks have N + 1 frames: one before each tick, and one after the last. Row t + 1 has the reward of tick t; the
+    last row has no action. If a video has more frames, the first ones are skipped, as MineRL's own reader does."""
 
     what: ClassVar[str] = "TASK/STREAM/recording.mp4, each beside a rendered.npz (MineRL 0.4)"
     rewarded: ClassVar[bool] = True
 
-    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int, actions: str) -> None:
-        actions_only(condition, choices)
+    def __init__(self, root: Path, files: list[Path], condition: Condition, actions: str) -> None:
+        actions_only(condition)
         names = sorted({path.resolve().parent.parent.name for path in files})
         tasks = {name.removeprefix("MineRL").partition("-")[0] for name in names}
         if len(tasks) > 1 or not tasks <= CONTROLS.keys():
@@ -68,7 +70,8 @@ class MineRL(Ticks):
         return sorted(path for path in root.rglob("recording.mp4") if path.with_name("rendered.npz").exists())
 
     def head(self, path: Path) -> tuple[int, tuple[int, int]]:
-        (frames, size), entries = mp4.measure(path), npz.entries(path.with_name("rendered.npz"))
+        frames, size = mp4.measure(path)
+        entries = npz.entries(path.with_name("rendered.npz"))
         if "action$camera" not in entries or "reward" not in entries:
             raise Damaged("lies beside a rendered.npz without action$camera or reward")
         (ticks, *_), _ = entries["action$camera"]
@@ -81,8 +84,8 @@ class MineRL(Ticks):
         return mp4.decode(recording.path, before + start, before + stop, size)
 
     def rewards(self, recording: Recording, start: int, stop: int) -> np.ndarray:
-        found = npz.rows(recording.path.with_name("rendered.npz"), "reward", max(start - 1, 0), stop - 1)
-        return np.concatenate([np.zeros(stop - start - len(found)), found]).astype(np.float32)
+        rewards = npz.rows(recording.path.with_name("rendered.npz"), "reward", max(start - 1, 0), stop - 1)
+        return np.concatenate([np.zeros(stop - start - len(rewards)), rewards]).astype(np.float32)
 
     def _numbers(self, path: Path) -> np.ndarray:
         rendered = path.with_name("rendered.npz")
@@ -94,14 +97,15 @@ class MineRL(Ticks):
 
 
 class Vpt(Ticks):
-    """`ID.mp4` beside `ID.jsonl`, of Video PreTraining's contractors (Baker et al. 2022, arXiv 2206.11795): a line for
-    each frame, what was done at it. Where there are more of the one, they are left out. There are no rewards."""
+    """`ID.mp4` beside `ID.jsonl`, of the contractors of Video PreTraining (Baker et al. 2022, arXiv 2206.11795).
+
+    Each line is the action at one frame. Surplus frames or lines are ignored. There are no rewards."""
 
     what: ClassVar[str] = "ID.mp4, each beside an ID.jsonl (Video PreTraining)"
     rewarded: ClassVar[bool] = False
 
-    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int, actions: str) -> None:
-        actions_only(condition, choices)
+    def __init__(self, root: Path, files: list[Path], condition: Condition, actions: str) -> None:
+        actions_only(condition)
         self._use(action_set(actions, HUMAN, "ObtainDiamondShovel"))
 
     @classmethod

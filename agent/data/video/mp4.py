@@ -1,4 +1,4 @@
-"""Some frames of a video file: the decoder is sent to the key frame before them and stopped behind them."""
+"""Reading a range of frames of a video file: decoding begins at the key frame before it and ends after it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def measure(path: Path) -> tuple[int, tuple[int, int]]:
     """Number of frames, and their height and width. Raises Damaged."""
     with _stream(path) as (_, stream):
         size = (stream.height, stream.width)
-        frames = stream.frames  # what the header says; 0 where it does not
+        frames = stream.frames  # from the header; 0 if it does not say
     frames = frames or len(_times(path))
     if not frames:
         raise Damaged("holds no frames")
@@ -30,22 +30,26 @@ def measure(path: Path) -> tuple[int, tuple[int, int]]:
 
 
 def decode(path: Path, start: int, stop: int, size: int) -> np.ndarray:
-    """Frames `start` to `stop` by their order on the screen, each brought to a square by area: uint8 `(n, size,
-    size, 3)`. Raises Damaged."""
+    """Frames `start` to `stop` in display order, resized by area averaging: uint8 `(n, size, size, 3)`.
+
+    Raises:
+        Damaged: some of them cannot be decoded.
+    """
     times = _times(path)
     if len(times) < stop:
         raise Damaged(f"is cut short: it ends after {len(times)} frames")
-    wanted, found = {time: i for i, time in enumerate(times[start:stop])}, {}
+    wanted = {time: i for i, time in enumerate(times[start:stop])}
+    frames: dict[int, np.ndarray] = {}
     with _stream(path) as (container, stream):
         container.seek(times[start], stream=stream, backward=True)
         for frame in container.decode(stream):
             if frame.pts in wanted:
-                found[wanted[frame.pts]] = resize_area(frame.to_ndarray(format="rgb24"), size, size)
-            if len(found) == len(wanted):
+                frames[wanted[frame.pts]] = resize_area(frame.to_ndarray(format="rgb24"), size, size)
+            if len(frames) == len(wanted):
                 break
-    if len(found) < stop - start:
-        raise Damaged(f"is damaged: {stop - start - len(found)} of its frames {start} to {stop - 1} cannot be decoded")
-    return np.stack([found[i] for i in range(stop - start)])
+    if len(frames) < stop - start:
+        raise Damaged(f"is damaged: {stop - start - len(frames)} of its frames {start} to {stop - 1} cannot be decoded")
+    return np.stack([frames[i] for i in range(stop - start)])
 
 
 def _times(path: Path) -> tuple[int, ...]:
@@ -55,7 +59,7 @@ def _times(path: Path) -> tuple[int, ...]:
 
 @lru_cache(maxsize=512)
 def _times_of(path: Path, changed: int, size: int) -> tuple[int, ...]:
-    """When each frame is shown, in the stream's own unit, in order. Packets are counted, not decoded."""
+    """Presentation times of all frames in the stream's time unit, sorted. Packets are not decoded for it."""
     with _stream(path) as (container, stream):
         times = [packet.pts for packet in container.demux(stream) if packet.size]
     if None in times:
@@ -69,7 +73,7 @@ def _stream(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # clips are read side by side
+            stream.codec_context.thread_count = 1  # clips are read in parallel already
             yield container, stream
     except FAULTS as error:
         raise Damaged(f"is damaged or no video ({one_line(error)})") from error

@@ -1,4 +1,4 @@
-"""Some rows of an entry of an NPZ file, without the rows behind them, and what an entry is, without any."""
+"""Reading a range of rows of an entry of an NPZ file, and the shapes and types of entries, without the rest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAULTS = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyErro
 
 
 def files_with(root: Path, keys: tuple[str, ...]) -> list[Path]:
-    """All NPZ files below `root`, sorted, if the first that can be read has entries of these names; else none."""
+    """All NPZ files below `root`, sorted, if the first readable one has entries of these names; otherwise none."""
     files = sorted(root.rglob("*.npz"))
     for path in files:
         with suppress(Damaged):
@@ -34,22 +34,26 @@ def entries(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 def rows(path: Path, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Rows `start` to `stop` (None: the last) of an entry; what lies behind them is not unpacked. Raises Damaged.
+    """Rows `start` to `stop` (None: to the end) of an entry. Rows after them are not decompressed.
 
-    The archive's checksum is over a whole entry: it is compared where that is read to its end.
+    The archive has one checksum per entry, which is verified only if the entry is read to its end.
+
+    Raises:
+        Damaged: they cannot be read.
     """
     with _archive(path) as archive, archive.open(f"{key}.npy") as file:
         shape, dtype, fortran = _header(file)
         if (fortran and len(shape) > 1) or dtype.hasobject:
             raise ValueError(f"{key!r} is not stored row by row")
         total, *axes = list(shape)
-        wide, stop = dtype.itemsize * prod(axes), total if stop is None else stop
-        file.seek(start * wide, 1)
-        data = file.read((stop - start) * wide)
-        if len(data) < (stop - start) * wide:
+        row_bytes = dtype.itemsize * prod(axes)
+        stop = total if stop is None else stop
+        file.seek(start * row_bytes, 1)
+        data = file.read((stop - start) * row_bytes)
+        if len(data) < (stop - start) * row_bytes:
             raise ValueError(f"{key!r} ends before row {stop}")
         if stop == total:
-            file.read(1)  # beyond the end: the checksum is compared
+            file.read(1)  # reading past the end verifies the checksum
         return np.frombuffer(data, dtype).reshape(-1, *axes)
 
 
@@ -63,7 +67,7 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
-    """Shape, type, and whether it is stored column by column."""
+    """Shape, type, and whether it is in Fortran order."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)

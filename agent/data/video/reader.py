@@ -1,4 +1,4 @@
-"""What a layout of recordings has to tell, so that clips can be cut from them: one small interface."""
+"""The interface of readers, one for each layout of recordings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Damaged(Exception):
 class Recording:
     """One recording as its header describes it: `length` rows of frames of `size` (height, width).
 
-    path: the file that holds its frames. name: path below the folder of the data set, by which it is sorted and told.
+    path: the file that holds its frames. name: path below the folder of the data set, for sorting and for messages.
     """
 
     path: Path
@@ -31,62 +31,61 @@ class Recording:
 
 
 class Rows(Protocol):
-    """What clips are cut from: the rows of recordings, by whatever way."""
+    """Access to the rows of recordings, from which clips are cut."""
 
     action: ActionSpec
 
     def frames(self, recording: Recording, start: int, stop: int, size: int) -> np.ndarray:
-        """Rows `start` to `stop` as uint8 `(n, size, size, 3)`. Raises Damaged."""
+        """Frames of rows `start` to `stop`, uint8 `(n, size, size, 3)`. Raises Damaged."""
         ...
 
     def actions(self, recording: Recording, start: int, stop: int) -> np.ndarray:
-        """What is chosen from these rows, encoded: float32 `(n, A)`; zeros in the last row if nothing is known of it.
+        """Encoded actions chosen from these rows, float32 `(n, A)`; zeros in the last row if its action is unknown.
 
         Raises:
-            Damaged: it cannot be read.
-            UserError: an action that is none.
+            Damaged: the file cannot be read.
+            UserError: an action is invalid.
         """
         ...
 
     def rewards(self, recording: Recording, start: int, stop: int) -> np.ndarray:
-        """What arrives with these rows: float32 `(n,)`; zeros where the layout has none. Raises Damaged."""
+        """Rewards that arrive with these rows, float32 `(n,)`; zeros if the layout has none. Raises Damaged."""
         ...
 
 
 class Reader(Rows, Protocol):
-    """One layout. Built as `Class(root, files, condition, choices, actions)`.
+    """One layout of recordings.
 
     Args:
-        root: folder of the data set. files: what `find` found there.
-        condition: what rows hold as actions: those that were taken, or the pose that came of them.
-        choices: number of different actions where they are numbers of a list; 0: what the layout or the files say.
-        actions: the action set that ticks of Minecraft are encoded in.
+        root: folder of the data set. files: the result of `find`.
+        condition: the content of a row's action: the action that was taken, or the pose that it led to.
+        actions: the action set for ticks of Minecraft.
 
     Raises:
-        UserError: the layout knows no such condition, or no actions of that form.
+        UserError: the layout does not have this condition or these actions.
     """
 
     what: ClassVar[str]
-    """What makes a folder one of this layout, in a few words."""
+    """The files of this layout in a few words, for messages."""
     rewarded: ClassVar[bool]
     """Whether its recordings hold rewards."""
 
-    def __init__(self, root: Path, files: list[Path], condition: Condition, choices: int, actions: str) -> None: ...
+    def __init__(self, root: Path, files: list[Path], condition: Condition, actions: str) -> None: ...
 
     @classmethod
     def find(cls, root: Path) -> list[Path]:
-        """The recordings below `root`, sorted; none where the folder is not of this layout."""
+        """The recordings below `root`, sorted; none if the folder does not have this layout."""
         ...
 
     def head(self, path: Path) -> tuple[int, tuple[int, int]]:
-        """Rows of a recording, and height and width of its frames, without decoding these.
+        """Number of rows of a recording, and height and width of its frames, which are not decoded.
 
         Raises:
-            Damaged: it cannot be read.
+            Damaged: the file cannot be read.
         """
         ...
 
 
 def one_line(error: BaseException) -> str:
-    """An error of a library, on one line."""
+    """Type and message of an error on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,4 +1,4 @@
-"""From the thread that reads to the device that learns, beside what that is working on."""
+"""Copies batches from the reading thread to the device while the device computes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from longdream.worldmodel.types import Batch
 
 
 class Transfer:
-    """Rows of clips as a `Batch` on a device. On CUDA they are copied from pinned memory in a stream of their own."""
+    """Turns rows of clips into a `Batch` on a device. On CUDA a separate stream copies them from pinned memory."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def bring(self, rows: dict[str, Any]) -> Batch:
-        """In the thread that reads: the batch, which is there when this returns."""
+        """Copy the rows and wait for the copy. Called in the reading thread."""
         if self.stream is None:
             return Batch.of(rows, self.device)
         with torch.cuda.stream(self.stream):
@@ -28,7 +28,7 @@ class Transfer:
         return batch
 
     def take(self, batch: Batch) -> Batch:
-        """In the thread that learns: its stream uses this memory from now on."""
+        """Tell the allocator that the current stream uses the batch's memory. Called in the learning thread."""
         if self.stream is not None:
             using = torch.cuda.current_stream(self.device)
             for tensor in pytree.tree_leaves(batch.fields()):

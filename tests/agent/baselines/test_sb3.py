@@ -1,4 +1,4 @@
-"""Model-free rows: SB3 in the real environment, seen, judged and logged as an agent is."""
+"""Model-free rows: SB3 in the real environment, seen, evaluated and logged as an agent is."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from longdream.agent.baselines.sb3 import Player, RealVec
 from longdream.agent.cli import main as cli
 from longdream.agent.config.schema import EnvConfig
-from longdream.agent.evaluation.rollout import evaluate
+from longdream.agent.evaluation.rollout import rollout
 from longdream.agent.run.signals import Signals
 from longdream.envs.make import World
 
@@ -65,7 +65,7 @@ def test_ppo_learns_and_is_logged_like_a_run(tmp_path: Path, monkeypatch, capsys
     assert sum(line.get("episode/length", 0) for line in lines) <= summary["env_steps"]
     learner = PPO.load(folder / "controller.zip")
     world = World("CartPole-v1", 10, 1_000_003, {})
-    again = evaluate(Player(learner, world.spec), world, 10, 0)  # type: ignore[arg-type]
+    again = rollout(Player(learner, world.spec), world, 10, 0)  # type: ignore[arg-type]
     assert again.return_mean == pytest.approx(summary["return_mean"])  # the same episodes, the same greedy actions
     assert cli.main(words) == 2 and "in use" in capsys.readouterr().err
 

@@ -16,15 +16,16 @@ from longdream.agent.bench.model import objectives
 from longdream.agent.config import options
 from longdream.agent.core.agent import Agent
 from longdream.agent.run.logger import Logger
+from longdream.controller.evolution import EvolutionSettings
 from longdream.envs.contract import UserError
 from longdream.envs.make import World
 
 
 def test_acting_carries_the_same_bytes_at_any_age() -> None:
-    found = json.loads(json.dumps(act.measure("tiny", steps=60)))
-    assert found["state_bytes_start"] == found["state_bytes_end"] > 0
-    assert found["ms_per_step_start"] > 0 and found["ms_per_step_end"] > 0
-    assert {"preset", "device", "steps", "rss_growth_mb"} <= found.keys()
+    result = json.loads(json.dumps(act.measure("tiny", steps=60)))
+    assert result["state_bytes_start"] == result["state_bytes_end"] > 0
+    assert result["ms_per_step_start"] > 0 and result["ms_per_step_end"] > 0
+    assert {"preset", "device", "steps", "rss_growth_mb"} <= result.keys()
 
 
 def test_the_bytes_of_a_carry_are_those_of_its_tensors() -> None:
@@ -34,7 +35,7 @@ def test_the_bytes_of_a_carry_are_those_of_its_tensors() -> None:
     tensors = [
         carry.feat,
         carry.action,
-        *carry.state.ssm,
+        *carry.state.mixers,
         *carry.state.k,
         *carry.state.v,
         carry.state.last,
@@ -52,7 +53,7 @@ def test_resident_memory_is_what_the_system_counts() -> None:
     del held
 
 
-def test_the_agent_is_told_of_one_first_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_agent_sees_one_first_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
     firsts, ends = [], []
     observe = Agent.observe
 
@@ -68,32 +69,32 @@ def test_the_agent_is_told_of_one_first_row_only(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "how", [{"steps": 120}, {"seconds": 0.5}, {"steps": 400, "ratio": 0.5}, {"steps": 40, "ratio": 0.0}]
+    "how", [{"steps": 120}, {"seconds": 0.5}, {"steps": 400, "train_ratio": 0.5}, {"steps": 40, "train_ratio": 0.0}]
 )
 def test_the_parts_of_the_loop_add_up(how: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    found = json.loads(json.dumps(loop.measure("tiny", **how)))
-    assert list(found["share"]) == ["collect", "replay", "encoder", "model", "controller", "other"]
-    assert sum(found["share"].values()) == pytest.approx(1)
-    assert all(share >= 0 for share in found["share"].values()) and found["share"]["collect"] > 0
+    result = json.loads(json.dumps(loop.measure("tiny", **how)))
+    assert list(result["share"]) == ["collect", "replay", "encoder", "model", "controller", "other"]
+    assert sum(result["share"].values()) == pytest.approx(1)
+    assert all(share >= 0 for share in result["share"].values()) and result["share"]["collect"] > 0
     config = options.load("tiny")
-    ratio = how.get("ratio", config.learn.ratio)
-    due = found["env_steps"] * ratio / (config.replay.batch * config.replay.length)
-    assert found["updates"] == pytest.approx(due, abs=1)
+    ratio = how.get("train_ratio", config.learn.train_ratio)
+    due = result["env_steps"] * ratio / (config.replay.batch * config.replay.length)
+    assert result["updates"] == pytest.approx(due, abs=1)
     learning = ("replay", "encoder", "model", "controller")
     if ratio:
-        replay = found["share"]["replay"] / sum(found["share"][part] for part in learning)
-        assert found["replay_share_of_updates"] == pytest.approx(replay) and replay > 0
+        replay = result["share"]["replay"] / sum(result["share"][part] for part in learning)
+        assert result["replay_share_of_updates"] == pytest.approx(replay) and replay > 0
     else:
-        assert all(found["share"][part] == 0 for part in learning)
+        assert all(result["share"][part] == 0 for part in learning)
     if "steps" in how:
-        assert how["steps"] <= found["env_steps"] < how["steps"] + config.env.copies
-    assert found["env_steps_per_s"] == pytest.approx(found["env_steps"] / found["wall_s"], rel=0.1)
-    steps, sizes = zip(*found["rss_mb"], strict=True)
+        assert how["steps"] <= result["env_steps"] < how["steps"] + config.env.copies
+    assert result["env_steps_per_s"] == pytest.approx(result["env_steps"] / result["wall_s"], rel=0.1)
+    steps, sizes = zip(*result["rss_mb"], strict=True)
     assert 2 <= len(steps) <= 20 and list(steps) == sorted(steps) and min(sizes) > 50
-    assert abs(found["rss_growth_mb"]) < max(sizes)
-    assert list(tmp_path.rglob("*.jsonl")) == list(tmp_path.rglob("chunk_*")) == []  # the folder is gone
+    assert abs(result["rss_growth_mb"]) < max(sizes)
+    assert list(tmp_path.rglob("*.jsonl")) == list(tmp_path.rglob("segment_*")) == []  # the folder is gone
 
 
 def test_growth_is_that_of_the_trend_not_of_its_ends() -> None:
@@ -117,15 +118,15 @@ def test_the_threshold_is_reached_where_the_record_says(tmp_path: Path) -> None:
 
 def test_the_comparison_is_summed_up_per_objective() -> None:
     def row(objective: str, seed: int, value: float, steps: int | None) -> dict:
-        told = {"return_mean": value, "env_steps": 1000, "updates": 60, "wall_s": 10.0 * seed}
+        summary = {"return_mean": value, "env_steps": 1000, "updates": 60, "wall_s": 10.0 * seed}
         reached = {"steps_to_threshold": steps, "seconds_to_threshold": steps and steps / 100}
-        return {"objective": objective, "stream": "two", "seed": seed, **told, **reached}
+        return {"objective": objective, "history": "clean", "seed": seed, **summary, **reached}
 
     rows = [row("flow", 1, 1.0, 300), row("flow", 2, 0.9, 500), row("flow", 3, 0.2, None), row("mask", 1, 0.5, None)]
     lines = objectives.markdown(rows, 0.9).splitlines()
-    assert "| flow | two | 0.700 | 0.200 | 2 of 3 | 400 | 4 | 20 |" in lines
-    assert "| mask | two | 0.500 | 0.500 | 0 of 1 | – | – | 10 |" in lines
-    assert "| flow | two | 2 | 0.900 | 500 | 5 | 1,000 | 60 | 20 |" in lines
+    assert "| flow | clean | 0.700 | 0.200 | 2 of 3 | 400 | 4 | 20 |" in lines
+    assert "| mask | clean | 0.500 | 0.500 | 0 of 1 | – | – | 10 |" in lines
+    assert "| flow | clean | 2 | 0.900 | 500 | 5 | 1,000 | 60 | 20 |" in lines
     assert sum(line.startswith("| flow") for line in lines) == 4
 
 
@@ -134,7 +135,7 @@ def test_objectives_are_trained_once_each(tmp_path: Path, monkeypatch: pytest.Mo
     short = {"learn.prefill": 40, "learn.warmup": 2, "evaluate.final_episodes": 4, "evaluate.episodes": 2}
     short |= {"evaluate.every": 50, "env.kwargs": {"corridor": 3, "size": 16, "max_steps": 8}}
     (tmp_path / "small.yaml").write_text(options.dump(options.update(options.load("tiny"), short)))
-    kinds = ("flow/one", "mask/two")
+    kinds = ("flow/noisy", "mask/clean")
     asked = {
         "preset": "small.yaml",
         "kinds": kinds,
@@ -144,39 +145,36 @@ def test_objectives_are_trained_once_each(tmp_path: Path, monkeypatch: pytest.Mo
         "out": Path("out"),
         "threshold": 0.0,
     }
-    found = json.loads(json.dumps(objectives.measure(**asked)))
-    assert [f"{row['objective']}/{row['stream']}" for row in found["rows"]] == list(kinds)
-    assert {row["seed"] for row in found["rows"]} == {4}
-    for row in found["rows"]:
+    result = json.loads(json.dumps(objectives.measure(**asked)))
+    assert [f"{row['objective']}/{row['history']}" for row in result["rows"]] == list(kinds)
+    assert {row["seed"] for row in result["rows"]} == {4}
+    for row in result["rows"]:
         assert (
             80 <= row["env_steps"] < 100 and row["updates"] > 2 and row["wall_s"] > 0 and 0 <= row["return_mean"] <= 1
         )
         assert 50 <= row["steps_to_threshold"] < 80 and 0 < row["seconds_to_threshold"] <= row["wall_s"]
-        config = options.load(str(Path(f"out/runs/{row['objective']}-{row['stream']}-s4/config.yaml")))
-        assert (config.forcing.objective, config.forcing.stream) == (row["objective"], row["stream"])
+        config = options.load(str(Path(f"out/runs/{row['objective']}-{row['history']}-s4/config.yaml")))
+        assert (config.forcing.objective, config.forcing.history) == (row["objective"], row["history"])
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert json.loads(json.dumps(objectives.measure(**asked))) == found
+    assert json.loads(json.dumps(objectives.measure(**asked))) == result
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times
     # one that was cut short goes on: without its summary, a run is resumed, not refused
-    (tmp_path / "out/runs/mask-two-s4/summary.json").unlink()
+    (tmp_path / "out/runs/mask-clean-s4/summary.json").unlink()
     again = objectives.measure(**asked)["rows"]
-    assert [row["return_mean"] for row in again] == [row["return_mean"] for row in found["rows"]]
-    assert (tmp_path / "out/runs/mask-two-s4/summary.json").exists()
+    assert [row["return_mean"] for row in again] == [row["return_mean"] for row in result["rows"]]
+    assert (tmp_path / "out/runs/mask-clean-s4/summary.json").exists()
 
 
 def test_controllers_are_compared_in_dreams_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     short = {"learn.steps": 80, "learn.prefill": 40, "learn.warmup": 2, "evaluate.episodes": 2, "evaluate.every": 0}
     short |= {"env.kwargs": {"corridor": 3, "size": 16, "max_steps": 8}}
-    short |= {"controller.evolution.population": 4, "controller.evolution.moments": 2}
-    short |= {"controller.evolution.horizon": 3}
-    short |= {"controller.planner.candidates": 8, "controller.planner.iterations": 1, "controller.planner.horizon": 2}
     (tmp_path / "small.yaml").write_text(options.dump(options.update(options.load("tiny"), short)))
     kinds = ("actor_critic", "planner/cem", "evolution", "real/PPO")
     asked = {"presets": ("small.yaml",), "kinds": kinds, "seeds": (4,), "episodes": 3, "updates": 2, "parallel": 2}
-    found = json.loads(json.dumps(controllers.measure(**asked, out=Path("out"))))
-    rows = {row["controller"]: row for row in found["rows"]}
-    assert list(rows) == ["with M", *kinds] and found["random_mean"].keys() == {"longdream/Recall-v0"}
+    result = json.loads(json.dumps(controllers.measure(**asked, out=Path("out"))))
+    rows = {row["controller"]: row for row in result["rows"]}
+    assert list(rows) == ["with M", *kinds] and result["random_mean"].keys() == {"longdream/Recall-v0"}
     for row in rows.values():
         assert row["seed"] == 4 and row["env"] == "longdream/Recall-v0" and row["wall_s"] > 0
         assert row["return_ci95"][0] <= row["return_mean"] <= row["return_ci95"][1]
@@ -184,13 +182,13 @@ def test_controllers_are_compared_in_dreams_of_one_run(tmp_path: Path, monkeypat
     behind = rows["with M"]["env_steps"]
     assert [rows[kind]["env_steps"] for kind in kinds[:3]] == [behind] * 3 and rows["real/PPO"]["env_steps"] >= 80
     config = options.load("out/runs/small-actor_critic-s4/config.yaml")
-    dreams = config.replay.batch * config.controller.starts * config.controller.horizon
-    told = config.controller.evolution
-    generation = told.population * told.moments * told.horizon
+    dreams = config.replay.batch * config.controller.imagination_starts * config.controller.horizon
+    evolution = EvolutionSettings()
+    generation = evolution.population * evolution.moments * evolution.horizon
     wanted = {"actor_critic": 2 * dreams, "planner/cem": 0, "evolution": 2 * generation, "real/PPO": 0}
     assert {kind: rows[kind]["dream_steps"] for kind in kinds} == wanted and rows["with M"]["dream_steps"] > 0
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert json.loads(json.dumps(controllers.measure(**asked, out=Path("out")))) == found
+    assert json.loads(json.dumps(controllers.measure(**asked, out=Path("out")))) == result
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times
 
 
@@ -203,8 +201,15 @@ def test_a_run_that_cannot_go_on_begins_anew(tmp_path: Path) -> None:
 
 def test_controllers_are_summed_up_over_seeds() -> None:
     def row(controller: str, seed: int, value: float) -> dict:
-        told = {"env": "E-v0", "return_mean": value, "return_ci95": [value - 0.1, value + 0.1], "env_steps": 1000}
-        return {"controller": controller, "seed": seed, **told, "dream_steps": 5000, "wall_s": 90.0, "random_mean": 0.5}
+        summary = {"env": "E-v0", "return_mean": value, "return_ci95": [value - 0.1, value + 0.1], "env_steps": 1000}
+        return {
+            "controller": controller,
+            "seed": seed,
+            **summary,
+            "dream_steps": 5000,
+            "wall_s": 90.0,
+            "random_mean": 0.5,
+        }
 
     lines = controllers.markdown([row("tree", 1, 1.0), row("tree", 2, 0.5), row("real/PPO", 1, 0.2)]).splitlines()
     assert "| E-v0 | tree | 0.75 | 0.50 | 2 | 1,000 | 5,000 | 1.5 |" in lines
@@ -212,11 +217,11 @@ def test_controllers_are_summed_up_over_seeds() -> None:
     assert any(line.startswith("| E-v0 | random actions | 0.50 |") for line in lines)
 
 
-def test_a_training_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_training_that_fails_ends_in_one_line(tmp_path: Path) -> None:
     broken = options.update(options.load("tiny"), {"env.id": "longdream/Recal-v0"})
     (tmp_path / "broken.yaml").write_text(options.dump(broken))
-    with pytest.raises(UserError, match=r"training flow-two-s1 ended with code 2 .*Recall-v0.*flow-two-s1\.log"):
-        objectives.measure(str(tmp_path / "broken.yaml"), ("flow/two",), (1,), out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"training flow-clean-s1 ended with code 2 .*Recall-v0.*flow-clean-s1\.log"):
+        objectives.measure(str(tmp_path / "broken.yaml"), ("flow/clean",), (1,), out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +239,7 @@ def test_a_training_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
         lambda: objectives.measure("tinny"),
     ],
 )
-def test_what_cannot_be_measured_is_told(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_measured_is_refused(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"loop\?|tiny\?|must be"):
         call()
@@ -243,6 +248,6 @@ def test_what_cannot_be_measured_is_told(call, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.cuda
 def test_acting_is_measured_on_cuda() -> None:
-    found = act.measure("tiny", steps=40, device="cuda")
-    assert found["device"] == "cuda" and found["state_bytes_start"] == found["state_bytes_end"] > 0
+    result = act.measure("tiny", steps=40, device="cuda")
+    assert result["device"] == "cuda" and result["state_bytes_start"] == result["state_bytes_end"] > 0
     assert torch.cuda.is_initialized()

@@ -14,21 +14,21 @@ SMALL = {"batch": 2, "frames": 20, "heads": 2, "head": 4, "repeats": 1, "device"
 
 
 def test_the_scan_is_measured() -> None:
-    found = json.loads(json.dumps(scan.measure(**SMALL, tokens=3, state_size=5, chunk=7, checked=13)))
-    assert 0 < found["error_value"] < 1e-5 and 0 < found["error_grad"] < 1e-5
-    assert found["forward_ms"] > 0 and found["forward_backward_ms"] > 0
-    assert 0 < 2 * found["bytes_floor_ms"] < found["bytes_floor_forward_backward_ms"]
+    result = json.loads(json.dumps(scan.measure(**SMALL, tokens=3, state_size=5, chunk=7, checked=13)))
+    assert 0 < result["error_value"] < 1e-5 and 0 < result["error_grad"] < 1e-5
+    assert result["forward_ms"] > 0 and result["forward_backward_ms"] > 0
+    assert 0 < 2 * result["bytes_floor_ms"] < result["bytes_floor_forward_backward_ms"]
     # x and y; both keys; decays; the state before and after: float32
     moved = 4 * (2 * 20 * 3 * (2 * 2 * 4 + 2 * 5 + 2) + 2 * 2 * 2 * 5 * 4)
-    assert found["bytes_floor_ms"] == pytest.approx(moved / found["copy_gb_per_s"] / 1e6)
-    assert found["fla_forward_ms"] is None and found["torch_forward_ms"] is None  # the form in torch is the one here
+    assert result["bytes_floor_ms"] == pytest.approx(moved / result["copy_gb_per_s"] / 1e6)
+    assert result["fla_forward_ms"] is None and result["torch_forward_ms"] is None  # the form in torch is the one here
 
 
 def test_the_scan_is_measured_in_bfloat16() -> None:
-    found = json.loads(json.dumps(scan.measure(**SMALL, tokens=2, state_size=5, chunk=7, dtype="bfloat16")))
-    assert 1e-4 < found["error_value"] < 0.05 and 1e-4 < found["error_grad"] < 0.05
+    result = json.loads(json.dumps(scan.measure(**SMALL, tokens=2, state_size=5, chunk=7, dtype="bfloat16")))
+    assert 1e-4 < result["error_value"] < 0.05 and 1e-4 < result["error_grad"] < 0.05
     moved = 2 * (2 * 20 * 2 * (2 * 2 * 4 + 2 * 5)) + 4 * (2 * 20 * 2 * 2 + 2 * 2 * 2 * 5 * 4)
-    assert found["bytes_floor_ms"] == pytest.approx(moved / found["copy_gb_per_s"] / 1e6)
+    assert result["bytes_floor_ms"] == pytest.approx(moved / result["copy_gb_per_s"] / 1e6)
 
 
 def test_a_scan_that_is_wrong_is_noticed() -> None:
@@ -44,15 +44,15 @@ def test_a_scan_that_is_wrong_is_noticed() -> None:
 
 
 def test_attention_is_measured() -> None:
-    found = json.loads(json.dumps(attention.measure(**SMALL, tokens=2, window=4, chunk=3, checked=11)))
-    assert [(row["pattern"], row["path"]) for row in found["rows"]] == [
+    result = json.loads(json.dumps(attention.measure(**SMALL, tokens=2, window=4, chunk=3, checked=11)))
+    assert [(row["pattern"], row["path"]) for row in result["rows"]] == [
         (p, "sdpa") for p in ("local", "chunks", "causal")
     ]
-    for row in found["rows"]:
+    for row in result["rows"]:
         assert 0 < row["error_value"] < 1e-5 and 0 < row["error_grad"] < 1e-5
         assert row["forward_ms"] > 0 and row["forward_backward_ms"] > 0
-    assert found["faster"] == dict.fromkeys(("local", "chunks", "causal"), "sdpa")
-    assert "CPU" in found["skipped"]
+    assert result["faster"] == dict.fromkeys(("local", "chunks", "causal"), "sdpa")
+    assert "CPU" in result["skipped"]
 
 
 def test_attention_that_is_wrong_is_noticed() -> None:
@@ -78,13 +78,13 @@ def test_sizes_that_make_no_sense(call) -> None:
 @pytest.mark.cuda
 def test_kernels_are_measured_on_cuda() -> None:
     sizes = {"batch": 2, "frames": 100, "heads": 2, "head": 16, "repeats": 2, "device": "cuda"}
-    found = scan.measure(**sizes, state_size=16)
-    assert found["kernels"]
+    result = scan.measure(**sizes, state_size=16)
+    assert result["kernels"]
     for form in ("", "torch_"):
-        assert found[f"{form}error_value"] < 0.01 and found[f"{form}error_grad"] < 0.01  # TF32
-        assert 0 < found[f"{form}forward_ms"] < found[f"{form}forward_backward_ms"]
-    found = scan.measure(**sizes, state_size=16, dtype="bfloat16")
-    assert max(found["error_value"], found["error_grad"]) < 0.05
-    found = attention.measure(**sizes, tokens=4)
-    assert found["skipped"] is None and len(found["rows"]) == 9
-    assert all(max(row["error_value"], row["error_grad"]) < 0.05 for row in found["rows"])  # bfloat16
+        assert result[f"{form}error_value"] < 0.01 and result[f"{form}error_grad"] < 0.01  # TF32
+        assert 0 < result[f"{form}forward_ms"] < result[f"{form}forward_backward_ms"]
+    result = scan.measure(**sizes, state_size=16, dtype="bfloat16")
+    assert max(result["error_value"], result["error_grad"]) < 0.05
+    result = attention.measure(**sizes, tokens=4)
+    assert result["skipped"] is None and len(result["rows"]) == 9
+    assert all(max(row["error_value"], row["error_grad"]) < 0.05 for row in result["rows"])  # bfloat16

@@ -12,13 +12,13 @@ from longdream.agent.cli import main as cli
 
 def test_the_doctor_finds_what_the_install_promises(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
-    told = capsys.readouterr()
-    found = json.loads(told.out)
-    assert found["ok"] is True
-    assert list(found) == ["ok", "python", "torch", "opengl", "memory maze", "disk", "minerl"]
-    assert found["memory maze"]["steps_per_s"] > 0 and found["disk"]["free_bytes"] > 0
-    assert set(found["opengl"]["tried"]) == {"egl", "osmesa"} and None in found["opengl"]["tried"].values()
-    assert told.err.count("\n") >= 6 and "FAILS" not in told.err
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["ok"] is True
+    assert list(report) == ["ok", "python", "torch", "opengl", "memory maze", "disk", "minerl"]
+    assert report["memory maze"]["steps_per_s"] > 0 and report["disk"]["free_bytes"] > 0
+    assert set(report["opengl"]["tried"]) == {"egl", "osmesa"} and None in report["opengl"]["tried"].values()
+    assert printed.err.count("\n") >= 6 and "FAILS" not in printed.err
 
 
 def test_where_minerl_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -28,9 +28,9 @@ def test_where_minerl_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert doctor._minerl()["found"] == f"not in {sys.executable}: it is not installed there"
     (tmp_path / "minerl").mkdir()
     (tmp_path / "minerl" / "__init__.py").touch()
-    told = tmp_path / "minerl-0.4.4.dist-info"
-    told.mkdir()
-    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: minerl\nVersion: 0.4.4\n")
+    about = tmp_path / "minerl-0.4.4.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: minerl\nVersion: 0.4.4\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert doctor._minerl() == {"ok": None, "found": f"0.4.4 in {sys.executable}", "version": "0.4.4"}
 

@@ -17,7 +17,8 @@ from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent
 from longdream.agent.evaluation.comparison import PSNR_CAP, Comparison, compare
 from longdream.agent.evaluation.plots import CONTEXT, IMAGINED, _plots, film, save_film, sheet
-from longdream.agent.train import online as loop
+from longdream.agent.evaluation.tables import summary_table
+from longdream.agent.train.trainer import OnlineTrainer
 from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, UserError
 from longdream.envs.make import World
 
@@ -39,7 +40,7 @@ def tiny(**settings) -> Config:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in Recall, which shows images."""
     folder = tmp_path_factory.mktemp("runs") / "images"
-    loop.train(tiny(), folder, console=False)
+    OnlineTrainer.train(tiny(), folder, console=False)
     return folder
 
 
@@ -47,7 +48,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in CartPole, which shows four numbers."""
     folder = tmp_path_factory.mktemp("runs") / "vectors"
-    loop.train(tiny(env__id="CartPole-v1", env__kwargs={}), folder, console=False)
+    OnlineTrainer.train(tiny(env__id="CartPole-v1", env__kwargs={}), folder, console=False)
     return folder
 
 
@@ -96,14 +97,14 @@ def test_a_dream_follows_the_real_actions_from_the_moment_where_context_ends() -
 def test_rewards_and_observations_of_every_kind_arrive_in_their_rows() -> None:
     config = tiny(env__id="longdream/Counting-v0", env__kwargs={})
     world = World(config.env.id, 1, 0)
-    found = compare(Agent(config, world.spec), world, context=1)
-    time = found.real["time"]
-    assert len(found) == 4  # the first episode of the first copy has three steps
+    comparison = compare(Agent(config, world.spec), world, context=1)
+    time = comparison.real["time"]
+    assert len(comparison) == 4  # the first episode of the first copy has three steps
     assert time[:, 0].tolist() == [0, 1, 2, 3]
-    np.testing.assert_allclose(found.reward[1:], time[1:, 0] + 0.001 * time[1:, 3], rtol=1e-6)
-    assert found.reward[0] == 0 and found.alive.tolist() == [1, 1, 1, 0]
-    assert found.keys(image=True) == [] and found.keys(image=False) == ["phase", "time"]
-    assert found.dreamt["phase"].shape == (4,) and set(found.error("phase")) <= {0.0, 1.0}
+    np.testing.assert_allclose(comparison.reward[1:], time[1:, 0] + 0.001 * time[1:, 3], rtol=1e-6)
+    assert comparison.reward[0] == 0 and comparison.alive.tolist() == [1, 1, 1, 0]
+    assert comparison.keys(image=True) == [] and comparison.keys(image=False) == ["phase", "time"]
+    assert comparison.dreamt["phase"].shape == (4,) and set(comparison.error("phase")) <= {0.0, 1.0}
 
 
 def test_an_episode_may_be_cut_short_but_must_leave_something_to_dream() -> None:
@@ -129,47 +130,47 @@ def test_errors_have_their_hand_values() -> None:
     real = {"eye": np.zeros((3, 4, 4, 3), np.uint8), "leg": np.zeros((3, 2), np.float32), "gear": np.array([1, 2, 3])}
     dreamt = {"eye": real["eye"] + np.uint8(51), "leg": np.array([[0, 0], [3, 4], [0, 1]]), "gear": np.array([1, 0, 3])}
     dreamt["eye"][0] = 0
-    found = made(real, dreamt, spec, context=1)
-    np.testing.assert_allclose(found.error("eye"), [PSNR_CAP, 20 * np.log10(5), 20 * np.log10(5)])
-    np.testing.assert_allclose(found.error("leg"), [0, np.sqrt(12.5), np.sqrt(0.5)])
-    assert found.error("gear").tolist() == [0, 1, 0]
-    told = json.loads(json.dumps(found.to_json()))
-    assert told["errors"]["gear"] == {"unit": "wrong", "dream": [1, 0], "v": [0, 0]}
-    assert told["errors"]["eye"]["unit"] == "psnr_db" and told["errors"]["eye"]["v"] == [PSNR_CAP] * 2
-    assert len(told["reward"]["expected"]) == len(told["reward"]["real"]) == 2
+    comparison = made(real, dreamt, spec, context=1)
+    np.testing.assert_allclose(comparison.error("eye"), [PSNR_CAP, 20 * np.log10(5), 20 * np.log10(5)])
+    np.testing.assert_allclose(comparison.error("leg"), [0, np.sqrt(12.5), np.sqrt(0.5)])
+    assert comparison.error("gear").tolist() == [0, 1, 0]
+    values = json.loads(json.dumps(comparison.to_json()))
+    assert values["errors"]["gear"] == {"unit": "wrong", "dream": [1, 0], "v": [0, 0]}
+    assert values["errors"]["eye"]["unit"] == "psnr_db" and values["errors"]["eye"]["v"] == [PSNR_CAP] * 2
+    assert len(values["reward"]["expected"]) == len(values["reward"]["real"]) == 2
 
 
 # -- what is drawn ----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_with_images_becomes_a_video_and_a_picture(images: Path) -> None:
-    found = json.loads(json.dumps(report.dream(images, context=3, frames=12, console=False)))
-    assert {"run", "env", "env_steps", "seed", "denoising_steps", "video", "picture", "fps"} <= found.keys()
-    (episode,) = found["episodes"]
+    result = json.loads(json.dumps(report.dream(images, context=3, frames=12, console=False)))
+    assert {"run", "env", "env_steps", "seed", "denoising_steps", "video", "picture", "fps"} <= result.keys()
+    (episode,) = result["episodes"]
     assert episode["frames"] == 12 and len(episode["errors"]["obs"]["dream"]) == 9
-    assert found["video"] == str(images / "videos" / "dream.mp4")
-    about = iio.immeta(found["video"], plugin="pyav")
+    assert result["video"] == str(images / "videos" / "dream.mp4")
+    about = iio.immeta(result["video"], plugin="pyav")
     assert about["codec"] == "h264" and about["video_format"] == "yuv420p"
-    frames = iio.imread(found["video"], plugin="pyav")
+    frames = iio.imread(result["video"], plugin="pyav")
     assert frames.shape[0] == 12 and frames.shape[1] % 2 == frames.shape[2] % 2 == 0
     for t, frame in enumerate(frames):  # the frame round the dream; the timeline below it is flat
         blue, orange = (longest_run(frame, colour) for colour in (CONTEXT, IMAGINED))
         assert (blue > 150 and orange < 60) if t < 3 else (orange > 150 and blue < 60), f"frame {t}: {blue}, {orange}"
-    picture = iio.imread(found["picture"])
+    picture = iio.imread(result["picture"])
     assert picture.ndim == 3 and longest_run(picture, CONTEXT, 0) > 80 and longest_run(picture, IMAGINED, 0) > 80
 
 
 def test_a_run_with_vectors_becomes_plots_that_unfold(vectors: Path, tmp_path: Path) -> None:
-    found = report.dream(
+    result = report.dream(
         vectors, episodes=2, context=2, frames=8, seed=4, out=tmp_path / "new" / "x.mp4", console=False
     )
     frames = iio.imread(tmp_path / "new" / "x.mp4", plugin="pyav")
-    assert len(frames) == sum(episode["frames"] for episode in found["episodes"]) == 16
+    assert len(frames) == sum(episode["frames"] for episode in result["episodes"]) == 16
     assert (
         longest_run(frames[1], CONTEXT, 60) > 60 > longest_run(frames[5], CONTEXT, 60)
     )  # the line at the present step
     assert longest_run(frames[5], IMAGINED, 60) > 60 > longest_run(frames[1], IMAGINED, 60)
-    assert found["episodes"][0]["errors"]["obs"]["unit"] == "rms"
+    assert result["episodes"][0]["errors"]["obs"]["unit"] == "rms"
     one, two = iio.imread(tmp_path / "new" / "x.png"), frames[0]
     assert one.shape[0] == 2 * two.shape[0] and one.shape[1] == two.shape[1]  # both episodes, one below the other
 
@@ -224,12 +225,12 @@ def test_a_picture_shows_each_row_once(rows: int, columns: int) -> None:
         {"frames": 4},
     ],
 )
-def test_values_that_cannot_be_used_are_told(images: Path, wrong: dict) -> None:
+def test_values_that_cannot_be_used_are_refused(images: Path, wrong: dict) -> None:
     with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
         report.dream(images, **wrong)
 
 
-def test_no_run_and_nothing_saved_in_it_are_told(images: Path, tmp_path: Path) -> None:
+def test_no_run_and_nothing_saved_in_it_are_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run"):
         report.dream(tmp_path / "nothing")
     (tmp_path / "begun").mkdir()
@@ -250,7 +251,7 @@ SUMMARY = {
 
 
 def test_the_table_is_plain_off_a_terminal(capsys: pytest.CaptureFixture) -> None:
-    report.summary_table(SUMMARY | {"random_mean": 0.5, "chance": None, "dream_steps": 1234567, "wall_s": 125.4})
+    summary_table(SUMMARY | {"random_mean": 0.5, "chance": None, "dream_steps": 1234567, "wall_s": 125.4})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "My/Env-v0"
     words = [line.split() for line in lines[1:]]
@@ -264,27 +265,29 @@ def test_the_table_is_plain_off_a_terminal(capsys: pytest.CaptureFixture) -> Non
 def test_the_table_is_drawn_on_a_terminal(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    report.summary_table(SUMMARY)
+    summary_table(SUMMARY)
     out = capsys.readouterr().out
     assert "\x1b[" in out and "│" in out and "12,345" in out
 
 
-def test_the_demo_trains_dreams_and_tells(
+def test_the_demo_trains_and_dreams(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(tiny(), seed=7)
     (tmp_path / "small.yaml").write_text(options.dump(config))
     (tmp_path / "runs" / "demo").mkdir(parents=True)
-    found = json.loads(json.dumps(report.demo("small.yaml", seed=2)))
-    assert found["run"] == "runs/demo-2" and found["seed"] == 2
-    assert found["chance"] == pytest.approx(1 / 3) and found["optimum"] == 1
-    learned = found["updates"] - config.learn.warmup
+    summary = json.loads(json.dumps(report.demo("small.yaml", seed=2)))
+    assert summary["run"] == "runs/demo-2" and summary["seed"] == 2
+    assert summary["chance"] == pytest.approx(1 / 3) and summary["optimum"] == 1
+    learned = summary["updates"] - config.learn.warmup
     assert (
-        found["dream_steps"] == learned * config.replay.batch * config.controller.starts * config.controller.horizon > 0
+        summary["dream_steps"]
+        == learned * config.replay.batch * config.controller.imagination_starts * config.controller.horizon
+        > 0
     )
-    assert {"return_mean", "return_ci95", "random_mean", "without_memory_mean", "env_steps", "wall_s"} <= found.keys()
-    assert all((tmp_path / found[key]).stat().st_size > 1000 for key in ("video", "picture"))
+    assert {"return_mean", "return_ci95", "random_mean", "without_memory_mean", "env_steps", "wall_s"} <= summary.keys()
+    assert all((tmp_path / summary[key]).stat().st_size > 1000 for key in ("video", "picture"))
     out = capsys.readouterr().out
-    assert all(str(found[key]) in out for key in ("run", "video", "picture"))
+    assert all(str(summary[key]) in out for key in ("run", "video", "picture"))
     assert "without long memory" in out and "longdream dream runs/demo-2" in out

@@ -1,4 +1,4 @@
-"""CUDA graphs: a recorded function is the function."""
+"""CUDA graphs: a captured function is the function."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from longdream.agent.config import options
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.cuda_graphs import WARM_UP, Graphed, GraphedUpdate
-from longdream.agent.core.learner import Part
+from longdream.agent.core.optimizer import Optimizer
 from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec
 from longdream.worldmodel.dream import Starts
 
@@ -18,7 +18,7 @@ SPEC = EnvSpec(
 
 
 @pytest.mark.cuda
-def test_a_recorded_function_is_the_function() -> None:
+def test_a_captured_function_is_the_function() -> None:
     """At other inputs, at other shapes, and after its parameters changed in place."""
     layer = torch.nn.Linear(5, 4, device="cuda")
 
@@ -35,7 +35,7 @@ def test_a_recorded_function_is_the_function() -> None:
         torch.testing.assert_close(got["out"], wanted["out"])
         with torch.no_grad():
             layer.weight.mul_(1.5)
-    assert len(graphed.recorded) == 2
+    assert len(graphed.captured) == 2
 
 
 @pytest.mark.cuda
@@ -49,8 +49,8 @@ def test_random_numbers_go_on() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("objective", ["flow", "mask", "teacher"])
-def test_dreams_are_recorded(objective: str) -> None:
-    """A recorded dream starts where it should, and under a policy that leaves no choice it is the eager one."""
+def test_dreams_are_captured(objective: str) -> None:
+    """A captured dream starts where it should, and under a policy that leaves no choice it is the eager one."""
     config = options.update(options.load("tiny"), {"device": "cuda", "forcing.objective": objective})
     agent = Agent(config, SPEC)
     assert isinstance(agent._dreams, Graphed)
@@ -71,40 +71,40 @@ def test_dreams_are_recorded(objective: str) -> None:
 
 
 @pytest.mark.cuda
-def test_a_recorded_update_is_the_update() -> None:
-    """Every call learns once, at its own rate and from its own numbers, whether it just runs, is recorded or replayed;
+def test_a_captured_update_is_the_update() -> None:
+    """Every call learns once, at its own rate and from its own numbers, whether it just runs, is captured or replayed;
     also when the shapes change, and where a step is refused."""
     torch.manual_seed(0)
     layers = [torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).cuda() for _ in "ab"]
     layers[1].load_state_dict(layers[0].state_dict())
-    parts = [Part(layer.parameters(), 1e-2, 1.0) for layer in layers]
+    optimizers = [Optimizer(layer.parameters(), 1e-2, 1.0) for layer in layers]
 
     def learn(which: int):
         def update(fields: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
             loss = (layers[which](fields["x"]) - fields["y"]).square().mean()
-            ok, norm = parts[which].step(loss)
+            ok, norm = optimizers[which].step(loss)
             return {"loss": loss.detach(), "norm": norm}, ok
 
         return update
 
-    plain, recorded = learn(0), GraphedUpdate(learn(1))
+    plain, graphed = learn(0), GraphedUpdate(learn(1))
     for i, rows in enumerate([16] * (WARM_UP + 4) + [9] * (WARM_UP + 3)):
         fields = {"x": torch.randn(rows, 5, device="cuda"), "y": torch.randn(rows, 1, device="cuda")}
         if i in (2, WARM_UP + 2):
             fields["y"][0] = float("nan")
-        for part in parts:
-            part.set_pace(1 / (1 + i))
-        (wanted, ok), (found, taken) = plain(fields), recorded(fields)
-        assert bool(ok) == bool(taken) == (i not in (2, WARM_UP + 2))
-        torch.testing.assert_close(found, wanted, equal_nan=True)
+        for optimizer in optimizers:
+            optimizer.scale_rate(1 / (1 + i))
+        (wanted, finite), (metrics, also) = plain(fields), graphed(fields)
+        assert bool(finite) == bool(also) == (i not in (2, WARM_UP + 2))
+        torch.testing.assert_close(metrics, wanted, equal_nan=True)
     for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("objective", ["flow", "mask"])
-def test_an_agent_learns_by_recorded_updates(objective: str) -> None:
-    """V, M and C, as without recording, also in bfloat16: in means over updates, since random numbers are others."""
+def test_an_agent_learns_by_captured_updates(objective: str) -> None:
+    """V, M and C, as without CUDA graphs, also in bfloat16: in means over updates, since random numbers are others."""
     batch, length = 4, 12
     rng = np.random.default_rng(0)
     rows = {
@@ -114,18 +114,18 @@ def test_an_agent_learns_by_recorded_updates(objective: str) -> None:
         "surprise": np.zeros((batch, length), np.float32),
         **{key: np.zeros((batch, length), bool) for key in ("is_first", "terminated", "truncated")},
     }
-    found = []
-    for way in ({}, {"recorded": True}, {"recorded": True, "bfloat16": True}):
+    runs = []
+    for way in ({}, {"cuda_graphs": True}, {"cuda_graphs": True, "precision": "bfloat16"}):
         settings = {"device": "cuda", "forcing.objective": objective, "heads.dreamt": 1.0, **way}
         torch.manual_seed(0)
         agent = Agent(options.update(options.load("tiny"), settings), SPEC)
         losses = []
-        for upto in ["encoder"] * 6 + ["model"] * 6 + ["controller"] * 40:
-            losses.append({key: float(value) for key, value in agent.update(rows, upto).items()})
+        for stage in ["encoder"] * 6 + ["model"] * 6 + ["controller"] * 40:
+            losses.append({key: float(value) for key, value in agent.update(rows, stage).items()})
         agent.settle()
         assert agent.updates == 52 and agent.skipped == 0
-        found.append((losses[0], losses[-10:], agent.dream_steps))
-    (first, last, dreamt), *others = found
+        runs.append((losses[0], losses[-10:], agent.dream_steps))
+    (first, last, dreamt), *others = runs
     for _, other, also in others:
         assert dreamt == also > 0
         for key in ("encoder/reconstruction/obs", "model/prediction", "controller/critic"):

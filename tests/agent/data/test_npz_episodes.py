@@ -35,16 +35,16 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read(path: Path) -> None:
-    found, wanted = offline.read(path), rows()
-    assert list(found) == list(offline.LAYOUT)
+    episode, wanted = offline.read(path), rows()
+    assert list(episode) == list(offline.LAYOUT)
     for key in offline.LAYOUT:
-        np.testing.assert_array_equal(found[key], [row[key] for row in wanted])
-    assert found["image"].shape == (5, 64, 64, 3) and found["image"].dtype == np.uint8
-    np.testing.assert_array_equal(found["action"][0], np.zeros(6))
-    np.testing.assert_array_equal(found["action"][1:].argmax(1), [1, 2, 3, 4])
-    np.testing.assert_array_equal(found["reward"], [0, 0, 1, 0, 0])
-    np.testing.assert_array_equal(found["target_pos"][4], found["targets_pos"][4, 1])
-    np.testing.assert_array_equal(found["target_vec"][4], found["targets_vec"][4, 1])
+        np.testing.assert_array_equal(episode[key], [row[key] for row in wanted])
+    assert episode["image"].shape == (5, 64, 64, 3) and episode["image"].dtype == np.uint8
+    np.testing.assert_array_equal(episode["action"][0], np.zeros(6))
+    np.testing.assert_array_equal(episode["action"][1:].argmax(1), [1, 2, 3, 4])
+    np.testing.assert_array_equal(episode["reward"], [0, 0, 1, 0, 0])
+    np.testing.assert_array_equal(episode["target_pos"][4], episode["targets_pos"][4, 1])
+    np.testing.assert_array_equal(episode["target_vec"][4], episode["targets_vec"][4, 1])
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -53,12 +53,12 @@ def test_other_types_and_more_entries_are_read_too(path: Path) -> None:
     episode |= {"reset": np.zeros(5, bool), "action": episode["action"].astype(bool)}
     episode["agent_pos"] = episode["agent_pos"].astype(np.float64)
     np.savez(path, **episode)
-    found = offline.read(path)
-    assert "reset" not in found and found["action"].dtype == bool and found["agent_pos"].dtype == np.float64
+    episode = offline.read(path)
+    assert "reset" not in episode and episode["action"].dtype == bool and episode["agent_pos"].dtype == np.float64
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "problem"),
     [
         ("image", np.zeros((5, 32, 64, 3), np.uint8), r"'image' has shape \(5, 32, 64, 3\), not \(5, 64, 64, 3\)"),
         ("image", np.zeros((5, 64, 64, 3), np.float32), "'image' has type float32"),
@@ -70,9 +70,9 @@ def test_other_types_and_more_entries_are_read_too(path: Path) -> None:
         ("target_color", np.zeros((5, 3), "U1"), "'target_color' has type"),
     ],
 )
-def test_an_entry_that_cannot_be_is_named(path: Path, key: str, value: np.ndarray, told: str) -> None:
+def test_an_entry_that_cannot_be_is_named(path: Path, key: str, value: np.ndarray, problem: str) -> None:
     np.savez(path, **dict(np.load(path)) | {key: value})
-    with pytest.raises(UserError, match=rf"episode\.npz: {told}"):
+    with pytest.raises(UserError, match=rf"episode\.npz: {problem}"):
         offline.read(path)
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longdream.agent.data.replay import MAX_CHUNKS, Replay
+from longdream.agent.data.replay import MAX_SEGMENTS, Replay
 from longdream.agent.run import checkpoint
 from longdream.agent.run.checkpoint import DiskFull
 from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, Row, UserError
@@ -78,27 +78,32 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(x, y) for x, y in pairs)
 
 
-MODES = [{}, {"starts": 1.0}, {"weight": 1.0}, {"starts": 0.3, "weight": 0.4}]
+MODES = [
+    {},
+    {"episode_start_fraction": 1.0},
+    {"priority_fraction": 1.0},
+    {"episode_start_fraction": 0.3, "priority_fraction": 0.4},
+]
 
 
 @given(data=st.data())
 def test_clips_are_contiguous_and_span_no_gap(data, tmp_path_factory):
-    num_envs, chunk_rows = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 12))
-    capacity = num_envs * chunk_rows * data.draw(st.integers(2, 9)) + data.draw(st.integers(0, num_envs - 1))
+    num_envs, segment_rows = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 12))
+    capacity = num_envs * segment_rows * data.draw(st.integers(2, 9)) + data.draw(st.integers(0, num_envs - 1))
     total, length = data.draw(st.integers(1, 120)), data.draw(st.integers(1, 30))
     folder = tmp_path_factory.mktemp("replay")
     try:
-        replay = Replay(folder, SPEC, num_envs, capacity, chunk_rows)
+        replay = Replay(folder, SPEC, num_envs, capacity, segment_rows)
         fill(replay, 0, total)
         assert len(replay) <= capacity
-        first = max(0, -(-total // chunk_rows) - replay.max_chunks) * chunk_rows
+        first = max(0, -(-total // segment_rows) - replay.max_segments) * segment_rows
         alive = np.zeros(total, bool)
         alive[first:] = True
         state = replay.state()
-        lost = data.draw(st.sets(st.sampled_from([seq for seq, _, _ in state["chunks"]]), max_size=3))
+        lost = data.draw(st.sets(st.sampled_from([seq for seq, _, _ in state["segments"]]), max_size=3))
         for seq in lost:
-            (folder / f"chunk_{seq:09d}.bin").unlink()
-            alive[seq * chunk_rows : (seq + 1) * chunk_rows] = False
+            (folder / f"segment_{seq:09d}.bin").unlink()
+            alive[seq * segment_rows : (seq + 1) * segment_rows] = False
         if lost:
             assert len(replay.restore(state)) == len(lost)
         assert len(replay) == alive.sum() * num_envs
@@ -122,7 +127,7 @@ def gapped(folder: Path) -> tuple[Replay, list[int]]:
     replay = Replay(folder, SPEC, 2, 100, 10)
     fill(replay, 0, 66)
     state = replay.state()
-    (folder / "chunk_000000003.bin").unlink()
+    (folder / "segment_000000003.bin").unlink()
     assert len(replay.restore(state)) == 1
     return replay, [*range(20, 30), *range(40, 66)]
 
@@ -154,10 +159,10 @@ def test_every_clip_is_equally_likely(tmp_path):
 def test_every_episode_start_is_equally_likely(tmp_path):
     replay, alive = gapped(tmp_path)
     firsts = [(env, t) for env in (0, 1) for t in alive if t % (4 + 3 * env) == 0 and {*range(t, t + 5)} <= set(alive)]
-    assert_drawn_like(draw(replay, 5, starts=1.0), {cell: 1 / len(firsts) for cell in firsts})
+    assert_drawn_like(draw(replay, 5, episode_start_fraction=1.0), {cell: 1 / len(firsts) for cell in firsts})
     last = [(env, t) for env, t in firsts if t == 56]  # its clip of 10 ends with the newest row
-    assert last and set(last) <= set(draw(replay, 10, starts=1.0))
-    half = draw(replay, 5, starts=0.5)
+    assert last and set(last) <= set(draw(replay, 10, episode_start_fraction=1.0))
+    half = draw(replay, 5, episode_start_fraction=0.5)
     share = sum(half.get(cell, 0) for cell in firsts) / sum(half.values())
     valid = 2 * sum({*range(t, t + 5)} <= set(alive) for t in alive)
     assert abs(share - (0.5 + 0.5 * len(firsts) / valid)) < 0.03
@@ -167,7 +172,7 @@ def test_rows_are_drawn_in_proportion_to_their_surprise(tmp_path):
     replay, alive = gapped(tmp_path)
     mass = {(env, t): max(float(row_at(env, t)["surprise"]), 0.0) for env in (0, 1) for t in alive}
     total = sum(mass.values())
-    assert_drawn_like(draw(replay, 1, weight=1.0), {cell: m / total for cell, m in mass.items()})
+    assert_drawn_like(draw(replay, 1, priority_fraction=1.0), {cell: m / total for cell, m in mass.items()})
 
 
 def test_a_surprising_row_lies_anywhere_in_its_clip(tmp_path):
@@ -179,12 +184,12 @@ def test_a_surprising_row_lies_anywhere_in_its_clip(tmp_path):
         begins = [s for s in range(t - 11, t + 1) if 40 <= s <= 54]
         for s in begins:
             expected[env, s] = expected.get((env, s), 0.0) + m / sum(mass.values()) / len(begins)
-    assert_drawn_like(draw(replay, 12, weight=1.0), expected)
+    assert_drawn_like(draw(replay, 12, priority_fraction=1.0), expected)
 
 
 def test_rows_with_a_reward_are_drawn_evenly(tmp_path):
-    """Where these are what is told; a reward that is not finite is one too."""
-    replay = Replay(tmp_path, SPEC, 2, 100, 10, around="reward")
+    """Where these have priority; a reward that is not finite is one too."""
+    replay = Replay(tmp_path, SPEC, 2, 100, 10, priority="reward")
     rewards = {(0, 3): 1.0, (1, 17): -5.0, (0, 30): np.nan}
     for t in range(40):
         row = plain_row(2, first=t == 0)
@@ -193,10 +198,10 @@ def test_rows_with_a_reward_are_drawn_evenly(tmp_path):
             PAIR,
             np.full(2, 7.0, np.float32),
         )
-    found = replay.sample(np.random.default_rng(0), 3000, 1, weight=1.0)["reward"][:, 0]
+    drawn = replay.sample(np.random.default_rng(0), 3000, 1, priority_fraction=1.0)["reward"][:, 0]
     for value in (1.0, -5.0):
-        assert abs((found == value).mean() - 1 / 3) < 0.05
-    assert abs(np.isnan(found).mean() - 1 / 3) < 0.05
+        assert abs((drawn == value).mean() - 1 / 3) < 0.05
+    assert abs(np.isnan(drawn).mean() - 1 / 3) < 0.05
 
 
 def plain_row(num_envs: int, first: bool) -> Row:
@@ -210,7 +215,7 @@ ACTION = np.array([[1, 0, 0, 0, 1]], np.float32)
 PAIR = np.repeat(ACTION, 2, axis=0)
 
 
-def test_without_starts_or_surprise_the_draw_is_uniform(tmp_path):
+def test_without_episode_starts_or_surprise_the_draw_is_uniform(tmp_path):
     replay = Replay(tmp_path, SPEC, 1, 40, 10)
     for _ in range(15):
         replay.add(plain_row(1, first=False), ACTION, np.zeros(1, np.float32))
@@ -233,8 +238,8 @@ def test_actions_keep_their_values(tmp_path, box):
 
 @pytest.mark.parametrize("save_at", [3, 20, 37, 95, 100, 163])
 def test_restored_and_continued_it_equals_the_uninterrupted_one(tmp_path, save_at):
-    """Across a wrap of the ring, with chunks evicted after the checkpoint, every mode of drawing."""
-    args = (SPEC, 3, 150, 10)  # 5 chunks of 10 rows of 3 streams
+    """Across a wrap of the ring, with segments evicted after the checkpoint, every mode of drawing."""
+    args = (SPEC, 3, 150, 10)  # 5 segments of 10 rows of 3 streams
 
     def go_on(replay: Replay) -> list[dict]:
         rng, clips = np.random.default_rng(4), []
@@ -247,13 +252,13 @@ def test_restored_and_continued_it_equals_the_uninterrupted_one(tmp_path, save_a
     fill(replay, 0, save_at)
     state = json.loads(json.dumps(replay.state()))
     replay.commit_eviction()
-    assert len(list(tmp_path.iterdir())) == len(state["chunks"]) <= 5
+    assert len(list(tmp_path.iterdir())) == len(state["segments"]) <= 5
     expected = go_on(replay)
     replay.close()
 
     restored = Replay(tmp_path, *args)
     assert restored.restore(state) == []
-    assert restored.state() == state and len(list(tmp_path.iterdir())) == len(state["chunks"])
+    assert restored.state() == state and len(list(tmp_path.iterdir())) == len(state["segments"])
     for a, b in zip(go_on(restored), expected, strict=True):
         assert same(a, b)
 
@@ -263,15 +268,15 @@ def test_files_go_only_after_the_checkpoint_that_no_longer_needs_them(tmp_path):
     fill(replay, 0, 30)
     early = replay.state()
     replay.commit_eviction()
-    fill(replay, 30, 41)  # evicts chunks 0 and 1, which the checkpoint needs
+    fill(replay, 30, 41)  # evicts segments 0 and 1, which the checkpoint needs
     assert len(list(tmp_path.iterdir())) == 5
     late = replay.state()
-    fill(replay, 41, 51)  # evicts chunk 2, which the next checkpoint needs
+    fill(replay, 41, 51)  # evicts segment 2, which the next checkpoint needs
     replay.commit_eviction()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"chunk_{seq:09d}.bin" for seq in (2, 3, 4, 5)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"segment_{seq:09d}.bin" for seq in (2, 3, 4, 5)]
     assert replay.restore(late) == []
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"chunk_{seq:09d}.bin" for seq in (2, 3, 4)]
-    assert len(replay.restore(early)) == 2  # chunks 0 and 1 are gone, chunk 2 is still good
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"segment_{seq:09d}.bin" for seq in (2, 3, 4)]
+    assert len(replay.restore(early)) == 2  # segments 0 and 1 are gone, segment 2 is still good
     assert len(replay) == 10
 
 
@@ -294,7 +299,7 @@ def test_a_damaged_file_is_named_and_dropped(tmp_path, how, seq):
     fill(replay, 0, 47)
     state = replay.state()
     replay.close()
-    path = tmp_path / f"chunk_{seq:09d}.bin"
+    path = tmp_path / f"segment_{seq:09d}.bin"
     damage(path, how)
 
     replay = Replay(tmp_path, SPEC, 2, 200, 10)
@@ -328,7 +333,7 @@ def test_rows_after_the_checkpoint_do_not_matter(tmp_path):
     replay = Replay(tmp_path, SPEC, 2, 200, 10)
     assert replay.restore(state) == []
     assert len(replay) == 26
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["chunk_000000000.bin", "chunk_000000001.bin"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["segment_000000000.bin", "segment_000000001.bin"]
 
 
 def test_a_run_without_a_checkpoint_starts_afresh(tmp_path):
@@ -338,7 +343,7 @@ def test_a_run_without_a_checkpoint_starts_afresh(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     replay = Replay(tmp_path, SPEC, 1, 100, 10)
     fill(replay, 0, 5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["chunk_000000000.bin", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["segment_000000000.bin", "notes.txt"]
     assert len(replay) == 5
 
 
@@ -346,7 +351,7 @@ def test_disk_full_is_one_clear_error_and_the_replay_goes_on(cramped):
     folder = cramped.folder / "replay"
     replay = Replay(folder, SPEC, 2, 4000, 1000)
     fill(replay, 0, 2000)  # the ring is full: the next row needs a new file, and the oldest must wait for it
-    size = (folder / "chunk_000000000.bin").stat().st_size
+    size = (folder / "segment_000000000.bin").stat().st_size
     with cramped.room(size // 2), pytest.raises(DiskFull) as error:
         fill(replay, 2000, 2001)
     assert str(folder) in str(error.value) and error.value.needed == size and "\n" not in str(error.value)
@@ -387,7 +392,7 @@ def test_settings_that_cannot_work_are_refused_in_one_line(tmp_path):
 
     refused("too small for 8 environments", lambda: Replay(tmp_path, SPEC, 8, 15))
     refused("set it to 200 or more", lambda: Replay(tmp_path, SPEC, 2, 199, 50))
-    refused("chunk_rows", lambda: Replay(tmp_path, SPEC, 1, 1_000_000, 10))
+    refused("segment_rows", lambda: Replay(tmp_path, SPEC, 1, 1_000_000, 10))
     state = Replay(tmp_path, SPEC, 2, 100, 10).state()
     refused("written with num_envs = 2, this run has 4", lambda: Replay(tmp_path, SPEC, 4, 200, 10).restore(state))
     other = EnvSpec({"image": ObsSpec("image", (4, 4, 1))}, SPEC.action)
@@ -395,10 +400,10 @@ def test_settings_that_cannot_work_are_refused_in_one_line(tmp_path):
 
 
 @given(num_envs=st.integers(1, 64), per_env=st.integers(2, 2_000_000))
-def test_the_chosen_chunks_are_few_and_fit(num_envs, per_env):
+def test_the_chosen_segments_are_few_and_fit(num_envs, per_env):
     replay = Replay(Path("never-written"), SPEC, num_envs, num_envs * per_env)
-    assert 2 <= replay.max_chunks <= MAX_CHUNKS
-    assert 0.75 * per_env - 1 <= replay.max_chunks * replay.chunk_rows <= per_env
+    assert 2 <= replay.max_segments <= MAX_SEGMENTS
+    assert 0.75 * per_env - 1 <= replay.max_segments * replay.segment_rows <= per_env
     assert replay.longest_clip >= min(per_env // 2, 1000)
 
 
@@ -476,7 +481,7 @@ def test_a_kill_at_any_moment_is_survived_with_every_row(tmp_path):
         replay = Replay(folder / "replay", SPEC, 2, 400, 20)
         assert replay.restore(tree["replay"]) == []
         end = step + 7
-        assert len(replay) == 2 * (end - max(0, -(-end // 20) - replay.max_chunks) * 20)
+        assert len(replay) == 2 * (end - max(0, -(-end // 20) - replay.max_segments) * 20)
         fill(replay, end, end + 30)
         for mode in MODES:
             check(replay.sample(np.random.default_rng(0), 50, 30, **mode), 50, 30)

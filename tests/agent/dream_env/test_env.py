@@ -19,7 +19,7 @@ from longdream.agent.core.agent import Agent
 from longdream.agent.dream_env.env import DreamVecEnv
 from longdream.agent.dream_env.spaces import picture
 from longdream.agent.dream_env.starts import Moments, first_moments
-from longdream.agent.run import folder as run
+from longdream.agent.run import folder as run_folder
 from longdream.envs.contract import UserError
 from longdream.envs.make import World
 
@@ -39,7 +39,7 @@ def untrained(cont: float | None = None, seed: int = 0) -> tuple[Agent, Moments]
     for parameter in agent.model.parameters():  # heads begin at zero
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     if cont is not None:
-        last: Any = agent.model.consequence.cont_out[-1]
+        last: Any = agent.model.reward_continue.cont_out[-1]
         torch.nn.init.zeros_(last.weight)
         torch.nn.init.constant_(last.bias, cont)
     return agent, first_moments(agent, world.reset().obs)
@@ -64,7 +64,7 @@ def walk(env: Any, seed: int | None, actions: list) -> list:
 @pytest.mark.parametrize("name", ["images", "vectors", "mixed", "box"])
 def test_every_kind_of_environment_is_dreamt_in_its_spaces(dream_runs: Callable, name: str, observation: str) -> None:
     env = vec(dream_runs(name), observation=observation)
-    real = run.open_run(dream_runs(name)).config.env
+    real = run_folder.open_run(dream_runs(name)).config.env
     assert env.single_action_space == gym.make(real.id, **real.kwargs).action_space
     obs, infos = env.reset(seed=1)
     assert infos == {} and env.observation_space.contains(obs)
@@ -102,7 +102,7 @@ def test_a_step_is_one_of_the_model_under_the_same_draws() -> None:
         obs, reward, *_ = env.step(action)
         # the slow truth: one-hot actions by hand, heads and sampling called one after the other
         encoded = torch.nn.functional.one_hot(torch.from_numpy(action), 4).float()
-        expected, _ = agent.model.consequence.expect(feat, encoded)
+        expected, _ = agent.model.reward_continue.expect(feat, encoded)
         np.testing.assert_allclose(reward, expected.detach().numpy(), rtol=1e-5)
         # committing the latents that were drawn gives the features that were seen
         feat, state = agent.model.commit(state, env._now.z, encoded, torch.zeros(7, dtype=torch.bool))
@@ -211,8 +211,8 @@ def test_a_copy_knows_nothing_of_the_others() -> None:
         for action in mine:
             actions = rng.integers(4, size=8)
             actions[2] = action
-            found = env.step(actions)
-            obs.append(np.append(found[0][2], [found[1][2], found[2][2], found[3][2]]))
+            outcome = env.step(actions)
+            obs.append(np.append(outcome[0][2], [outcome[1][2], outcome[2][2], outcome[3][2]]))
         runs.append(np.concatenate(obs))
     np.testing.assert_array_equal(*runs)
 
@@ -288,7 +288,7 @@ def test_pictures_show_images_large_and_numbers_as_bars() -> None:
 
 
 @pytest.mark.parametrize("actions", [[0, 1], [0, 1, 4], [0, 1, -1], [0.0, 1.0, 2.0], [[0], [1], [2]], None])
-def test_actions_outside_of_the_space_are_told(actions: Any) -> None:
+def test_actions_outside_of_the_space_are_refused(actions: Any) -> None:
     agent, moments = untrained()
     env = DreamVecEnv(3, agent, start=moments)
     with pytest.raises(gym.error.ResetNeeded):
@@ -330,20 +330,20 @@ class Rehearsed:
 
 
 @pytest.mark.parametrize("mode", ["nextstep", "samestep"])
-def test_recording_changes_no_dream(mode: str) -> None:
+def test_capturing_changes_no_dream(mode: str) -> None:
     """Present moments that stay where they are, as a CUDA graph needs them, give the dreams that others give."""
     agent, moments = untrained()
     actions = [np.full(6, t % 3) for t in range(11)]
     plain = DreamVecEnv(6, agent, start=moments, horizon=4, autoreset_mode=mode)
-    recorded = DreamVecEnv(6, agent, start=moments, horizon=4, autoreset_mode=mode)
-    recorded.graphed, recorded.advance = True, Rehearsed(recorded._advance)
-    for seed in (3, 4):  # the second reset finds a recording
-        assert same(walk(recorded, seed, actions), walk(plain, seed, actions))
-    held = recorded._now.feat.data_ptr()
-    recorded.step(actions[0])
-    assert recorded._now.feat.data_ptr() == held
+    graphed = DreamVecEnv(6, agent, start=moments, horizon=4, autoreset_mode=mode)
+    graphed.graphed, graphed.advance = True, Rehearsed(graphed._advance)
+    for seed in (3, 4):  # the second reset finds a captured graph
+        assert same(walk(graphed, seed, actions), walk(plain, seed, actions))
+    held = graphed._now.feat.data_ptr()
+    graphed.step(actions[0])
+    assert graphed._now.feat.data_ptr() == held
     start = moments.feat.clone()
-    recorded.reset(seed=3)
+    graphed.reset(seed=3)
     assert torch.equal(moments.feat, start)
 
 
@@ -362,8 +362,8 @@ def test_dreams_on_cuda_keep_their_seeds(mode: str, observation: Any) -> None:
     env, other = (DreamVecEnv(9, agent, observation, start=moments, horizon=5, autoreset_mode=mode) for _ in range(2))
     actions = [np.full(9, t % 4) for t in range(12)]
     first = walk(env, 1, actions)
-    for found in (walk(env, 1, actions), walk(other, 1, actions)):
-        for a, b in zip(first[1:], found[1:], strict=True):
+    for other_walk in (walk(env, 1, actions), walk(other, 1, actions)):
+        for a, b in zip(first[1:], other_walk[1:], strict=True):
             # (decoded images are whole numbers: a rounding error of M is a step of one)
             np.testing.assert_allclose(a[0].astype(float), b[0], atol=1 if observation == "image" else 1e-4)
             assert same(a[2:], b[2:])
@@ -371,8 +371,8 @@ def test_dreams_on_cuda_keep_their_seeds(mode: str, observation: Any) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("objective", ["flow", "mask", "teacher"])
-def test_a_recorded_step_on_cuda_is_one_of_the_model(objective: str) -> None:
-    """Rewards and features of a recorded environment, against M called step by step with the latents it drew."""
+def test_a_captured_step_on_cuda_is_one_of_the_model(objective: str) -> None:
+    """Rewards and features of a captured environment, against M called step by step with the latents it drew."""
     agent, moments = on_cuda(**{"forcing.objective": objective})
     with torch.no_grad():
         for parameter in agent.model.parameters():
@@ -387,7 +387,7 @@ def test_a_recorded_step_on_cuda_is_one_of_the_model(objective: str) -> None:
         obs, reward, terminated, *_ = env.step(choice)
         encoded = torch.nn.functional.one_hot(torch.from_numpy(choice), 4).float().cuda()
         with torch.no_grad():
-            expected, _ = agent.model.consequence.expect(feat, encoded)
+            expected, _ = agent.model.reward_continue.expect(feat, encoded)
             feat, _ = agent.model.commit(state, env._now.z, encoded, torch.zeros(9, dtype=torch.bool, device="cuda"))
         np.testing.assert_allclose(reward[~fresh], expected.cpu().numpy()[~fresh], rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(obs[~fresh], feat.cpu().numpy()[~fresh], rtol=1e-3, atol=1e-3)

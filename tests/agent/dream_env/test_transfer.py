@@ -44,7 +44,7 @@ def test_actions_are_encoded_as_the_contract_has_it(space: spaces.Space, device:
 
 
 @pytest.mark.parametrize("space", SPACES[:4], ids=str)
-def test_choices_beyond_a_space_are_told(space: Any) -> None:
+def test_choices_beyond_a_space_are_refused(space: Any) -> None:
     actions, _, batched = taken(space, 5)
     native = batched.sample()
     for far in (-1, 1):
@@ -85,12 +85,12 @@ def test_what_is_fetched_is_in_order_and_ones_own(device: str) -> None:
         "on": part(3, kind=torch.bool),
     }
     wanted = pytree.tree_map(lambda t: t.cpu().numpy().copy(), tree)
-    found, later = fetched(tree, torch.device(device)), fetched(tree, torch.device(device))
+    arrays, later = fetched(tree, torch.device(device)), fetched(tree, torch.device(device))
     for tensor in pytree.tree_leaves(tree):
         tensor.zero_()
     for array in pytree.tree_leaves(later):
         array[...] = 1
-    for got, known in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True):
+    for got, known in zip(pytree.tree_leaves(arrays), pytree.tree_leaves(wanted), strict=True):
         assert got.dtype == known.dtype
         np.testing.assert_array_equal(got, known)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from longdream.agent.cli import main as cli
-from longdream.agent.run import folder as run
-from longdream.agent.train import online as loop
+from longdream.agent.run import folder as run_folder
+from longdream.agent.train import trainer
 from longdream.envs.contract import EnvError
 
 FAULTY = '''
@@ -104,19 +104,19 @@ def untimed(folder: Path) -> list[dict]:
 def test_an_environment_that_fails(workers: str, fault: str, what: str, capfd: pytest.CaptureFixture[str]) -> None:
     flags = ["--env.workers", workers, "--env.copies", "2", "--env.timeout_s", "4"]
     assert train(fault, *flags, mark=str(Path("mark").absolute())) == 1
-    told = capfd.readouterr().err
-    message = next(line for line in told.splitlines() if line.startswith("longdream: "))
+    err = capfd.readouterr().err
+    message = next(line for line in err.splitlines() if line.startswith("longdream: "))
     assert "environment worker " in message and what in message
-    assert "go on with: longdream train --resume runs/run" in told
-    assert "loop.py" not in told  # the environment's traceback, not ours
+    assert "go on with: longdream train --resume runs/run" in err
+    assert "trainer.py" not in err  # the environment's traceback, not ours
     if fault == "raise":
-        assert told.count('raise ZeroDivisionError("a bug of the environment")') == 1
+        assert err.count('raise ZeroDivisionError("a bug of the environment")') == 1
     assert Path("mark").exists()
 
     # all that was learned is in the checkpoint; the run goes on with new episodes
-    tree, step = run.open_run("runs/run").saved
-    assert step >= 30 and tree["acted"][0] == step and tree["collector"] is None
-    assert sum(rows for _, rows, _ in tree["replay"]["chunks"]) == step // 2 + step // 20 + 1
+    tree, step = run_folder.open_run("runs/run").saved
+    assert step >= 30 and tree["collected"][0] == step and tree["collector"] is None
+    assert sum(rows for _, rows, _ in tree["replay"]["segments"]) == step // 2 + step // 20 + 1
     assert cli.main(["train", "--resume", "runs/run"]) == 0
     record = lines()
     assert [line["count/lost_worlds"] for line in record if "count/lost_worlds" in line][-1] == 1
@@ -137,9 +137,9 @@ def test_an_evaluation_that_fails_does_not_touch_training(monkeypatch: pytest.Mo
         raise EnvError("environment worker 0 of Faulty-v0 died in step", 0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "play", fails)
+        patch.setattr(trainer, "play", fails)
         assert train("none") == 1
-    assert run.open_run("runs/run").saved[0]["collector"] is not None
+    assert run_folder.open_run("runs/run").saved[0]["collector"] is not None
     assert cli.main(["train", "--resume", "runs/run"]) == 0
     assert untimed(Path("runs/run")) == untimed(Path("runs/whole"))
 
@@ -158,28 +158,28 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(capfd: pytest.Captu
     record = [line for line in lines() if "count/skipped" in line]
     skipped, updates = record[-1]["count/skipped"], record[-1]["count/updates"]
     assert 0 < skipped < updates
-    told = [line for line in record if "model/reward" in line]
-    assert all(line["model/reward"] is not None for line in told)  # means are of the updates that were made
+    learned = [line for line in record if "model/reward" in line]
+    assert learned and all(line["model/reward"] is not None for line in learned)
     assert json.loads(Path("runs/run/summary.json").read_text())["updates"] == updates
 
 
 def test_ten_in_a_row_end_the_run(capfd: pytest.CaptureFixture[str]) -> None:
     assert train("nan reward", "--evaluate.save_seconds", "0", at=20, times=10**9) == 1
-    told = capfd.readouterr().err
-    message = [line for line in told.splitlines() if line.startswith("longdream: ")]
+    err = capfd.readouterr().err
+    message = [line for line in err.splitlines() if line.startswith("longdream: ")]
     assert len(message) == 1 and "not finite in 10 updates in a row" in message[0] and "--resume runs/run" in message[0]
-    assert "Traceback" not in told
-    tree, step = run.open_run("runs/run").saved
+    assert "Traceback" not in err
+    tree, step = run_folder.open_run("runs/run").saved
     assert tree["counters"]["skipped_in_a_row"] < 10 and step >= 60
 
 
 def test_observations_that_are_not_finite(capfd: pytest.CaptureFixture[str]) -> None:
     assert train("nan observation", at=20) == 1
-    told = capfd.readouterr().err
-    message = [line for line in told.splitlines() if line.startswith("longdream: ")]
+    err = capfd.readouterr().err
+    message = [line for line in err.splitlines() if line.startswith("longdream: ")]
     assert len(message) == 1 and "of faulty:Faulty-v0 returned an observation 'obs' that is not finite" in message[0]
-    assert "Traceback" not in told and "--resume runs/run" in told
-    assert run.open_run("runs/run").saved[1] >= 70
+    assert "Traceback" not in err and "--resume runs/run" in err
+    assert run_folder.open_run("runs/run").saved[1] >= 70
 
 
 # -- disk -------------------------------------------------------------------------------------------------------------
@@ -193,10 +193,10 @@ def test_disk_full(cramped, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     capfd.readouterr()
     with cramped.room(20_000):
         assert cli.main(["train", "--resume", "runs/run", "--steps", "200", "--evaluate.save_seconds", "0"]) == 1
-    told = capfd.readouterr().err
-    message = [line for line in told.splitlines() if line.startswith("longdream: ")]
+    err = capfd.readouterr().err
+    message = [line for line in err.splitlines() if line.startswith("longdream: ")]
     assert len(message) == 1 and "disk full" in message[0] and "--resume runs/run" in message[0]
-    assert "Traceback" not in told
+    assert "Traceback" not in err
     assert all(path.read_bytes() == data for path, data in before.items())
     assert cli.main(["train", "--resume", "runs/run", "--steps", "200"]) == 0  # there is room again
     assert json.loads(Path("runs/run/summary.json").read_text())["env_steps"] >= 200

@@ -16,9 +16,10 @@ import pytest
 from longdream.agent.cli import main as cli
 from longdream.agent.config import options
 from longdream.agent.run import checkpoint
-from longdream.agent.run import folder as run
+from longdream.agent.run import folder as run_folder
 from longdream.agent.run.signals import Interrupted
-from longdream.agent.train.online import train
+from longdream.agent.train import trainer
+from longdream.agent.train.trainer import OnlineTrainer
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLS = int(os.environ.get("LONGDREAM_KILLS", "4"))  # each costs the start of a process
@@ -52,16 +53,17 @@ def record(folder: Path) -> list[dict[str, Any]]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "summary.json").read_text())
-    assert found.pop("wall_s") > 0
-    return found
+    """What the run came to, without the time that it took."""
+    values = json.loads((folder / "summary.json").read_text())
+    assert values.pop("wall_s") > 0
+    return values
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of preset tiny from its first step to its last."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train(options.load("tiny"), folder, console=False)
+    OnlineTrainer.train(options.load("tiny"), folder, console=False)
     lines = record(folder)
     assert any("controller/actor" in line for line in lines) and any("evaluate/return_mean" in line for line in lines)
     return folder
@@ -108,12 +110,12 @@ def test_a_signal_saves_first(uninterrupted: Path, tmp_path: Path) -> None:
         while "step " not in (line := process.stderr.readline()):
             assert line
         process.send_signal(number)
-        told = process.stderr.read()
+        err = process.stderr.read()
         assert process.wait(timeout=250) == 128 + number
-        assert f"stopped by {number.name}; go on with: longdream train --resume runs/stopped" in told
-        assert "Traceback" not in told
+        assert f"stopped by {number.name}; go on with: longdream train --resume runs/stopped" in err
+        assert "Traceback" not in err
     assert not (folder / "summary.json").exists()
-    train(run.open_run(folder).config, folder, resume=True, console=False)
+    OnlineTrainer.train(run_folder.open_run(folder).config, folder, resume=True, console=False)
     assert record(folder) == record(uninterrupted)
     assert summary(folder) == summary(uninterrupted)
 
@@ -125,11 +127,11 @@ def test_ctrl_c_on_a_terminal_does_not_end_the_workers_first(tmp_path: Path) -> 
     while "step " not in process.stderr.readline():
         pass
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-    told = process.stderr.read()
-    assert process.wait(timeout=250) == 130, told
-    assert told.count("stopped by SIGINT") == 1 and "Traceback" not in told
-    tree, _ = run.open_run(tmp_path / "runs" / "async").saved
-    assert tree["collector"] is not None and tree["count"]["lost"] == 0
+    err = process.stderr.read()
+    assert process.wait(timeout=250) == 130, err
+    assert err.count("stopped by SIGINT") == 1 and "Traceback" not in err
+    tree, _ = run_folder.open_run(tmp_path / "runs" / "async").saved
+    assert tree["collector"] is not None and tree["count"]["lost_worlds"] == 0
 
 
 @pytest.mark.parametrize("env", ["longdream/Recall-v0", "CartPole-v1", "Pendulum-v1"])
@@ -138,11 +140,8 @@ def test_stopped_in_an_evaluation(env: str, tmp_path: Path, monkeypatch: pytest.
     settings = {"learn.steps": 132, "evaluate.final_episodes": 1, "evaluate.episodes": 1, "env.id": env}
     kwargs = {"corridor": 3, "size": 16} if env == "longdream/Recall-v0" else {}
     config = options.update(options.load("tiny"), settings | {"env.kwargs": kwargs})
-    train(config, tmp_path / "whole", console=False)
-
-    from longdream.agent.train import online as loop
-
-    real, calls = loop.play, []
+    OnlineTrainer.train(config, tmp_path / "whole", console=False)
+    real, calls = trainer.play, []
 
     def play(*args: Any) -> Any:
         calls.append(1)
@@ -150,25 +149,25 @@ def test_stopped_in_an_evaluation(env: str, tmp_path: Path, monkeypatch: pytest.
         return real(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(loop, "play", play)
-        train(config, tmp_path / "stopped", console=False)
+        patch.setattr(trainer, "play", play)
+        OnlineTrainer.train(config, tmp_path / "stopped", console=False)
     assert len(calls) == 1
-    train(config, tmp_path / "stopped", resume=True, console=False)
+    OnlineTrainer.train(config, tmp_path / "stopped", resume=True, console=False)
     assert record(tmp_path / "stopped") == record(tmp_path / "whole")
 
 
 def test_killed_before_the_first_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "early"
     shutil.copytree(uninterrupted, folder, ignore=shutil.ignore_patterns("checkpoints", "summary.json"))
-    assert list(folder.glob("replay/chunk_*"))
-    train(run.open_run(folder).config, folder, resume=True, console=False)
+    assert list(folder.glob("replay/segment_*"))
+    OnlineTrainer.train(run_folder.open_run(folder).config, folder, resume=True, console=False)
     assert record(folder) == record(uninterrupted)
 
 
 def test_a_finished_run_is_not_run_again(copy: Path) -> None:
     before = summary(copy)
     stamp = (copy / "summary.json").stat().st_mtime_ns
-    again = train(run.open_run(copy).config, copy, resume=True, console=False)
+    again = OnlineTrainer.train(run_folder.open_run(copy).config, copy, resume=True, console=False)
     assert {key: value for key, value in again.items() if key != "wall_s"} == before
     assert (copy / "summary.json").stat().st_mtime_ns == stamp
 
@@ -179,14 +178,14 @@ def test_a_run_can_be_made_longer(copy: Path, uninterrupted: Path, monkeypatch: 
     assert cli.main(["train", "--resume", "runs/copy", "--steps", "280"]) == 0
     after = summary(copy)
     assert after["env_steps"] >= 280 and after["updates"] > before["updates"]
-    assert run.open_run(copy).config.learn.steps == 280
+    assert run_folder.open_run(copy).config.learn.steps == 280
     assert [line for line in record(copy) if line["step"] < 240] == [
         line for line in record(uninterrupted) if line["step"] < 240
     ]
 
 
 def test_two_processes_do_not_train_in_one_folder(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with run.lock(copy):
+    with run_folder.lock(copy):
         assert cli.main(["train", "--resume", str(copy), "--steps", "500"]) == 2
     assert "is being trained by another process" in capsys.readouterr().err
 
@@ -204,9 +203,9 @@ def flip(path: Path, at: float = 0.5) -> None:
 def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("halfway") / "run"
     config = options.update(options.load("tiny"), {"learn.steps": 120, "evaluate.final_episodes": 1})
-    train(config, folder, console=False)
-    train(options.update(config, {"learn.steps": 140}), folder, resume=True, console=False)
-    run.write_config(folder, options.update(config, {"learn.steps": 160}))
+    OnlineTrainer.train(config, folder, console=False)
+    OnlineTrainer.train(options.update(config, {"learn.steps": 140}), folder, resume=True, console=False)
+    run_folder.write_config(folder, options.update(config, {"learn.steps": 160}))
     assert len(list((folder / "checkpoints").iterdir())) == 2
     return folder
 
@@ -221,9 +220,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(halfway: Path, capfd: 
     older, newer = sorted((halfway / "checkpoints").iterdir())
     flip(newer / "weights.safetensors")
     assert cli.main(["train", "--resume", str(halfway)]) == 0
-    told = capfd.readouterr().err
-    assert f"{newer / 'weights.safetensors'} is damaged (checksum differs)" in told
-    assert f"from step {int(older.name.split('_')[1])} on" in told
+    err = capfd.readouterr().err
+    assert f"{newer / 'weights.safetensors'} is damaged (checksum differs)" in err
+    assert f"from step {int(older.name.split('_')[1])} on" in err
     assert summary(halfway)["env_steps"] >= 160
 
 
@@ -238,15 +237,15 @@ def test_no_intact_checkpoint_is_refused(halfway: Path, capsys: pytest.CaptureFi
 
 
 def test_a_damaged_replay_file_is_dropped_and_named(halfway: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    chunk = min((halfway / "replay").iterdir())
-    flip(chunk, 0.1)
+    segment = min((halfway / "replay").iterdir())
+    flip(segment, 0.1)
     assert cli.main(["train", "--resume", str(halfway)]) == 0
-    told = capfd.readouterr().err
-    assert f"warning: replay file {chunk} is altered (checksum differs)" in told
+    err = capfd.readouterr().err
+    assert f"warning: replay file {segment} is altered (checksum differs)" in err
     assert summary(halfway)["env_steps"] >= 160
 
 
 def test_weights_of_another_agent_are_refused(halfway: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run.write_config(halfway, options.update(run.open_run(halfway).config, {"worldmodel.width": 32}))
+    run_folder.write_config(halfway, options.update(run_folder.open_run(halfway).config, {"worldmodel.width": 32}))
     assert cli.main(["train", "--resume", str(halfway)]) == 2
     assert "is not of the agent that its config.yaml describes" in capsys.readouterr().err

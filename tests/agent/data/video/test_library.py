@@ -1,4 +1,4 @@
-"""A folder of recordings: its layout is recognised or named, what is wrong with it is told, a share is held out."""
+"""A folder of recordings: its layout is recognised or named, what is wrong with it is said, a share is held out."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ def test_a_folder_that_is_not_recognised(tmp_path: Path) -> None:
         open_library(tmp_path / "none")
     (tmp_path / "notes.txt").write_text("hello")
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         open_library(tmp_path)
-    assert all(f"{name}: {kind.what}" in str(told.value) for name, kind in LAYOUTS.items())
-    assert "\n" not in str(told.value)
+    assert all(f"{name}: {kind.what}" in str(caught.value) for name, kind in LAYOUTS.items())
+    assert "\n" not in str(caught.value)
 
 
 def test_a_layout_can_be_named(tmp_path: Path, shades, write_maze, write_mp4) -> None:
@@ -44,12 +44,12 @@ def test_nothing_that_can_be_read(tmp_path: Path) -> None:
 
 def test_a_share_is_held_out(mazes: Path) -> None:
     library = open_library(mazes)
-    learned, judged = library.held_out(0.3)
-    assert len(judged) == 2 and len(learned) == 4
-    assert {r.name for r in learned} | {r.name for r in judged} == {r.name for r in library.recordings}
-    assert open_library(mazes).held_out(0.3) == (learned, judged)
+    learned, held_out = library.held_out(0.3)
+    assert len(held_out) == 2 and len(learned) == 4
+    assert {r.name for r in learned} | {r.name for r in held_out} == {r.name for r in library.recordings}
+    assert open_library(mazes).held_out(0.3) == (learned, held_out)
     assert library.held_out(0) == (library.recordings, []) and len(library.held_out(0.01)[1]) == 1
-    assert set(library.held_out(0.5)[1]) >= set(judged)  # a larger share holds the smaller
+    assert set(library.held_out(0.5)[1]) >= set(held_out)  # a larger share holds the smaller
     for path in sorted(mazes.iterdir())[1:]:
         path.unlink()
     with pytest.raises(UserError, match="holds one recording"):

@@ -94,23 +94,25 @@ def test_it_goes_on_from_any_place(mazes: Path, carry: bool) -> None:
 
     with loader(mazes, plan, carry=carry) as clips:
         whole = [clips.next() for _ in range(12)]
-    assert [found.place.epoch for found in whole[:8]] == [0] * 6 + [1] * 1 + [2] * 1  # 18 clips; other clips, new epoch
+    assert [loaded.place.epoch for loaded in whole[:8]] == [0] * 6 + [1] * 1 + [
+        2
+    ] * 1  # 18 clips; other clips, new epoch
     for stop in (3, 6, 7, 9):
         with loader(mazes, plan, carry=carry, update=stop, place=whole[stop - 1].place) as clips:
-            assert all(same(clips.next(), found) for found in whole[stop:])
+            assert all(same(clips.next(), loaded) for loaded in whole[stop:])
 
 
 def test_carried_clips_say_where_they_do_not_follow(tmp_path: Path, write_maze) -> None:
     for i, n in enumerate((12, 12, 8)):
         write_maze(tmp_path / f"{i}.npz", n, seed=i)
     with loader(tmp_path, lambda _: (4, 2), carry=True) as clips:
-        found = [clips.next() for _ in range(8)]
+        batches = [clips.next() for _ in range(8)]
     before = ((-1, -1),) * 2
-    for loaded in found:
+    for loaded in batches:
         for b, (recording, behind) in enumerate(loaded.place.line):
             assert loaded.rows["is_first"][b, 0] == (before[b] != (recording, behind - 4))
         before = loaded.place.line
-    first = np.concatenate([loaded.rows["is_first"][:, 0] for loaded in found])
+    first = np.concatenate([loaded.rows["is_first"][:, 0] for loaded in batches])
     assert 0 < first.sum() < len(first)
 
 
@@ -130,15 +132,15 @@ def test_damaged_files_are_named_once_and_skipped(mazes: Path, carry: bool) -> N
     (mazes / "episode-4.npz").write_bytes(b"")
     with loader(mazes, carry=carry) as clips:
         assert list(clips.library.damaged) == ["episode-4.npz"]
-        found = [clips.next() for _ in range(15)]
+        batches = [clips.next() for _ in range(15)]
         assert sorted(clips.library.damaged) == ["episode-2.npz", "episode-4.npz"]
         names = [recording.name for recording in clips.recordings]
-    assert [list(each.damaged) for each in found if each.damaged] == [["episode-2.npz"]]
-    when = next(i for i, each in enumerate(found) if each.damaged)
-    assert all(names[i] != "episode-2.npz" for each in found[when:] for i, _ in each.place.line)
-    known = {name: why for each in found[:9] for name, why in each.damaged.items()}
-    with loader(mazes, carry=carry, known=known, update=9, place=found[8].place) as clips:
-        assert all(same(clips.next(), each) for each in found[9:])
+    assert [list(each.damaged) for each in batches if each.damaged] == [["episode-2.npz"]]
+    when = next(i for i, each in enumerate(batches) if each.damaged)
+    assert all(names[i] != "episode-2.npz" for each in batches[when:] for i, _ in each.place.line)
+    known = {name: why for each in batches[:9] for name, why in each.damaged.items()}
+    with loader(mazes, carry=carry, known=known, update=9, place=batches[8].place) as clips:
+        assert all(same(clips.next(), each) for each in batches[9:])
 
 
 def test_nothing_left(tmp_path: Path, write_maze) -> None:
@@ -189,8 +191,8 @@ def test_the_way_back_shows_what_was_seen(mazes: Path) -> None:
         clips.close()
     for loaded in batches:
         rows = loaded.rows
-        told = np.concatenate([rows["before"][:, None], rows["action"]], 1)  # of row t at t
-        for b, (image, pose) in enumerate(zip(rows["obs"]["image"], told, strict=True)):
+        poses = np.concatenate([rows["before"][:, None], rows["action"]], 1)  # of row t at t
+        for b, (image, pose) in enumerate(zip(rows["obs"]["image"], poses, strict=True)):
             back = b % 2 == 1  # every second clip
             assert np.array_equal(image[4:], image[2::-1]) == back
             assert np.array_equal(pose[4:7], pose[2::-1]) == back
@@ -200,8 +202,8 @@ def test_the_way_back_shows_what_was_seen(mazes: Path) -> None:
 
 def test_a_clip_of_two_rows_goes_nowhere() -> None:
     rows = {key: np.arange(2.0) for key in ("image", "reward", "surprise", "terminated", "truncated")}
-    found = retraced(rows | {"action": np.ones((2, 3)), "before": np.zeros(3)})
-    assert found["image"].tolist() == [0, 1] and found["action"].tolist() == [[1, 1, 1], [0, 0, 0]]
+    rows_back = retraced(rows | {"action": np.ones((2, 3)), "before": np.zeros(3)})
+    assert rows_back["image"].tolist() == [0, 1] and rows_back["action"].tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("carry", [False, True])

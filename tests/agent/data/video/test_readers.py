@@ -1,4 +1,4 @@
-"""A reader per layout: rows are what the files say, and what they cannot say is told."""
+"""A reader per layout: rows are what the files say, and what they cannot say is refused."""
 
 from pathlib import Path
 
@@ -25,9 +25,9 @@ def test_frames_are_found_by_their_number(tmp_path: Path, shades, write_mp4) -> 
     write_mp4(tmp_path / "a.mp4", frames)
     assert mp4.measure(tmp_path / "a.mp4") == (50, (32, 32))
     for start, stop in ((0, 1), (0, 50), (17, 23), (49, 50)):
-        found = mp4.decode(tmp_path / "a.mp4", start, stop, 32)
-        assert found.shape == (stop - start, 32, 32, 3) and found.dtype == np.uint8
-        assert np.abs(found.astype(int) - frames[start:stop]).max() <= 2, (start, stop)
+        decoded = mp4.decode(tmp_path / "a.mp4", start, stop, 32)
+        assert decoded.shape == (stop - start, 32, 32, 3) and decoded.dtype == np.uint8
+        assert np.abs(decoded.astype(int) - frames[start:stop]).max() <= 2, (start, stop)
 
 
 def test_a_video_that_is_cut_short_is_damaged(tmp_path: Path, write_mp4) -> None:
@@ -94,8 +94,8 @@ def test_pose_in_place_of_actions(tmp_path: Path, write_maze) -> None:
     # row t holds the pose of row t + 1: M is told it when it predicts that row
     np.testing.assert_allclose(rows["action"][:, 0], 2 * np.arange(4, 8) / 9 - 1, rtol=1e-6)
     place, look = np.stack([2 * np.arange(3, 8) / 9 - 1, np.zeros(5)], 1), np.array([[1.0, 0.0]] * 5)
-    told = np.concatenate([rows["before"][None], rows["action"]])
-    np.testing.assert_allclose(told, pose_code(place, look), atol=1e-5)
+    poses = np.concatenate([rows["before"][None], rows["action"]])
+    np.testing.assert_allclose(poses, pose_code(place, look), atol=1e-5)
     assert not only(library, 8, 4)["action"][3].any()
 
 
@@ -141,9 +141,10 @@ def test_teco(tmp_path: Path) -> None:
     rows = only(library, 2, 4, 16)
     assert rows["image"].shape == (4, 16, 16, 3) and rows["action"].argmax(1).tolist() == [3, 0, 1, 2]
     assert rows["before"].argmax() == 2 and not rows["reward"].any()
-    with pytest.raises(UserError, match=r"a\.npz: action 3 in row 3 is out of range: there are 3, 0 to 2"):
-        only(open_library(tmp_path, choices=3), 0, 6)
-    with pytest.raises(UserError, match="tells no poses"):
+    np.savez(tmp_path / "a.npz", video=frames, actions=np.arange(10) % 5)
+    with pytest.raises(UserError, match=r"a\.npz: action 4 in row 4 is out of range: there are 4, 0 to 3"):
+        only(open_library(tmp_path), 0, 6)
+    with pytest.raises(UserError, match="has no poses"):
         open_library(tmp_path, condition="pose")
     np.savez(tmp_path / "b.npz", video=frames, actions=np.zeros(9, int))
     np.savez(tmp_path / "c.npz", video=frames[..., 0], actions=np.zeros(10, int))
@@ -171,7 +172,6 @@ def test_videos_with_actions(tmp_path: Path, shades, write_mp4) -> None:
     assert library.reader.action.parts == (5,)
     rows = only(library, 2, 4)
     assert rows["action"].argmax(1).tolist() == [2, 3, 4, 0] and rows["before"].argmax() == 1
-    assert open_library(tmp_path, choices=7).reader.action.parts == (7,)
     np.save(tmp_path / "a.npy", np.arange(12) % 5 - 1)
     with pytest.raises(UserError, match=r"a\.npy: action -1 in row 5 is out of range"):
         only(open_library(tmp_path), 2, 4)

@@ -31,7 +31,7 @@ def test_dreams_begin_after_replayed_rows_as_acting_would_have_left_them(dream_r
     moments = replayed_moments(agent, replay, 64, 6, seed=3)
     assert len(moments.z) == 64 and len({row.tobytes() for row in moments.feat.numpy()}) > 20
     # the truth: row by row through `observe`, from the same clips
-    rows = replay.sample(np.random.default_rng(3), 16, 6, config.replay.starts)
+    rows = replay.sample(np.random.default_rng(3), 16, 6, config.replay.episode_start_fraction)
     carry, feats = agent.initial(16), []
     for t in range(6):
         first = rows["is_first"][:, t].copy() if t else np.ones(16, bool)
@@ -55,7 +55,7 @@ def test_dreams_begin_at_first_frames(dream_runs: Callable) -> None:
     assert (env.moments.state.age <= 1).all()
 
 
-def test_dreams_begin_where_they_are_told(dream_runs: Callable) -> None:
+def test_dreams_begin_where_start_says(dream_runs: Callable) -> None:
     folder = dream_runs("mixed")
     env = vec(folder, 3, start="observation", horizon=2).unwrapped
     with pytest.raises(UserError, match="needs reset"):
@@ -84,7 +84,7 @@ def test_dreams_begin_where_they_are_told(dream_runs: Callable) -> None:
 def test_a_run_in_training_keeps_its_files(dream_runs: Callable) -> None:
     folder = dream_runs("images")
     _, tree = open_agent(folder, None)
-    later = folder / "replay" / "chunk_000000999.bin"  # written since the checkpoint
+    later = folder / "replay" / "segment_000000999.bin"  # written since the checkpoint
     later.write_bytes(b"rows")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     open_replay(folder, tree).close()
@@ -115,14 +115,14 @@ def test_a_run_in_training_keeps_its_files(dream_runs: Callable) -> None:
         ({"checkpoint": ""}, "which dream"),
     ],
 )
-def test_arguments_that_cannot_be_used_are_told(dream_runs: Callable, wrong: dict[str, Any], message: str) -> None:
+def test_arguments_that_cannot_be_used_are_refused(dream_runs: Callable, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         gym.make_vec(
             "longdream/Dream-v0", **{"num_envs": 2, "checkpoint": str(dream_runs("images")), "pool": 4} | wrong
         )
 
 
-def test_checkpoints_that_cannot_be_used_are_told(dream_runs: Callable, tmp_path: Path) -> None:
+def test_checkpoints_that_cannot_be_used_are_refused(dream_runs: Callable, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(dream_runs("images"), folder)
     tree, step = checkpoint.load(folder / "checkpoints")

@@ -10,8 +10,8 @@ from longdream.envs.memory_maze.env import simulation_class
 
 
 def test_the_bench_compares_what_both_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = json.loads(json.dumps(memory_maze.measure(rounds=1, steps=4)))
-    assert found["identical"] is True and found["ratio_steps"] > 0 and found["ratio_resets"] > 0
+    result = json.loads(json.dumps(memory_maze.measure(rounds=1, steps=4)))
+    assert result["identical"] is True and result["ratio_steps"] > 0 and result["ratio_resets"] > 0
     simulation = simulation_class()
     step = simulation.step
     monkeypatch.setattr(simulation, "step", lambda self, action: (step(self, action)[0] + 1, False))

@@ -1,4 +1,4 @@
-"""The loop: its schedule, its record, equal seeds, and every row where it belongs, from environment to update."""
+"""Training online: its schedule, its record, equal seeds, and rows where they belong, from environment to update."""
 
 import json
 import signal
@@ -11,11 +11,11 @@ import torch
 
 from longdream.agent.config import options
 from longdream.agent.config.schema import Config
-from longdream.agent.core.agent import Agent, Carry, Upto
-from longdream.agent.evaluation.policy import judge
+from longdream.agent.core.agent import Agent, Carry, Stage
+from longdream.agent.evaluation.policy import evaluate_agent
 from longdream.agent.run.signals import Interrupted
-from longdream.agent.train import online as loop
-from longdream.agent.train.online import train
+from longdream.agent.train import trainer
+from longdream.agent.train.trainer import OnlineTrainer
 from longdream.envs.contract import Row
 from longdream.envs.counting import episode_length, expected_reward, is_terminal
 from longdream.envs.make import World
@@ -38,7 +38,7 @@ def record(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return folder, train(tiny(), folder, console=False)
+    return folder, OnlineTrainer.train(tiny(), folder, console=False)
 
 
 def test_summary(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -54,15 +54,15 @@ def test_updates_are_those_that_are_due(finished: tuple[Path, dict[str, Any]]) -
     folder, summary = finished
     config = tiny()
     lines = [line for line in record(folder) if "count/updates" in line]
-    begun = next(line["step"] for line in lines if "encoder/grad_norm" in line)
-    assert 60 <= begun < 64  # prefill
+    began = next(line["step"] for line in lines if "encoder/grad_norm" in line)
+    assert 60 <= began < 64  # prefill
     assert "model/grad_norm" not in next(
-        line for line in lines if line["step"] == begun and "encoder/grad_norm" in line
+        line for line in lines if line["step"] == began and "encoder/grad_norm" in line
     )
     clip = config.replay.batch * config.replay.length
     for line in lines:
-        due = config.learn.warmup + int((line["step"] - begun) * config.learn.ratio / clip)
-        assert line["count/updates"] == (due if line["step"] > begun or "encoder/grad_norm" in line else 0)
+        due = config.learn.warmup + int((line["step"] - began) * config.learn.train_ratio / clip)
+        assert line["count/updates"] == (due if line["step"] > began or "encoder/grad_norm" in line else 0)
     assert summary["updates"] == lines[-1]["count/updates"] > config.learn.warmup
 
 
@@ -88,9 +88,9 @@ def test_every_episode_has_a_line(finished: tuple[Path, dict[str, Any]]) -> None
         parts = [episode[f"episode/surprise_{part}"] for part in ("latent", "reward", "end")]
         assert min(parts) >= 0 and episode["episode/surprise"] == pytest.approx(sum(parts), rel=1e-5)
         assert episode["episode/length"] <= 20
-    told = [line for line in lines if "train/return" in line]
-    weight = np.diff([0, *(line["count/episodes"] for line in told)])
-    mean = np.average([line["train/return"] for line in told], weights=weight)
+    averaged = [line for line in lines if "train/return" in line]
+    weight = np.diff([0, *(line["count/episodes"] for line in averaged)])
+    mean = np.average([line["train/return"] for line in averaged], weights=weight)
     assert mean == pytest.approx(np.mean([episode["episode/return"] for episode in episodes]))
     paid = [line for line in lines if "train/reward" in line]
     steps = np.diff([0, *(line["step"] for line in paid)])
@@ -101,13 +101,13 @@ def test_every_episode_has_a_line(finished: tuple[Path, dict[str, Any]]) -> None
 
 def test_same_seed_same_metrics(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     torch.rand(7)  # what was drawn before a run is of no consequence
-    train(tiny(), tmp_path / "again", console=False)
+    OnlineTrainer.train(tiny(), tmp_path / "again", console=False)
     assert record(tmp_path / "again") == record(finished[0])
-    train(tiny(seed=1), tmp_path / "other", console=False)
+    OnlineTrainer.train(tiny(seed=1), tmp_path / "other", console=False)
     assert record(tmp_path / "other") != record(finished[0])
 
 
-def test_evaluations_are_greedy_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_evaluations_are_greedy_unless_the_config_says_no(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[bool] = []
     act = Agent.act
     monkeypatch.setattr(Agent, "act", lambda self, carry, greedy: asked.append(greedy) or act(self, carry, greedy))
@@ -115,19 +115,19 @@ def test_evaluations_are_greedy_unless_told_otherwise(monkeypatch: pytest.Monkey
         config = tiny(evaluate__greedy=greedy)
         agent = Agent(config, World(config.env.id, 1, 0, config.env.kwargs).spec)
         asked.clear()
-        found = judge(agent, config.env, 2, 0, config.evaluate)
-        assert set(asked) == {greedy} and found["policy"] == ("greedy" if greedy else "drawn")
+        summary = evaluate_agent(agent, config.env, 2, 0, config.evaluate)
+        assert set(asked) == {greedy} and summary["policy"] == ("greedy" if greedy else "drawn")
 
 
 def test_evaluating_changes_nothing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    train(tiny(evaluate__every=30, evaluate__episodes=3), tmp_path / "run", console=False)
+    OnlineTrainer.train(tiny(evaluate__every=30, evaluate__episodes=3), tmp_path / "run", console=False)
     without = [[x for x in record(f) if "evaluate/return_mean" not in x] for f in (tmp_path / "run", finished[0])]
     assert without[0] == without[1]
     assert len(record(tmp_path / "run")) == len(without[0]) + 4
 
 
 def test_no_updates_where_nothing_is_due(tmp_path: Path) -> None:
-    summary = train(tiny(learn__ratio=0.0, learn__warmup=0), tmp_path / "run", console=False)
+    summary = OnlineTrainer.train(tiny(learn__train_ratio=0.0, learn__warmup=0), tmp_path / "run", console=False)
     assert summary["updates"] == 0
 
 
@@ -137,27 +137,27 @@ def test_no_updates_where_nothing_is_due(tmp_path: Path) -> None:
 def test_learning_rates_fall_on_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the whole rate when learning begins to `learn.decay` of it at the last step, for every part, after a stop
     too."""
-    seen: list[tuple[Upto, list[float]]] = []
+    seen: list[tuple[Stage, list[float]]] = []
 
-    class Told(Agent):
-        def update(self, rows: dict, upto: Upto = "controller", pace: float = 1.0) -> dict:
-            found = super().update(rows, upto, pace)
-            seen.append((upto, [part.optimiser.param_groups[0]["lr"] / part.rate for part in self.parts.values()]))
+    class Noting(Agent):
+        def update(self, rows: dict, stage: Stage = "controller", rate_scale: float = 1.0) -> dict:
+            metrics = super().update(rows, stage, rate_scale)
+            scales = [part.adamw.param_groups[0]["lr"] / part.rate for part in self.optimizers.values()]
+            seen.append((stage, scales))
             if len(seen) == 20:
                 signal.raise_signal(signal.SIGTERM)
-            return found
+            return metrics
 
-    monkeypatch.setattr(loop, "Agent", Told)
+    monkeypatch.setattr(trainer, "Agent", Noting)
     config = tiny(learn__decay=0.2, learn__warmup_model=3)
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "run", console=False)
+        OnlineTrainer.train(config, tmp_path / "run", console=False)
     assert len(seen) == 20
-    train(config, tmp_path / "run", resume=True, console=False)
-    paces = [pace for _, pace in seen]
-    assert all(max(pace) == pytest.approx(min(pace)) for pace in paces)
-    falling = [pace[0] for upto, pace in seen if upto == "controller"]
-    assert [upto for upto, _ in seen[:9]] == ["encoder"] * 5 + ["model"] * 3 + ["controller"]
-    assert all(pace[0] == 1 for upto, pace in seen if upto != "controller")
+    OnlineTrainer.train(config, tmp_path / "run", resume=True, console=False)
+    assert all(max(scales) == pytest.approx(min(scales)) for _, scales in seen)
+    falling = [scales[0] for stage, scales in seen if stage == "controller"]
+    assert [stage for stage, _ in seen[:9]] == ["encoder"] * 5 + ["model"] * 3 + ["controller"]
+    assert all(scales[0] == 1 for stage, scales in seen if stage != "controller")
     assert falling == sorted(falling, reverse=True) and falling[0] > 0.9 and 0.199 < falling[-1] < 0.25
     assert np.diff(sorted(set(falling))).max() < 0.1  # no jumps, where it was stopped either
 
@@ -203,26 +203,26 @@ class Watchful(Agent):
             assert np.allclose(row.reward, np.where(on, expected_reward(time, given.argmax(1)), 0), atol=1e-4)
             assert (carry.state.age.numpy()[on] == np.minimum(time, 1)[on]).all()  # of a window of two, one is kept
             type(self).rows += 1
-        found = super().observe(carry, row, measure)
+        after, surprise = super().observe(carry, row, measure)
         if measure:
-            assert (found[1].total().numpy()[row.is_first] == 0).all()
-            assert (found[0].state.age == 1).all()
-        return found
+            assert surprise is not None and (surprise.total().numpy()[row.is_first] == 0).all()
+            assert (after.state.age == 1).all()
+        return after, surprise
 
-    def update(self, rows: dict, upto: Upto = "controller", pace: float = 1.0) -> dict:
+    def update(self, rows: dict, stage: Stage = "controller", rate_scale: float = 1.0) -> dict:
         grew = follow(*(rows[key] for key in ("obs", "action", "reward", "is_first", "terminated", "truncated")))
         assert (grew == self.numbered).all()
         assert (rows["surprise"][rows["is_first"]] == 0).all()
         type(self).surprised |= bool(rows["surprise"].max() > 0)
-        found = super().update(rows, upto, pace)
+        metrics = super().update(rows, stage, rate_scale)
         if self.updates == type(self).stop_after:
             signal.raise_signal(signal.SIGTERM)
-        return found
+        return metrics
 
 
 @pytest.mark.parametrize("mode", ["native", "sync"])
 def test_rows_stay_where_they_belong(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "Agent", Watchful)
+    monkeypatch.setattr(trainer, "Agent", Watchful)
     monkeypatch.setattr(Watchful, "rows", 0)
     monkeypatch.setattr(Watchful, "surprised", False)
     monkeypatch.setattr(Watchful, "stop_after", 12)
@@ -233,12 +233,12 @@ def test_rows_stay_where_they_belong(mode: str, tmp_path: Path, monkeypatch: pyt
         env__id="longdream/Counting-v0", env__kwargs={}, env__copies=3, replay__capacity=300, learn__steps=400
     )
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "run", console=False)
+        OnlineTrainer.train(config, tmp_path / "run", console=False)
     stopped = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert 60 < stopped < 200 and Watchful.rows > 20 and Watchful.surprised
     monkeypatch.setattr(Watchful, "stop_after", -1)
     monkeypatch.setattr(Watchful, "rows", 0)
-    summary = train(config, tmp_path / "run", resume=True, console=False)
+    summary = OnlineTrainer.train(config, tmp_path / "run", resume=True, console=False)
     assert summary["env_steps"] >= 400 and Watchful.rows > 60
     lengths = [line["episode/length"] for line in record(tmp_path / "run") if "episode/length" in line]
     assert sum(lengths) <= summary["env_steps"]
@@ -253,7 +253,7 @@ def test_a_row_out_of_place_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             before = super().acted(carry, action)
             return super().acted(before, np.roll(action, 1, axis=1))
 
-    monkeypatch.setattr(loop, "Agent", Late)
+    monkeypatch.setattr(trainer, "Agent", Late)
     config = tiny(env__id="longdream/Counting-v0", env__kwargs={}, env__copies=3)
     with pytest.raises(AssertionError):
-        train(config, tmp_path / "run", console=False)
+        OnlineTrainer.train(config, tmp_path / "run", console=False)

@@ -9,9 +9,9 @@ from longdream.envs.contract import UserError
 
 
 def test_the_bench_compares_the_same_frames() -> None:
-    found = json.loads(json.dumps(remote.measure(steps=5, rounds=2, copies=2)))
-    assert found["same"] is True
-    assert found["overhead_ms"] > 0 and found["steps_per_s"] > 0 and found["parallel_frames_per_s"] > 0
+    result = json.loads(json.dumps(remote.measure(steps=5, rounds=2, copies=2)))
+    assert result["same"] is True
+    assert result["overhead_ms"] > 0 and result["steps_per_s"] > 0 and result["parallel_frames_per_s"] > 0
 
 
 def test_what_cannot_be_measured_is_told() -> None:

@@ -1,4 +1,4 @@
-"""Surprise: measured at every real step, stored with the row, and usable as curiosity."""
+"""Collecting: random actions, and surprise, measured at every real step, stored with the row, usable as curiosity."""
 
 import dataclasses
 from pathlib import Path
@@ -31,17 +31,19 @@ def collector(config: Config, folder: Path) -> Collector:
 
 @pytest.mark.parametrize("sticky", [0.0, 0.9])
 def test_random_actions_stick(config: Config, tmp_path: Path, sticky: float) -> None:
-    found = collector(dataclasses.replace(config, learn=dataclasses.replace(config.learn, sticky=sticky)), tmp_path)
+    collecting = collector(
+        dataclasses.replace(config, learn=dataclasses.replace(config.learn, sticky=sticky)), tmp_path
+    )
     stays = []
     for _ in range(150):
-        before, first = found.carry.action, torch.from_numpy(found.row.is_first)
-        found.step(random=True)
-        stays += (found.carry.action == before).all(1)[~first].tolist()
-    parts = found.world.spec.action.parts[0]
+        before, first = collecting.carry.action, torch.from_numpy(collecting.row.is_first)
+        collecting.step(random=True)
+        stays += (collecting.carry.action == before).all(1)[~first].tolist()
+    parts = collecting.world.spec.action.parts[0]
     assert np.mean(stays) == pytest.approx(sticky + (1 - sticky) / parts, abs=0.1)
 
 
-def test_it_is_stored_with_its_row_and_zero_at_first_rows(config: Config, tmp_path: Path) -> None:
+def test_surprise_is_stored_with_its_row_and_zero_at_first_rows(config: Config, tmp_path: Path) -> None:
     act = collector(config, tmp_path)
     for _ in range(60):
         act.step(random=False)
@@ -50,14 +52,14 @@ def test_it_is_stored_with_its_row_and_zero_at_first_rows(config: Config, tmp_pa
     assert (rows["surprise"][~rows["is_first"]] > 0).all()
 
 
-def test_what_came_before_m_learned_tells_nothing(config: Config, tmp_path: Path) -> None:
+def test_what_came_before_m_learned_has_no_surprise(config: Config, tmp_path: Path) -> None:
     act = collector(config, tmp_path)
     for _ in range(60):
         act.step(random=True)
     assert (act.replay.sample(np.random.default_rng(0), 16, 40)["surprise"] == 0).all()
 
 
-def test_each_episode_tells_the_mean_of_its_parts(config: Config, tmp_path: Path) -> None:
+def test_each_episode_has_the_mean_of_its_parts(config: Config, tmp_path: Path) -> None:
     act = collector(config, tmp_path)
     ended = [episode for _ in range(60) for episode in act.step(random=True)]
     assert ended
@@ -96,7 +98,7 @@ def test_curiosity_is_a_reward_that_m_expects(config: Config, tmp_path: Path, cu
         z = agent.model.encoder(batch.obs)
         first = batch.clip_first()
         feat = agent.model.objective.run(agent.model.dynamics, z, batch.prev_action(), first, 1).feat
-        reward, _ = agent.model.consequence.expect(feat, batch.action)
+        reward, _ = agent.model.reward_continue.expect(feat, batch.action)
     surprising = batch.action[..., 1] == 1
     assert reward[surprising].mean().item() == pytest.approx(2 * curiosity, abs=0.2)
     assert reward[~surprising].mean().item() == pytest.approx(0, abs=0.2)

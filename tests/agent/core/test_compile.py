@@ -31,7 +31,12 @@ def dream(model: WorldModel, dreamer: CompiledDreams | WorldModel, starts: Start
 def test_compiled_dreams_are_the_dreams(device: str, backend: str, objective: str) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
-    settings = {"device": device, "forcing.objective": objective, "worldmodel.blocks": (1, 2), "worldmodel.motion": 8}
+    settings = {
+        "device": device,
+        "forcing.objective": objective,
+        "worldmodel.blocks": (1, 2),
+        "worldmodel.frame_mlp_width": 8,
+    }
     model = Agent(options.update(options.load("tiny"), settings), SPEC).model
     with torch.no_grad():
         for weight in model.parameters():
@@ -47,8 +52,8 @@ def test_compiled_dreams_are_the_dreams(device: str, backend: str, objective: st
     counters.clear()
     dreamer = CompiledDreams(model, backend)
     for _ in range(2):
-        found = dream(model, dreamer, starts, temperature)
-        assert found.feat.isfinite().all() and torch.equal(found.feat[:, 0], starts.feat)
+        dreamt = dream(model, dreamer, starts, temperature)
+        assert dreamt.feat.isfinite().all() and torch.equal(dreamt.feat[:, 0], starts.feat)
         if device == "cpu" or objective == "flow":
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(dreamt, wanted, rtol=1e-3, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1 and model.dreamt == before + 2 * 6 * 4

@@ -1,0 +1,84 @@
+"""`longdream evaluate` and `longdream envs`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from longdream.agent.config import options
+from longdream.agent.config.checks import check
+from longdream.agent.evaluation.policy import evaluate_agent
+from longdream.agent.evaluation.tables import summary_table
+from longdream.agent.run.folder import load_agent
+from longdream.envs.memory_maze.sizes import references
+
+
+def evaluate(
+    run_folder: Path,
+    env: str | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    episodes: int | None = None,
+    seed: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] | None = None,
+    workers: Literal["sync", "async"] | None = None,
+    greedy: bool | None = None,
+) -> dict[str, Any]:
+    """Play whole real episodes: with the trained agent; the same without long memory; and with random actions.
+
+    In place of a run, the name of a scripted policy, oracle, navigator or random, plays in Memory Maze.
+
+    examples
+      longdream evaluate runs/quickstart-s0-1 --episodes 100
+      longdream evaluate runs/quickstart-s0-1 --env.kwargs.corridor 24
+      longdream evaluate runs/maze-s0-1 --env longdream/MemoryMaze-9x9-v0 --episodes 50 --workers async
+      longdream evaluate oracle --env longdream/MemoryMaze-15x15-v0 --episodes 10
+
+    Args:
+        run_folder: of the run, or the name of a scripted policy.
+        env: another environment, with the same observations and actions (default: the run's own).
+        env_kwargs: its arguments, one by one as --env.kwargs.corridor 24, or all as JSON.
+        episodes: how many (default: the run's evaluate.final_episodes; 10 for a scripted policy).
+        seed: of the episodes (default: the run's, for those of its own evaluation).
+        device: where the agent computes (default: as in the run).
+        workers: copies of the environment in this process, or in one each (default: as in the run).
+        greedy: its most probable actions, or sampled ones (default: as in the run).
+
+    Raises:
+        UserError: no run, or an environment that does not fit it.
+    """
+    if str(run_folder) in ("oracle", "navigator", "random"):
+        from longdream.agent.baselines import scripted
+
+        policy: Any = str(run_folder)
+        where = env or "longdream/MemoryMaze-9x9-v0"
+        summary = scripted.evaluate(policy, where, env_kwargs, 10 if episodes is None else episodes, seed or 0)
+        summary_table(summary)
+        return summary
+    agent, config, _, step = load_agent(run_folder, device)
+    settings: dict[str, Any] = {"env.id": env, "env.workers": workers, "seed": seed, "evaluate.greedy": greedy}
+    settings["evaluate.final_episodes"] = episodes
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if env is not None and env != config.env.id:
+        settings["env.kwargs"] = {}  # the run's arguments are those of its own environment
+    for key, value in (env_kwargs or {}).items():
+        settings[f"env.kwargs.{key}"] = value
+    config = options.update(config, settings)
+    check(config)
+    episodes = config.evaluate.final_episodes
+    print(f"playing {episodes} episodes of {config.env.id}", file=sys.stderr)
+    summary = evaluate_agent(agent, config.env, episodes, config.seed, config.evaluate)
+    known = references(config.env.id, config.env.kwargs)
+    summary |= {"env_steps": step} | ({"references": known} if known else {})
+    summary_table(summary)
+    return summary
+
+
+def envs() -> dict[str, Any]:
+    """List the environments that can be named. One that another package registers is named module:Id."""
+    import gymnasium as gym
+
+    own = sorted(name for name in gym.registry if name.startswith("longdream/"))
+    others = sorted(name for name in gym.registry if name not in own)
+    print("\n".join([*own, "", "Gymnasium's own (some need packages that it names):", *others]))
+    return {"own": own, "others": others}

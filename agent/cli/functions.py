@@ -1,0 +1,100 @@
+"""Functions as commands: parameters without a default are words, the others flags, and the docstring is the help."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from longdream.agent.config import options
+from longdream.envs.contract import UserError
+
+
+def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[str]) -> dict[str, Any] | None:
+    """Call a function with parameters from the command line; None where help was asked for and given.
+
+    A parameter `env_kwargs` is the flag `--env.kwargs`, and as it is a dict, `--env.kwargs.corridor 24` is an entry.
+
+    Raises:
+        UserError: an unknown flag, a missing word, or a value of another type.
+    """
+    hints = get_type_hints(function)
+    parameters = {k: p for k, p in inspect.signature(function).parameters.items() if k != "console"}
+    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    optional = [name for name in parameters if name not in needed]
+
+    def split(flag: str) -> tuple[str, str]:
+        """The parameter behind a flag, and the key where it is an entry of a dict."""
+        name = _parameter(flag)
+        if name in optional:
+            return name, ""
+        head, _, key = flag.rpartition(".")
+        if (name := _parameter(head)) in optional and options.holds(hints[name], dict):
+            return name, key
+        known = [flag_name(name) for name in optional]
+        raise UserError(f"unknown flag --{flag}" + options.suggest(f"--{flag}", known, f"see {program} --help"))
+
+    def hint(flag: str) -> Any:
+        name, key = split(flag)
+        return dict[str, Any] if key else hints[name]
+
+    words, flags = options.split(arguments, hint)
+    if flags is None:
+        _help(program, function, parameters)
+        return None
+    if len(words) < len(needed):
+        raise UserError(f"{program} needs {needed[len(words)].replace('run_folder', 'the folder of a run, runs/NAME')}")
+    if len(words) > len(needed):
+        raise UserError(f"unexpected {words[len(needed)]!r}: see {program} --help")
+    given = {name: options.read(name, word, hints[name]) for name, word in zip(needed, words, strict=True)}
+    for flag, value in flags.items():
+        name, key = split(flag)
+        if key:
+            given[name] = {**(given.get(name) or {}), key: value}
+        else:
+            given[name] = options.read(f"--{flag}", value, hints[name])
+    return function(**given)
+
+
+def _parameter(flag: str) -> str:
+    return flag.replace("-", "_").replace(".", "_")
+
+
+def flag_name(parameter: str) -> str:
+    """The flag of a parameter, with its dashes."""
+    return "--" + ("env.kwargs" if parameter == "env_kwargs" else parameter)
+
+
+def _help(program: str, function: Callable, parameters: dict[str, inspect.Parameter]) -> None:
+    """Help from a docstring: what stands before its sections, and its Args beside the flags."""
+    about, _, rest = (inspect.getdoc(function) or "").partition("\nArgs:\n")
+    descriptions: dict[str, str] = {}
+    entry = ""
+    for line in rest.partition("\n\n")[0].splitlines():
+        if not line.startswith("     "):
+            entry, _, line = line.strip().partition(": ")
+        for name in entry.split(", "):
+            descriptions[name] = f"{descriptions.get(name, '')} {line.strip()}".strip()
+    words = [name.upper() for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    usage = " ".join(["usage:", program, *words, "[--json] [options]"])
+    print(f"{usage}\n\n{about.partition('Returns:')[0].strip()}\n")
+    hints = get_type_hints(function)
+    for name, parameter in parameters.items():
+        required = parameter.default is parameter.empty
+        flag = name.upper() if required else f"{flag_name(name)} {_kind(hints[name])}"
+        default = "" if required or parameter.default is None else f" (default: {parameter.default})"
+        text = f"  {flag:24} {descriptions.get(name, '')}{default}".rstrip()
+        print(textwrap.fill(text, 110, subsequent_indent=" " * 27))
+
+
+def _kind(hint: Any) -> str:
+    """A type in one word."""
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    inner = [part for part in get_args(hint) if part not in (type(None), ...)]
+    if get_origin(hint) is tuple:
+        return f"{_kind(inner[0])},..."
+    if inner and get_origin(hint) is not dict:
+        return _kind(inner[0])
+    return getattr(hint, "__name__", "JSON").upper()

@@ -1,0 +1,78 @@
+"""What `longdream --help` and `longdream train --help` print."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+USAGE = """longdream: agents that learn inside a learned world model that remembers
+
+  longdream train PRESET|FILE.yaml [options]   train, evaluate, write runs/NAME
+  longdream train --resume runs/NAME           go on where a run stopped
+  longdream train --world runs/NAME [options]  another controller, in the dreams of a run that is there
+  longdream train video-NAME --data DIR        V and M alone, on recorded video
+  longdream evaluate runs/NAME                 play real episodes with a trained agent
+  longdream evaluate oracle|random --env ID    the same with a scripted policy
+  longdream baseline --env ID                  a model-free algorithm in the real environment, to compare with
+  longdream dream runs/NAME                    a dream beside reality, as video
+  longdream envs                               environments that can be named
+  longdream check-env ID|module:ID             what is wrong with an environment, and how to fix it
+  longdream collect --env ID --out DIR         episodes of a scripted policy as NPZ files
+  longdream doctor                             what of the install works on this machine
+  longdream bench NAME                         measure costs
+  longdream demo                               train, evaluate and dream, in some minutes
+  longdream --version                          which version this is
+
+longdream COMMAND --help explains a command. Every command takes --json and then ends stdout with one JSON object.
+LONGDREAM_DEBUG=1 shows where in the program an error came from."""
+
+TRAIN = """usage: longdream train PRESET|FILE.yaml [--name NAME] [--json] [--OPTION VALUE ...]
+       longdream train video-NAME --data DIR [--name NAME] [--OPTION VALUE ...]
+       longdream train --resume runs/NAME [--json] [--steps N]
+       longdream train --world runs/NAME [--controller.kind KIND] [--learn.updates N] [--OPTION VALUE ...]
+
+Train V, M and C in a new run, or go on with one. All that comes of it goes into runs/NAME.
+
+presets
+{presets}
+
+examples
+  longdream train quickstart --seed 3
+  longdream train quickstart --steps 20000 --worldmodel.layers 4 --env.kwargs.corridor 24
+  longdream train cartpole --env LunarLander-v3 --name lander
+  longdream train quickstart --env remote:/opt/old/bin/python:their_package:Their-v0
+  longdream train my_preset.yaml --controller.kind my_package.my_module:MyController
+  longdream train video-memory-maze --data recordings/maze --video.lengths 64,128
+  longdream train --resume runs/quickstart-s3-1
+  longdream train --world runs/quickstart-s3-1 --controller.kind evolution --learn.updates 300
+
+  --name NAME    folder below runs/ (default: PRESET-sSEED-1, or -2, ...)
+  --resume RUN   go on with this run, under its own settings; --steps, --learn.updates, --evaluate.*, --device and
+                 --threads may change
+  --world RUN    keep V and M of this run; a new C learns in their dreams alone, from moments of its replay
+  --data DIR     short for --video.data: recordings for V and M to learn from, without an environment and without C
+  --env ID       short for --env.id
+  --steps N      short for --learn.steps
+"""
+
+
+def train_help(preset: str | None) -> None:
+    """Print the presets, and every option with its value in `preset`, or else its default."""
+    import tyro
+
+    from longdream.agent.config import options
+    from longdream.agent.config.schema import Config
+
+    described = options.presets()
+    width = max(map(len, described))
+    print(TRAIN.format(presets="\n".join(f"  {name:{width}}  {text}" for name, text in described.items())))
+    print(f"Every option, with its value {f'in {preset}' if preset else 'where a preset does not set it'}:\n")
+    config = options.load(preset) if preset else Config()
+    # FlagConversionOff: --forcing.ramp true, with a value like every other option
+    kind: Any = tyro.conf.FlagConversionOff[Config]
+    with contextlib.suppress(SystemExit):
+        program = f"longdream train {preset or 'PRESET'}"
+        tyro.cli(kind, default=config, args=["--help"], prog=program, use_underscores=True)
+    for name, setting in options.fields().items():
+        if options.holds(setting.hint, dict):  # an empty one is left out above
+            print(f"--{name} JSON, as --{name} '{{\"key\": 1}}', or one by one, as --{name}.key 1")

@@ -1,0 +1,46 @@
+"""Which device computes, and randomness of one's own on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from longdream.envs.contract import UserError
+
+
+def resolve_device(name: str) -> str:
+    """`auto` to cuda where there is one, else cpu.
+
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("device cuda: torch finds no CUDA device here; use --device auto or --device cpu")
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    return name
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch draws from `seed`, on the CPU and on this device. Afterwards its generators continue as if nothing
+    had been drawn.
+
+    Only these generators are seeded: torch.manual_seed looks for all devices that there may be, which is too slow to
+    do at every step of an environment.
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,98 @@
+"""AdamW with adaptive gradient clipping, which skips steps that are not finite."""
+
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_*: the fused operations that torch's own optimizers and clip_grad_norm_ are made of
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimizer:
+    """AdamW whose gradients are clipped by the size of the weights (adaptive gradient clipping, Brock et al. 2021,
+    arXiv 2102.06171, as in DreamerV3). A step whose loss or gradient is not finite is skipped.
+
+    Args:
+        rate: the learning rate.
+        agc: bound on the norm of each weight's gradient, as a share of the weight's own norm.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], rate: float, agc: float):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        # The fused optimizer is one kernel. It reads from tensors whether to step and at what rate, so that the host
+        # does not wait for the device.
+        self.fused = all(p.is_cuda for p in self.parameters)
+        self.rate = rate
+        self.agc = agc
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            self._as_rate(rate),
+            betas=(0.9, 0.95),
+            weight_decay=1e-3,
+            fused=self.fused,
+            capturable=self.fused,
+        )
+        self.clip: Callable[[list[Tensor], list[Tensor], float], Tensor] = adaptive_clip
+
+    def compile(self) -> None:
+        """Compile the clipping, which otherwise launches a small kernel for each weight."""
+        self.clip = torch.compile(adaptive_clip, dynamic=False, fullgraph=True)
+
+    def scale_rate(self, scale: float) -> None:
+        """Set the learning rate to `scale` times its initial value."""
+        for group in self.adamw.param_groups:
+            if self.fused:
+                group["lr"].fill_(self.rate * scale)
+            else:
+                group["lr"] = self.rate * scale
+
+    def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """One step down the gradient of a scalar loss.
+
+        Returns:
+            whether loss and gradient were finite, and the norm of the gradient before clipping: scalars on the device.
+            Where they were not finite, weights and moments are unchanged.
+        """
+        self.adamw.zero_grad(set_to_none=True)
+        loss.backward()
+        weights = [p for p in self.parameters if p.grad is not None]
+        norm = self.clip([p.detach() for p in weights], [p.grad for p in weights if p.grad is not None], self.agc)
+        finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
+        if self.fused:
+            setattr(self.adamw, "found_inf", (~finite).float())  # noqa: B010  (what a GradScaler tells it)
+            self.adamw.step()
+        elif finite:
+            self.adamw.step()
+        return finite, norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and rates, in the same form on every device."""
+        state = self.adamw.state_dict()
+        return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue as another optimizer did, on whatever device that was."""
+        here = {"fused": self.fused, "capturable": self.fused}
+        groups = [{**group, **here, "lr": self._as_rate(float(group["lr"]))} for group in state["param_groups"]]
+        self.adamw.load_state_dict({**state, "param_groups": groups})
+        for weight, moments in self.adamw.state.items():
+            for key, value in moments.items():
+                if value.shape == weight.shape:  # the fused kernel needs the weight's memory layout (channels last)
+                    moments[key] = torch.empty_like(weight, requires_grad=False).copy_(value)
+
+    def _as_rate(self, rate: float) -> Any:
+        return torch.tensor(rate, device=self.parameters[0].device) if self.fused else rate
+
+
+def adaptive_clip(weights: list[Tensor], grads: list[Tensor], agc: float) -> Tensor:
+    """Scale each gradient, in place, to at most `agc` times the norm of its weight; the norm of all of them before."""
+    norms = torch._foreach_norm(grads)
+    bounds = torch._foreach_clamp_min(torch._foreach_norm(weights), 1e-3)
+    torch._foreach_mul_(bounds, agc)
+    factors = torch._foreach_div(bounds, torch._foreach_clamp_min(norms, 1e-8))
+    torch._foreach_mul_(grads, torch._foreach_clamp_max(factors, 1.0))
+    return torch.stack(norms).norm()
