@@ -27,7 +27,7 @@ def test_the_example_of_one_file_trains(tmp_path: Path, monkeypatch: pytest.Monk
     sys.modules.pop("my_controllers")
 
 
-def test_every_kind_is_told_of() -> None:
+def test_the_page_names_every_kind() -> None:
     from longdream.agent.core.agent import CONTROLLERS
 
     text = DOC.read_text(encoding="utf-8")

@@ -1,22 +1,28 @@
-"""The examples of docs/dream.md run as they stand, in a run that was trained for a moment."""
+"""The examples of docs/dream.md and of the README run as they stand, in a run that was trained for a moment."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "dream.md"
+from longdream.agent.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_examples_of_the_page_run(dream_runs: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_examples_of_the_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "quickstart-s0-1").symlink_to(dream_runs("images"))
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    assert len(blocks) == 5
+    short = ["--steps", "60", "--learn.prefill", "40", "--learn.warmup", "2", "--evaluate.every", "0"]
+    few = ["--evaluate.final_episodes", "4", "--name", "quickstart-s0-1"]
+    assert cli.main(["train", "tiny", *short, *few]) == 0
+    (tmp_path / "runs" / "demo").symlink_to("quickstart-s0-1")
+    assert len(blocks("docs/dream.md")) == 5 and len(blocks("README.md")) == 1
     here: dict = {}
-    for block in blocks:
+    for block in blocks("docs/dream.md"):
         smaller = {"20_000": "128", "corridor=12, doors=2": "corridor=3, size=16"}  # it was trained in that corridor
         for text, other in smaller.items():
             block = block.replace(text, other)
@@ -24,3 +30,5 @@ def test_the_examples_of_the_page_run(dream_runs: Callable, tmp_path: Path, monk
     assert here["obs"].shape == here["dream"].observation_space.shape
     assert 0 <= here["total"] <= 200 and here["model"].num_timesteps == 128
     assert [path.stat().st_size > 500 for path in (tmp_path / "dreamt").glob("*.mp4")] == [True]
+    exec(blocks("README.md")[0], here)
+    assert here["obs"].shape == here["dreams"].observation_space.shape and len(here["obs"]) == 64
