@@ -30,3 +30,14 @@ def cross_entropy(logits: Tensor, z: Tensor, classes: int) -> Tensor:
     classes)`."""
     log_probs = logits.unflatten(-1, (-1, classes)).log_softmax(-1)
     return -(log_probs * z.unflatten(-1, (-1, classes))).sum(-1)
+
+
+def uniform_mixture(logits: Tensor, classes: int, share: float) -> Tensor:
+    """Probabilities `(..., D)` of logits `(..., D)`, mixed with `share` of a uniform distribution."""
+    probs = logits.unflatten(-1, (-1, classes)).softmax(-1)
+    return ((1 - share) * probs + share / classes).flatten(-2)
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of frames `(...)`, in nats, from log-probabilities p and q `(..., N, D)` of their variables."""
+    return (p.exp() * (p - q)).sum((-2, -1))

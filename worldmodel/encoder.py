@@ -75,6 +75,7 @@ class Encoder(nn.Module):
             )
         self.config = config
         self.spec = dict(spec)
+        self.feature_in: nn.Linear | None = None
         self.images = sorted(k for k, s in spec.items() if s.kind == "image")
         self.flats = sorted(k for k, s in spec.items() if s.kind != "image")
         self.grid = config.grid if self.images else 1
@@ -103,6 +104,17 @@ class Encoder(nn.Module):
     def forward(self, obs: Mapping[str, Tensor], draw: bool = False) -> Tensor:
         """Latents `(..., N, D)`: bounded by tanh, or one-hot vectors of the likeliest classes (of sampled ones if
         `draw`)."""
+        return self._bound(self._encode(obs), draw)
+
+    def posterior(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sampled one-hot vectors `(..., N, D)` with straight-through gradients (Bengio et al. 2013, arXiv 1308.3432),
+        and the log-probabilities `(..., N, D)` that they are sampled from. Of categorical latents alone."""
+        self.update_scales(obs)
+        probs = self._probs(self._encode(obs))
+        return self._one_hots(probs, draw=True), probs.log().flatten(-2)
+
+    def _encode(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Latents `(..., N, D)` before they are bounded."""
         lead = self._lead(obs)
         z = 0
         for key in self.images:
@@ -110,12 +122,19 @@ class Encoder(nn.Module):
         if self.flats:
             z = z + self.flat_in(self._flat(obs, lead))[:, None]
         assert isinstance(z, Tensor)
-        return self._bound(z, draw).unflatten(0, lead)
+        return z.unflatten(0, lead)
 
-    def decode(self, z: Tensor) -> dict[str, Tensor]:
-        """Latents `(..., N, D)` to observations: images uint8, vectors float32, discrete values int64."""
+    def decode_from(self, feature_size: int) -> None:
+        """Have observations decoded from latents and M's feature of the frame, `(..., F)`."""
+        self.feature_in = nn.Linear(feature_size, self.tokens * self.channels)
+
+    def decode(self, z: Tensor, feat: Tensor | None = None) -> dict[str, Tensor]:
+        """Latents `(..., N, D)` to observations: images uint8, vectors float32, discrete values int64.
+
+        feat: `(..., F)`, M's features of the frames, which observations are decoded from too where V learns through M.
+        """
         lead = z.shape[:-2]
-        raw = self._decode(z.flatten(0, -3), exact=True)
+        raw = self._decode(self._with_feature(z, feat).flatten(0, -3), exact=True)
         out = {}
         for key, value in raw.items():
             spec = self.spec[key]
@@ -132,8 +151,7 @@ class Encoder(nn.Module):
         """Reconstruction error, summed over keys: mean squared error of pixels and of normalised vectors, cross-entropy
         of discrete values."""
         lead = self._lead(obs)
-        for key in self._vectors():
-            self._scale(key).update(obs[key].flatten(0, len(lead) - 1).flatten(1))
+        self.update_scales(obs)
         z = self(obs, draw=True).flatten(0, len(lead) - 1)
         if self.config.noise and self.latent == "continuous":
             z = z + self.config.noise * torch.randn_like(z)
@@ -152,6 +170,44 @@ class Encoder(nn.Module):
             metrics[f"reconstruction/{key}"] = error.detach()
             total = total + error * (IMAGE_WEIGHT if spec.kind == "image" else 1)
         return Loss(total, metrics)
+
+    def reconstruction(self, z: Tensor, feat: Tensor, obs: Mapping[str, Tensor]) -> Loss:
+        """-log p(obs | z, feat) of rows, up to constants: squared errors summed over pixels and normalised entries, and
+        cross-entropy of discrete values; the mean over rows. What V is trained by beside M's loss where it learns
+        through M; `loss` is what it is trained by alone.
+
+        Args:
+            z: `(R, N, D)`. feat: `(R, F)`. obs: `(R, *shape)` per key.
+        """
+        raw = self._decode(self._with_feature(z, feat), exact=False)
+        metrics = {}
+        total = torch.zeros((), device=z.device)
+        for key, value in raw.items():
+            spec = self.spec[key]
+            if spec.kind == "discrete":
+                error = F.cross_entropy(value, obs[key])
+                metrics[f"reconstruction/{key}"] = error.detach()
+            else:
+                target = self._vision(key).scaled(obs[key]) if spec.kind == "image" else self._scaled(key, obs[key])
+                squares = (value - target).square()
+                metrics[f"reconstruction/{key}"] = squares.mean().detach()
+                error = squares.flatten(1).sum(1).mean()
+            total = total + error
+        return Loss(total, metrics)
+
+    def update_scales(self, obs: Mapping[str, Tensor]) -> None:
+        """Take vectors into the running statistics that they are normalised by."""
+        lead = self._lead(obs)
+        for key in self._vectors():
+            self._scale(key).update(obs[key].flatten(0, len(lead) - 1).flatten(1))
+
+    def _scaled(self, key: str, value: Tensor) -> Tensor:
+        return self._scale(key)(value.flatten(1))
+
+    def _with_feature(self, z: Tensor, feat: Tensor | None) -> Tensor:
+        if self.feature_in is None or feat is None:
+            return z
+        return z + self.feature_in(feat).unflatten(-1, (self.tokens, self.channels))
 
     def _lead(self, obs: Mapping[str, Tensor]) -> torch.Size:
         key = next(iter(self.spec))
@@ -180,14 +236,17 @@ class Encoder(nn.Module):
         if self.latent == "continuous":
             # in the precision of the norm's weights under autocast too, since torch warns about mixed precisions
             return self.norm(z.to(torch.promote_types(z.dtype, torch.float32))).tanh()
+        return self._one_hots(self._probs(z), draw)
+
+    def _probs(self, z: Tensor) -> Tensor:
+        """Probabilities `(..., N, D / classes, classes)` of categorical latents, from what `_encode` gives."""
         logits = z.unflatten(-1, (-1, self.config.classes))
         logits = logits - logits.mean(-1, keepdim=True)
         logits = 2 * F.rms_norm(logits, logits.shape[-2:])
-        probs = (1 - UNIMIX) * logits.softmax(-1) + UNIMIX / self.config.classes
-        if draw:
-            index = draw_index(probs)
-        else:
-            index = probs.argmax(-1)
+        return (1 - UNIMIX) * logits.softmax(-1) + UNIMIX / self.config.classes
+
+    def _one_hots(self, probs: Tensor, draw: bool) -> Tensor:
+        index = draw_index(probs) if draw else probs.argmax(-1)
         hard = F.one_hot(index, self.config.classes).to(probs.dtype)
         return (hard + probs - probs.detach()).flatten(-2)
 

@@ -56,15 +56,15 @@ def read_context(
         state: before the clip; None: nothing was seen.
         piece: frames processed at a time, rounded up to whole chunks of M's attention.
     """
-    state = dynamics.initial(len(z), z.device) if state is None else state
+    current: State = dynamics.initial(len(z), z.device) if state is None else state
     chunk_frames = dynamics.config.chunk_frames
     piece = -(-piece // chunk_frames) * chunk_frames
     feat = z.new_zeros(len(z), 1, dynamics.feature_size)
     for begin in range(0, z.shape[1], piece):
         now = slice(begin, begin + piece)
         level = torch.ones_like(first[:, now], dtype=z.dtype)
-        feat, _, state, _ = dynamics(z[:, now], prev_action[:, now], level, first[:, now], state)
-    return feat[:, -1], state
+        feat, _, current, _ = dynamics(z[:, now], prev_action[:, now], level, first[:, now], current)
+    return feat[:, -1], current
 
 
 @torch.no_grad()

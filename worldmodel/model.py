@@ -98,6 +98,10 @@ class WorldModel(nn.Module):
         options = {"classes": encoder.classes, "actions": actions}
         options = {name: value for name, value in options.items() if name in accepted}
         self.objective: Objective = kind(forcing, self.dynamics, **options)
+        self.trains_encoder = getattr(kind, "trains_encoder", False)
+        """Whether V learns through M, by one loss with it, rather than by pictures alone."""
+        if self.trains_encoder:
+            self.encoder.decode_from(self.dynamics.feature_size)
         self.reward_continue = RewardContinueHead(self.dynamics.feature_size, actions, heads.hidden, heads.bins)
         self.heads_config = heads
         self.steps = forcing.steps
@@ -117,21 +121,24 @@ class WorldModel(nn.Module):
         weight: Tensor | None = None,
         horizon: int = 2,
         follow: Follow | None = None,
+        decoded: int | None = None,
     ) -> tuple[Loss, Starts, Clip]:
         """M's loss over clips, and states to dream from.
 
-        V has a loss of its own; M sees its latents detached.
+        V has a loss of its own and M sees its latents detached, unless V learns through M (`trains_encoder`): then this
+        is the loss of both.
 
         Args:
             num_starts: M, states per clip.
             weight: `(B, T)`, the probability of each row to be one of them, sums to 1; None: evenly.
             horizon: steps that the heads predict from each state, where they learn from dreams.
             follow: `dream.follow` of this model, or a faster equivalent.
+            decoded: rows that are reconstructed where V learns through M, drawn at random; None: all.
 
         Returns:
             the loss; the B * M states, M of each clip, without gradient; and the clips, without gradient.
         """
-        (value, metrics), out = self.clip_loss(batch, num_starts, weight)
+        (value, metrics), out = self.clip_loss(batch, num_starts, weight, decoded=decoded)
         valid, cont = self._transitions(batch, out)
         rows = torch.arange(len(out.feat), device=out.feat.device)[:, None]
         feat = out.feat.detach()
@@ -146,27 +153,38 @@ class WorldModel(nn.Module):
         return Loss(value, metrics), starts, clip
 
     def clip_loss(
-        self, batch: Batch, num_starts: int, weight: Tensor | None = None, state: State | None = None
+        self,
+        batch: Batch,
+        num_starts: int,
+        weight: Tensor | None = None,
+        state: State | None = None,
+        decoded: int | None = None,
     ) -> tuple[Loss, Pass]:
         """M's loss over clips without dreams: the objective's and, unless their weight is 0, the heads'.
 
         Args:
-            num_starts, weight: see `loss`.
+            num_starts, weight, decoded: see `loss`.
             state: M's before row 0 of each clip, from which the clip continues unless its row 0 is_first. None: every
                 clip begins without memory.
 
         Returns:
             the loss, and the objective's pass; given a state, that holds the state after the clip too.
         """
-        with torch.no_grad():
-            z = self.encoder(batch.obs)
-        first = batch.clip_first() if state is None else batch.is_first
         options: dict[str, Any] = {}
+        if self.trains_encoder:
+            z, options["posterior"] = self.encoder.posterior(batch.obs)
+        else:
+            with torch.no_grad():
+                z = self.encoder(batch.obs)
+        first = batch.clip_first() if state is None else batch.is_first
         if weight is not None:
             options["weight"] = weight
         if state is not None:
             options["state"] = state
         out = self.objective.run(self.dynamics, z, batch.prev_action(), first, num_starts, **options)
+        if self.trains_encoder and torch.is_grad_enabled():
+            error, metrics = self._reconstruction(batch, z, out.feat, decoded)
+            out = out._replace(loss=out.loss + error, metrics={**out.metrics, **metrics})
         if not any(self._head_weights):
             return Loss(out.loss, out.metrics), out
         valid, cont = self._transitions(batch, out)
@@ -174,6 +192,15 @@ class WorldModel(nn.Module):
             out.feat[:, :-1], batch.action[:, :-1], batch.reward[:, 1:], cont, valid.float(), self._head_weights
         )
         return Loss(out.loss + value, {**out.metrics, **metrics}), out
+
+    def _reconstruction(self, batch: Batch, z: Tensor, feat: Tensor, rows: int | None) -> Loss:
+        """V's reconstruction of `rows` rows of the batch, drawn at random, from their latents and M's features."""
+        total = batch.reward.numel()
+        index = torch.arange(total, device=z.device)
+        if rows is not None and rows < total:
+            index = torch.randperm(total, device=z.device)[:rows]
+        obs = {key: value.flatten(0, 1)[index] for key, value in batch.obs.items()}
+        return self.encoder.reconstruction(z.flatten(0, 1)[index], feat.flatten(0, 1)[index], obs)
 
     @staticmethod
     def _transitions(batch: Batch, out: Pass) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from longdream.agent.config import options
+from longdream.agent.config import flags
 from longdream.envs.contract import UserError
 
 BENCHES = {
@@ -40,7 +40,7 @@ def find(name: str) -> Callable[..., dict[str, Any]]:
         UserError: there is no such benchmark.
     """
     if name not in BENCHES:
-        raise UserError(f"unknown bench {name!r}" + options.suggest(name, BENCHES, f"there are {', '.join(BENCHES)}"))
+        raise UserError(f"unknown bench {name!r}" + flags.suggest(name, BENCHES, f"there are {', '.join(BENCHES)}"))
     return import_module(f"longdream.agent.bench.{BENCHES[name]}").measure
 
 

@@ -6,13 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from longdream.agent.config import options
-from longdream.agent.config.checks import check
-from longdream.agent.evaluation.policy import evaluate_agent
-from longdream.agent.evaluation.tables import summary_table
-from longdream.agent.run.folder import load_agent
-from longdream.envs.memory_maze.sizes import references
-
 
 def evaluate(
     run_folder: Path,
@@ -47,6 +40,14 @@ def evaluate(
     Raises:
         UserError: no run, or an environment that does not fit it.
     """
+    # imported here, so that --help is quick
+    from longdream.agent.config import options
+    from longdream.agent.config.checks import check
+    from longdream.agent.evaluation.policy import evaluate_agent
+    from longdream.agent.evaluation.tables import summary_table
+    from longdream.agent.run.folder import load_agent
+    from longdream.envs.memory_maze.sizes import references
+
     if str(run_folder) in ("oracle", "navigator", "random"):
         from longdream.agent.baselines import scripted
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from longdream.agent.config import options
+from longdream.agent.config import flags
 from longdream.envs.contract import UserError
 
 
@@ -30,30 +30,30 @@ def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[
         if name in optional:
             return name, ""
         head, _, key = flag.rpartition(".")
-        if (name := _parameter(head)) in optional and options.holds(hints[name], dict):
+        if (name := _parameter(head)) in optional and flags.holds(hints[name], dict):
             return name, key
         known = [flag_name(name) for name in optional]
-        raise UserError(f"unknown flag --{flag}" + options.suggest(f"--{flag}", known, f"see {program} --help"))
+        raise UserError(f"unknown flag --{flag}" + flags.suggest(f"--{flag}", known, f"see {program} --help"))
 
     def hint(flag: str) -> Any:
         name, key = split(flag)
         return dict[str, Any] if key else hints[name]
 
-    words, flags = options.split(arguments, hint)
-    if flags is None:
+    words, given_flags = flags.split(arguments, hint)
+    if given_flags is None:
         _help(program, function, parameters)
         return None
     if len(words) < len(needed):
         raise UserError(f"{program} needs {needed[len(words)].replace('run_folder', 'the folder of a run, runs/NAME')}")
     if len(words) > len(needed):
         raise UserError(f"unexpected {words[len(needed)]!r}: see {program} --help")
-    given = {name: options.read(name, word, hints[name]) for name, word in zip(needed, words, strict=True)}
-    for flag, value in flags.items():
+    given = {name: flags.read(name, word, hints[name]) for name, word in zip(needed, words, strict=True)}
+    for flag, value in given_flags.items():
         name, key = split(flag)
         if key:
             given[name] = {**(given.get(name) or {}), key: value}
         else:
-            given[name] = options.read(f"--{flag}", value, hints[name])
+            given[name] = flags.read(f"--{flag}", value, hints[name])
     return function(**given)
 
 

@@ -110,10 +110,10 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
 
         return bench.run(rest)
     if name not in COMMANDS:
-        from longdream.agent.config import options
+        from longdream.agent.config.flags import suggest
 
         known = ["train", *COMMANDS, "bench"]
-        raise UserError(f"unknown command {name!r}" + options.suggest(name, known, f"there are {', '.join(known)}"))
+        raise UserError(f"unknown command {name!r}" + suggest(name, known, f"there are {', '.join(known)}"))
     from longdream.agent.cli.functions import call
 
     module, _, function = COMMANDS[name].partition(":")
@@ -124,9 +124,10 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
 def train(arguments: list[str]) -> dict[str, Any] | None:
     """Train in a new run or a resumed one; its summary."""
     from longdream.agent.config import checks, options
+    from longdream.agent.config.flags import split
     from longdream.agent.run.folder import open_run, unused
 
-    words, flags = options.split(arguments, lambda flag: str if flag in ("name", "resume") else options.hint(flag))
+    words, flags = split(arguments, lambda flag: str if flag in ("name", "resume") else options.hint(flag))
     if flags is None:
         from longdream.agent.cli.usage import train_help
 

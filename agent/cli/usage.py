@@ -60,7 +60,7 @@ def train_help(preset: str | None) -> None:
     """Print the presets, and every option with its value in `preset`, or else its default."""
     import tyro
 
-    from longdream.agent.config import options
+    from longdream.agent.config import flags, options
     from longdream.agent.config.schema import Config
 
     described = options.presets()
@@ -74,5 +74,5 @@ def train_help(preset: str | None) -> None:
         program = f"longdream train {preset or 'PRESET'}"
         tyro.cli(kind, default=config, args=["--help"], prog=program, use_underscores=True)
     for name, setting in options.fields().items():
-        if options.holds(setting.hint, dict):  # an empty one is left out above
+        if flags.holds(setting.hint, dict):  # an empty one is left out above
             print(f"--{name} JSON, as --{name} '{{\"key\": 1}}', or one by one, as --{name}.key 1")

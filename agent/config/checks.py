@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from longdream.agent.config.options import field_value, fields, read, setting
+from longdream.agent.config.flags import read
+from longdream.agent.config.options import field_value, fields, setting
 from longdream.agent.config.schema import Config
 from longdream.envs.contract import UserError
 

@@ -1,23 +1,22 @@
-"""From words to a Config: presets, YAML files and dotted flags, checked so that every mistake is one clear line."""
+"""From settings to a Config: presets, YAML files and dotted names, checked so that every mistake is one clear line."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from longdream import __version__ as VERSION
+from longdream.agent.config.flags import holds, read, read_yaml, suggest
 from longdream.agent.config.schema import Config, Kind
 from longdream.envs.contract import UserError
-from longdream.worldmodel.fields import Mode, OnResume, problem
+from longdream.worldmodel.fields import Mode, OnResume
 
 PRESETS = Path(__file__).resolve().parents[2] / "runs" / "presets"
 SHORT = {"env": "env.id", "steps": "learn.steps", "data": "video.data"}
@@ -184,35 +183,6 @@ def _replace(node: Any, path: list[str], value: Any) -> Any:
     return dataclasses.replace(node, **{head: _replace(getattr(node, head), rest, value) if rest else value})
 
 
-def read(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`, within its range; text is read as what it says.
-
-    Raises:
-        UserError: it says something else; the message begins with `name`.
-    """
-    near = ""
-    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    try:
-        if isinstance(value, bool) and plain in (int, float):
-            raise ValueError("should be a number")
-        found = TypeAdapter(hint).validate_python(value)
-        if isinstance(found, float) and not math.isfinite(found):
-            raise ValueError("should be a finite number")
-        return found
-    except ValidationError as error:
-        message = problem(error)
-        near = suggest(str(value), [choice for choice in _choices(hint) if isinstance(choice, str)])
-    except ValueError as error:
-        message = str(error)
-    raise UserError(f"{name} {value!r}: {message}{near}")
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    return tuple(choice for part in get_args(hint) for choice in _choices(part))
-
-
 def unknown(name: str, dashes: str = "", also: tuple[str, ...] = ()) -> UserError:
     """The error that says `name` can't be set, with the closest names that can."""
     known = [*fields(), *also]
@@ -227,54 +197,7 @@ def unknown(name: str, dashes: str = "", also: tuple[str, ...] = ()) -> UserErro
     return UserError(f"unknown {what} {dashes}{name}: {hint}")
 
 
-def suggest(word: str, known: Any, otherwise: str = "") -> str:
-    """': did you mean ...?' with the closest of `known`, else ': otherwise'."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f": did you mean {close[0]}?" if close else f": {otherwise}" if otherwise else ""
-
-
 # -- flags -------------------------------------------------------------------------------------------------------------
-
-
-def split(arguments: list[str], hint: Callable[[str], Any]) -> tuple[list[str], dict[str, Any] | None]:
-    """Words, and values by flag: `--flag value` or `--flag=value`; None for the flags where help is asked for.
-
-    Args:
-        hint: the type behind a flag (without its dashes), or a UserError for an unknown one.
-
-    Raises:
-        UserError: an unknown flag, one without value, or a value that cannot be read as YAML where that is needed.
-    """
-    words: list[str] = []
-    flags: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        token = rest.pop(0)
-        if token in ("-h", "--help"):
-            return [*words, *(word for word in rest if not word.startswith("-"))], None
-        if not token.startswith("-"):
-            words.append(token)
-            continue
-        if not token.startswith("--"):
-            raise UserError(f"unknown flag {token}: flags have two dashes, such as --seed 3")
-        flag, equals, text = token[2:].partition("=")
-        kind = hint(flag)
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{flag} needs a value")
-            text = rest.pop(0)
-        if holds(kind, tuple):  # 2,1 or [2, 1] or several words
-            while rest and not rest[0].startswith("--") and not equals:
-                text += f",{rest.pop(0)}"
-            flags[flag] = [part for part in text.strip("[]()").replace(",", " ").split()]
-        else:
-            flags[flag] = _yaml(flag, text) if holds(kind, dict) else text
-    return words, flags
-
-
-def holds(hint: Any, kind: type) -> bool:
-    """Whether a type is `kind` of something, or may be."""
-    return get_origin(hint) is kind or any(holds(part, kind) for part in get_args(hint))
 
 
 def hint(flag: str) -> Any:
@@ -306,12 +229,5 @@ def from_flags(flags: dict[str, Any]) -> dict[str, Any]:
     for flag, value in flags.items():
         name = _name(flag)
         field, key = entry(name)
-        settings[name] = _yaml(flag, value) if key else read(f"--{flag}", value, fields()[field].hint)
+        settings[name] = read_yaml(flag, value) if key else read(f"--{flag}", value, fields()[field].hint)
     return settings
-
-
-def _yaml(flag: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--{flag} {text}: cannot be read; write it like '{{\"corridor\": 36}}'") from None

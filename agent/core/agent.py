@@ -150,15 +150,17 @@ class Agent(Learner):
         return metrics
 
     def _update(self, batch: Batch, stage: Stage) -> tuple[Metrics, Finite]:
-        """V reconstructs observations, M predicts the next frames, C learns in M's dreams: each by its own loss."""
+        """V reconstructs, M predicts the next frames, C learns in M's dreams: each by its loss, or V and M by one."""
         metrics: Metrics = {}
+        finite: Finite = True
         weight = self._start_weight(batch)
         if self.config.learn.curiosity:
             batch.reward = batch.reward + self.config.learn.curiosity * batch.surprise
 
-        with self.timed("encoder"):
-            loss = self.model.encoder.loss(self.encoder_rows(batch))
-            finite = self.step("encoder", loss, metrics)
+        if not self.model.trains_encoder:
+            with self.timed("encoder"):
+                loss = self.model.encoder.loss(self.encoder_rows(batch))
+                finite = self.step("encoder", loss, metrics)
         if stage == "encoder":
             return metrics, finite
 
@@ -209,7 +211,8 @@ class Agent(Learner):
                 return self._follow(starts, action)
 
         with self.autocast():
-            return self.model.loss(batch, settings.imagination_starts, weight, settings.horizon, follow)
+            rows = self.config.learn.encoder_rows
+            return self.model.loss(batch, settings.imagination_starts, weight, settings.horizon, follow, rows)
 
     def _controller_loss(self, starts: Starts, clip: Clip) -> Loss:
         loss = self.controller.loss(self._dreams(starts))

@@ -54,10 +54,18 @@ class Learner:
             raise UserError(str(error)) from None
         learn = config.learn
         of_model = (self.model.dynamics, cast(nn.Module, self.model.objective), self.model.reward_continue)
-        self.optimizers = {
-            "encoder": Optimizer(self.model.encoder.parameters(), learn.encoder_rate, learn.agc),
-            "model": Optimizer((p for part in of_model for p in part.parameters()), learn.model_rate, learn.agc),
-        }
+        self.optimizers: dict[str, Optimizer] = {}
+        if self.model.trains_encoder:
+            if learn.warmup:
+                raise UserError(
+                    f"learn.warmup = {learn.warmup}: with forcing.objective = {config.forcing.objective} V learns "
+                    f"through M and has no updates of its own; set it to 0 (learn.warmup_model delays C)"
+                )
+            of_model = (self.model.encoder, *of_model)
+        else:
+            self.optimizers["encoder"] = Optimizer(self.model.encoder.parameters(), learn.encoder_rate, learn.agc)
+        parameters = (p for part in of_model for p in part.parameters())
+        self.optimizers["model"] = Optimizer(parameters, learn.model_rate, learn.agc)
         if config.compiled and self.device.type == "cuda":
             compile_clips(self.model.dynamics)
             self.optimizers["model"].compile()

@@ -287,7 +287,7 @@ class DreamVecEnv(gym.vector.VectorEnv):
     def _on_device(self, z: Tensor, feat: Tensor) -> Any:
         """The same as tensors on the device."""
         if self.observation == "image":
-            return self.agent.model.encoder.decode(z)
+            return self.agent.model.encoder.decode(z, feat)
         # (a latent may exceed its bounds by a rounding error)
         return (feat if self.observation == "feature" else z.flatten(1).clamp(-1, 1)).float()
 
@@ -306,7 +306,7 @@ class DreamVecEnv(gym.vector.VectorEnv):
 
     @torch.no_grad()
     def _decoded(self, moments: Moments) -> dict[str, np.ndarray]:
-        return self._fetched(self.agent.model.encoder.decode(moments.z))
+        return self._fetched(self.agent.model.encoder.decode(moments.z, moments.feat))
 
     def _space(self) -> spaces.Space:
         model = self.agent.model

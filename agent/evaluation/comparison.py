@@ -112,6 +112,7 @@ def compare(
     model = agent.model
     start = None
     rows = []
+    feats = []
     actions = []
     expected = [0.0]
     going_on = [1.0]
@@ -121,6 +122,7 @@ def compare(
         while True:
             carry, _ = agent.observe(carry, row, measure=False)
             rows.append(row)
+            feats.append(carry.feat)
             start = carry if len(rows) == context else start
             if row.terminated[0] or row.truncated[0] or len(rows) == frames:
                 break
@@ -140,8 +142,8 @@ def compare(
 
     real = {key: np.concatenate([row.obs[key] for row in rows]) for key in world.spec.obs}
     seen = model.encoder({key: torch.from_numpy(value).to(agent.device) for key, value in real.items()})
-    kept = {key: value.cpu().numpy() for key, value in model.encoder.decode(seen).items()}
-    imagined = {key: value.cpu().numpy() for key, value in model.encoder.decode(dream.z[0]).items()}
+    kept = {key: value.cpu().numpy() for key, value in model.encoder.decode(seen, torch.cat(feats)).items()}
+    imagined = {key: value.cpu().numpy() for key, value in model.encoder.decode(dream.z[0], dream.feat[0, 1:]).items()}
     dreamt = {key: np.concatenate([kept[key][:context], imagined[key]]) for key in real}
     reward = np.concatenate([row.reward for row in rows])
     terminated = np.concatenate([row.terminated for row in rows])

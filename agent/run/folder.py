@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from longdream.agent.config import options
+from longdream.agent.config import flags, options
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.learner import Learner
@@ -170,7 +170,7 @@ def open_run(folder: Path | str) -> Run:
         if not folder.is_dir():
             root = folder.parent if folder.parent.name else Path("runs")
             runs = [str(path.parent) for path in root.glob("*/config.yaml")]
-            raise UserError(f"{folder}: there is no such run" + options.suggest(str(folder), runs))
+            raise UserError(f"{folder}: there is no such run" + flags.suggest(str(folder), runs))
         raise UserError(f"{folder} is no run: it holds no config.yaml; give a folder such as runs/quickstart-s1-1")
     return Run(folder, options.load(str(folder / "config.yaml")))
 

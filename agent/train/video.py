@@ -118,6 +118,11 @@ class VideoTrainer(Trainer):
         if not self.library.rewarded:  # then nothing is known of ends either
             config = replace(config, heads=replace(config.heads, reward_weight=0.0))
         self.learner = ClipLearner(config, spec)
+        if self.learner.model.trains_encoder:
+            raise UserError(
+                f"forcing.objective = {config.forcing.objective}: V would learn through M, and on video it learns "
+                f"alone; use flow, mask or teacher"
+            )
         if video.encoder and not saved:
             self._load_encoder(video.encoder)
         self.files = [[recording.name, recording.length] for recording in self.library.recordings]

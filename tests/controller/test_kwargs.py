@@ -27,7 +27,9 @@ def test_settings_that_do_not_fit(kind: type, kwargs: dict, message: str) -> Non
 
 
 def test_settings_of_stable_baselines_stand_beside_its_arguments() -> None:
-    agent = StableBaselines(ControllerConfig(kwargs={"copies": 3, "n_epochs": 7, "n_steps": 5, "batch_size": 15}), 4, (3,), 3, PPO)
+    agent = StableBaselines(
+        ControllerConfig(kwargs={"copies": 3, "n_epochs": 7, "n_steps": 5, "batch_size": 15}), 4, (3,), 3, PPO
+    )
     assert agent.env.num_envs == 3 and agent.algorithm.n_epochs == 7 and agent.algorithm.n_steps == 5
     with pytest.raises(ValueError, match=r"^controller\.kwargs\.copies 0: must be at least 1$"):
         StableBaselines(ControllerConfig(kwargs={"copies": 0}), 4, (3,), 3, PPO)

@@ -28,7 +28,14 @@ class Spec(NamedTuple):
 
 
 SYMBOLS = {"symbol": Spec("discrete", n=3)}
-OBJECTIVES = [("flow", "clean"), ("flow", "noisy"), ("mask", "clean"), ("mask", "noisy"), ("teacher", "clean")]
+OBJECTIVES = [
+    ("flow", "clean"),
+    ("flow", "noisy"),
+    ("mask", "clean"),
+    ("mask", "noisy"),
+    ("teacher", "clean"),
+    ("prior", "clean"),
+]
 
 
 def build(objective="flow", history="clean", obs=SYMBOLS, **options) -> WorldModel:

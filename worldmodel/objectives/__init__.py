@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from longdream.worldmodel.objectives.flow import Flow
 from longdream.worldmodel.objectives.mask import Mask
+from longdream.worldmodel.objectives.prior import Prior
 from longdream.worldmodel.objectives.teacher import Teacher
 from longdream.worldmodel.types import class_by_name
 
@@ -14,4 +15,4 @@ def objective_class(name: str) -> type:
     Raises:
         ValueError: neither.
     """
-    return class_by_name("forcing.objective", name, {"flow": Flow, "mask": Mask, "teacher": Teacher})
+    return class_by_name("forcing.objective", name, {"flow": Flow, "mask": Mask, "prior": Prior, "teacher": Teacher})

@@ -34,7 +34,7 @@ class ForcingConfig:
     """The objective of M and its sampler."""
 
     objective: str = "flow"
-    """flow, mask, teacher, or a dotted path `package.module:Class` to an Objective of your own."""
+    """flow, mask, teacher, prior, or a dotted path `package.module:Class` to an Objective of your own."""
     history: Literal["noisy", "clean"] = "clean"
     """What noised frames see of their past. clean: clean frames alone. noisy: noised frames too, behind a clean
     prefix."""
@@ -75,7 +75,9 @@ class Objective(Protocol):
     """What M is trained for. An `nn.Module` built as `Class(config, dynamics)`.
 
     latent: the kind of latents it needs.
-    It may also set `capturable = True`: a CUDA graph can capture `sample`, which does the same work at every call and
+    It may also set `trains_encoder = True`: V learns through M. `run` is then given z with V's straight-through
+    gradient and, by keyword, `posterior`: `(B, T, N, D)`, the log-probabilities that z was sampled from.
+    It may set `capturable = True`: a CUDA graph can capture `sample`, which does the same work at every call and
     moves nothing to the host.
     """
 

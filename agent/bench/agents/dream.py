@@ -112,7 +112,7 @@ def _row(agent: Agent, moments: Moments, n: int, observation: Observation, secon
         "waited": waited,
     }
     if observation == "image":
-        parts["decoder"] = lambda i: agent.model.encoder.decode(now.z)
+        parts["decoder"] = lambda i: agent.model.encoder.decode(now.z, now.feat)
     for call in parts.values():  # the first calls allocate memory, or capture a CUDA graph
         timed(call, 3, agent.device)
     once = timed(parts["total"], 3, agent.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from longdream.agent.bench.common import Device, device_of
 from longdream.agent.bench.model.world_model_cost import cost_of, step_capture
 from longdream.agent.bench.model.world_model_pictures import draw_curves, draw_strip
-from longdream.agent.config import options
+from longdream.agent.config import flags, options
 from longdream.agent.config.checks import check
 from longdream.agent.config.schema import Config
 from longdream.agent.core.device import own_randomness
@@ -98,9 +98,7 @@ def measure(
         raise UserError("on what? Name a folder of recordings: --data DIR")
     for name in mixers:
         if name not in VARIANTS:
-            raise UserError(
-                f"--mixers: {name!r}" + options.suggest(name, VARIANTS, f": there are {', '.join(VARIANTS)}")
-            )
+            raise UserError(f"--mixers: {name!r}" + flags.suggest(name, VARIANTS, f": there are {', '.join(VARIANTS)}"))
     if (steps is not None and steps < 1) or not 0 <= context_level <= 1:
         raise UserError(f"--steps {steps}, --context_level {context_level}: at least 1, and between 0 and 1")
     if not mixers or not seeds or not tasks or min(context - 2, ahead, clips, *contexts, 1) < 1:

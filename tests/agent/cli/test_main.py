@@ -300,7 +300,10 @@ MISTAKES = [
         "controller.kind = mine: use one of actor_critic, planner, tree, evolution or package.module:Class",
     ),
     ("train tiny --controller.kind nowhere:Mine", "controller.kind = nowhere:Mine: No module named 'nowhere'"),
-    ("train tiny --forcing.objective flwo", "forcing.objective = flwo: use one of flow, mask, teacher"),
+    (
+        "train tiny --forcing.objective flwo",
+        "forcing.objective = flwo: use one of flow, mask, prior, teacher or package.module:Class",
+    ),
     ("train tiny --replay.capacity 10", "replay.capacity = 10"),
     ("train tiny --replay.capacity 3", "replay capacity 3 is too small"),
     ("train tiny --encoder.grid 3", "encoder.grid = 3"),

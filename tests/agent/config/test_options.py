@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from longdream import __version__
-from longdream.agent.config import options
+from longdream.agent.config import flags, options
 from longdream.agent.config.schema import Config
 from longdream.envs.contract import UserError
 
@@ -94,11 +94,11 @@ def test_another_environment_or_controller_does_not_inherit_arguments() -> None:
 def test_flags_reach_the_config() -> None:
     words = ["--seed=3", "--env", "CartPole-v1", "--learn.encoder-rate", "1e-4", "--worldmodel.blocks", "2", "1"]
     words += ["--forcing.ramp", "false", "--env.kwargs.a", "1", "--env.kwargs.b", "[x, 2]", "--device", "cpu"]
-    _, flags = options.split(words, options.hint)
-    assert flags is not None
-    config = options.update(options.load("quickstart"), options.from_flags(flags))
+    _, given = flags.split(words, options.hint)
+    assert given is not None
+    config = options.update(options.load("quickstart"), options.from_flags(given))
     assert config.seed == 3 and config.env.id == "CartPole-v1" and config.learn.encoder_rate == 1e-4
     assert config.worldmodel.blocks == (2, 1) and config.forcing.ramp is False and config.device == "cpu"
     assert config.env.kwargs == {"corridor": 12, "doors": 2, "a": 1, "b": ["x", 2]}
-    config = options.changed(options.load("quickstart"), options.from_flags(flags))
+    config = options.changed(options.load("quickstart"), options.from_flags(given))
     assert config.env.kwargs == {"a": 1, "b": ["x", 2]}  # the preset's are those of its own environment

@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from longdream.agent.config import options
+from longdream.agent.config import flags, options
 from longdream.agent.config.options import Setting
 from longdream.agent.config.schema import Config, EnvConfig, EvaluateConfig, Kind
 
@@ -34,7 +34,7 @@ def test_every_number_has_a_range() -> None:
 def test_every_default_is_in_its_range() -> None:
     for name, field in options.fields().items():
         value = options.field_value(Config(), name)
-        assert options.read(name, value, field.hint) == value
+        assert flags.read(name, value, field.hint) == value
 
 
 @pytest.mark.parametrize(

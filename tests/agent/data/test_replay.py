@@ -343,7 +343,7 @@ def test_a_run_without_a_checkpoint_starts_afresh(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     replay = Replay(tmp_path, SPEC, 1, 100, 10)
     fill(replay, 0, 5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["segment_000000000.bin", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "segment_000000000.bin"]
     assert len(replay) == 5
 
 
@@ -435,7 +435,7 @@ for step in range(4000):
     if step == 100:
         before = top = resident()
     if step > 100 and step % 20 == 0:
-        replay.sample(rng, 16, 64, weight=0.5)
+        replay.sample(rng, 16, 64, priority_fraction=0.5)
     if step > 100 and step % 10 == 0:
         top = max(top, resident())
 state = replay.state()

@@ -87,10 +87,10 @@ def test_by_preset(folder: Path) -> None:
       kwargs: {{python: {sys.executable}, env: "far_world:Short", timeout_s: 20}}
       copies: 1
     replay: {{capacity: 500, batch: 2, length: 8}}
-    encoder: {{channels: 8, depth: 4, hidden: 16}}
-    worldmodel: {{layers: 1, width: 16, heads: 2, state_size: 4, window: 2}}
-    controller: {{hidden: 16, layers: 1, starts: 2, horizon: 3}}
-    learn: {{steps: 60, prefill: 20, ratio: 4, encoder_rows: 16}}
+    encoder: {{channels: 8, depth: 4}}
+    worldmodel: {{layers: 1, width: 16, num_heads: 2, state_size: 4, window: 2}}
+    controller: {{hidden: 16, layers: 1, imagination_starts: 2, horizon: 3}}
+    learn: {{steps: 60, prefill: 20, train_ratio: 4, encoder_rows: 16}}
     evaluate: {{every: 0, final_episodes: 1, copies: 1}}
     """
     (folder / "far.yaml").write_text(preset)

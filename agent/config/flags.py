@@ -1,0 +1,102 @@
+"""From the words of a command line to values: without the Config, so that help is quick."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from longdream.envs.contract import UserError
+from longdream.worldmodel.fields import problem
+
+
+def split(arguments: list[str], hint: Callable[[str], Any]) -> tuple[list[str], dict[str, Any] | None]:
+    """Words, and values by flag: `--flag value` or `--flag=value`; None for the flags where help is asked for.
+
+    Args:
+        hint: the type behind a flag (without its dashes), or a UserError for an unknown one.
+
+    Raises:
+        UserError: an unknown flag, one without value, or a value that cannot be read as YAML where that is needed.
+    """
+    words: list[str] = []
+    flags: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        if token in ("-h", "--help"):
+            return [*words, *(word for word in rest if not word.startswith("-"))], None
+        if not token.startswith("-"):
+            words.append(token)
+            continue
+        if not token.startswith("--"):
+            raise UserError(f"unknown flag {token}: flags have two dashes, such as --seed 3")
+        flag, equals, text = token[2:].partition("=")
+        kind = hint(flag)
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{flag} needs a value")
+            text = rest.pop(0)
+        if holds(kind, tuple):  # 2,1 or [2, 1] or several words
+            while rest and not rest[0].startswith("--") and not equals:
+                text += f",{rest.pop(0)}"
+            flags[flag] = [part for part in text.strip("[]()").replace(",", " ").split()]
+        else:
+            flags[flag] = read_yaml(flag, text) if holds(kind, dict) else text
+    return words, flags
+
+
+def holds(hint: Any, kind: type) -> bool:
+    """Whether a type is `kind` of something, or may be."""
+    return get_origin(hint) is kind or any(holds(part, kind) for part in get_args(hint))
+
+
+def read(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, within its range; text is read as what it says.
+
+    Raises:
+        UserError: it says something else; the message begins with `name`.
+    """
+    near = ""
+    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    try:
+        if isinstance(value, bool) and plain in (int, float):
+            raise ValueError("should be a number")
+        found = TypeAdapter(hint).validate_python(value)
+        if isinstance(found, float) and not math.isfinite(found):
+            raise ValueError("should be a finite number")
+        return found
+    except ValidationError as error:
+        message = problem(error)
+        near = suggest(str(value), [choice for choice in _choices(hint) if isinstance(choice, str)])
+    except ValueError as error:
+        message = str(error)
+    raise UserError(f"{name} {value!r}: {message}{near}")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(choice for part in get_args(hint) for choice in _choices(part))
+
+
+def read_yaml(flag: str, text: str) -> Any:
+    """What the text says, as YAML.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--{flag} {text}: cannot be read; write it like '{{\"corridor\": 36}}'") from None
+
+
+def suggest(word: str, known: Any, otherwise: str = "") -> str:
+    """': did you mean ...?' with the closest of `known`, else ': otherwise'."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f": did you mean {close[0]}?" if close else f": {otherwise}" if otherwise else ""

@@ -1,0 +1,208 @@
+"""The prior: both directions of the KL against their definition, what is predicted and what is not, V through M."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from longdream.worldmodel.categorical import kl_divergence, uniform_mixture
+from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.encoder import EncoderConfig
+from longdream.worldmodel.model import HeadsConfig, WorldModel
+from longdream.worldmodel.objectives import prior
+from longdream.worldmodel.objectives.base import ForcingConfig
+from longdream.worldmodel.objectives.prior import AHEAD, Prior
+from longdream.worldmodel.types import Batch
+
+CLASSES = 3
+ACTIONS = 2
+
+
+class Pixels:
+    """An image key as V sees it."""
+
+    kind = "image"
+    shape = (16, 16, 3)
+    n = 0
+
+
+def model(objective: str = "prior") -> WorldModel:
+    torch.manual_seed(0)
+    return WorldModel(
+        {"image": Pixels()},
+        ACTIONS,
+        EncoderConfig(channels=4 * CLASSES, classes=CLASSES, depth=4),
+        DynamicsConfig(width=16, num_heads=2, layers=1, state_size=4, window=2),
+        ForcingConfig(objective=objective),
+        HeadsConfig(hidden=16, bins=11),
+    )
+
+
+def batch(clips: int = 3, rows: int = 13, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.zeros(clips, rows, dtype=torch.bool)
+    first[1, 6] = True
+    no = torch.zeros(clips, rows, dtype=torch.bool)
+    return Batch(
+        obs={"image": torch.randint(0, 256, (clips, rows, 16, 16, 3), generator=generator, dtype=torch.uint8)},
+        action=torch.nn.functional.one_hot(torch.randint(0, ACTIONS, (clips, rows), generator=generator)).float(),
+        reward=torch.rand(clips, rows, generator=generator),
+        is_first=first,
+        terminated=no,
+        truncated=no.clone(),
+        surprise=torch.zeros(clips, rows),
+    )
+
+
+def objective_of(made: WorldModel) -> Prior:
+    assert isinstance(made.objective, Prior)
+    return made.objective
+
+
+def test_kl_is_that_of_torch() -> None:
+    p, q = (uniform_mixture(torch.randn(5, 2, 4 * CLASSES), CLASSES, 0.01).log() for _ in range(2))
+    groups = [torch.distributions.Categorical(logits=v.unflatten(-1, (-1, CLASSES))) for v in (p, q)]
+    wanted = torch.distributions.kl_divergence(*groups).sum((-2, -1))
+    torch.testing.assert_close(kl_divergence(p, q), wanted)
+
+
+@pytest.mark.parametrize("free", [0.0, 1e6])
+def test_the_loss_is_its_definition(free: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frame by frame, by a loop; with free nats beyond all KLs it has no gradient but that of the prediction ahead."""
+    monkeypatch.setattr(prior, "FREE_NATS", free)
+    made = model()
+    rows = batch()
+    z, posterior = made.encoder.posterior(rows.obs)
+    first = rows.clip_first()
+    out = objective_of(made).run(made.dynamics, z, rows.prev_action(), first, 2, posterior=posterior)
+    head = objective_of(made).head
+    terms = []
+    for clip in range(3):
+        for t in range(12):
+            if first[clip, t + 1]:
+                continue
+            logits = head(torch.cat([out.feat[clip, t], rows.action[clip, t]])).view(1, -1)
+            log_probs = uniform_mixture(logits, CLASSES, prior.UNIMIX).log()
+            nats = kl_divergence(posterior[clip, t + 1], log_probs)
+            terms.append(1.1 * nats.clamp(min=free))  # 1 one way and 0.1 the other, of the same value
+    ahead = prior.AHEAD_WEIGHT * out.metrics["ahead"]
+    torch.testing.assert_close(out.loss, torch.stack(terms).mean() + ahead)
+    if free:
+        grads = torch.autograd.grad(out.loss, list(head.parameters()), allow_unused=True)
+        assert all(grad is None or not grad.any() for grad in grads)
+
+
+def test_the_prior_and_the_posterior_move_at_their_own_rates() -> None:
+    """Gradients of the KL: the head's is that of the full KL, V's a tenth of its own."""
+    p = torch.randn(4, 1, 2 * CLASSES, requires_grad=True)
+    q = torch.randn(4, 1, 2 * CLASSES, requires_grad=True)
+
+    def log_probs(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, CLASSES)).log_softmax(-1).flatten(-2)
+
+    whole = torch.autograd.grad(kl_divergence(log_probs(p), log_probs(q)).mean(), (p, q))
+    to_posterior = kl_divergence(log_probs(p).detach(), log_probs(q)).mean()
+    to_prior = kl_divergence(log_probs(p), log_probs(q).detach()).mean()
+    balanced = torch.autograd.grad(to_posterior + prior.POSTERIOR_WEIGHT * to_prior, (p, q))
+    torch.testing.assert_close(balanced[0], 0.1 * whole[0])
+    torch.testing.assert_close(balanced[1], whole[1])
+
+
+def test_prediction_ahead_stays_within_episodes() -> None:
+    """Frames after the start of an episode are not predicted from before it."""
+    made = model()
+    rows = batch()
+    z, _ = made.encoder.posterior(rows.obs)
+    z = z.detach()
+    first = rows.clip_first()
+    feat = torch.randn(3, 13, made.feature_size)
+    loss = objective_of(made)._ahead_loss(feat, rows.prev_action(), first, z)
+    terms = []
+    for clip in range(3):
+        for t in range(13 - AHEAD):
+            if first[clip, t + 1 : t + AHEAD + 1].any():
+                continue
+            actions = rows.action[clip, t : t + AHEAD].flatten()
+            logits = objective_of(made).ahead(torch.cat([feat[clip, t], actions])).view(1, -1)
+            log_probs = uniform_mixture(logits, CLASSES, prior.UNIMIX).log()
+            terms.append(-(z[clip, t + AHEAD] * log_probs).sum())
+    assert 0 < len(terms) < 3 * (13 - AHEAD)
+    torch.testing.assert_close(loss, torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize("objective", ["prior", "teacher"])
+def test_v_learns_through_m_where_the_objective_says_so(objective: str) -> None:
+    """Also from rewards alone, once the reward's head has learned to read anything."""
+    made = model(objective)
+    with torch.no_grad():
+        for parameter in made.reward_continue.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    loss, _, _ = made.loss(batch(), 2)
+    encoder = [p for name, p in made.encoder.named_parameters() if ".down." in name]
+    grads = torch.autograd.grad(loss.value, encoder, allow_unused=True)
+    assert encoder and made.trains_encoder == (objective == "prior")
+    assert all((grad is not None and bool(grad.any())) == made.trains_encoder for grad in grads)
+    assert any(key.startswith("reconstruction/") for key in loss.metrics) == made.trains_encoder
+
+
+def test_observations_are_decoded_from_latents_and_feature() -> None:
+    made = model()
+    z = made.encoder(batch().obs)
+    feat = torch.randn(3, 13, made.feature_size)
+    alone = made.encoder.decode(z)["image"]
+    both = made.encoder.decode(z, feat)["image"]
+    assert both.shape == alone.shape == (3, 13, 16, 16, 3)
+    assert not torch.equal(alone, both)
+
+
+def test_some_rows_are_reconstructed() -> None:
+    made = model()
+    few, _, _ = made.loss(batch(), 2, decoded=5)
+    every, _, _ = made.loss(batch(), 2)
+    few_error, error = (float(loss.metrics["reconstruction/image"]) for loss in (few, every))
+    assert few_error == pytest.approx(error, rel=0.3) and few_error != error
+
+
+def test_dreams_are_drawn_from_the_prior() -> None:
+    """Of each variable, as often as it says; at a low temperature the likeliest class."""
+    made = model()
+    feat = torch.randn(1, made.feature_size)
+    action = torch.tensor([[1.0, 0.0]])
+    like = torch.empty(1, 1, 4 * CLASSES)
+    probs = objective_of(made)._log_probs(objective_of(made).head, feat, action, like).exp()
+    many = (feat.expand(4000, -1), made.dynamics.initial(4000), action.expand(4000, -1))
+    drawn = made.objective.sample(made.dynamics, *many, 1)
+    torch.testing.assert_close(drawn.mean(0), probs[0], atol=0.04, rtol=0)
+    cold = made.objective.sample(made.dynamics, *many, 1, temperature=0.01)
+    best = probs[0].unflatten(-1, (-1, CLASSES)).argmax(-1)
+    assert (cold.unflatten(-1, (-1, CLASSES)).argmax(-1) == best).float().mean() > 0.99
+
+
+def test_surprise_is_the_prior_s_cross_entropy() -> None:
+    made = model()
+    feat = torch.randn(3, made.feature_size)
+    action = torch.tensor([[1.0, 0.0]]).expand(3, -1)
+    z = made.encoder(batch().obs)[:, 0].detach()
+    log_probs = objective_of(made)._log_probs(objective_of(made).head, feat, action, z)
+    wanted = -(z * log_probs).sum((-2, -1)) / 4
+    surprise = made.objective.surprise(made.dynamics, feat, made.dynamics.initial(3), action, z)
+    torch.testing.assert_close(surprise, wanted)
+
+
+def test_m_learns_what_follows() -> None:
+    """A clip of two alternating images: the KL falls to what is free, and the next frame is dreamt."""
+    made = model()
+    rows = batch(4, 12)
+    images = torch.stack([torch.full((16, 16, 3), 40), torch.full((16, 16, 3), 210)]).to(torch.uint8)
+    order = torch.arange(12) % 2
+    rows.obs["image"] = images[order].expand(4, -1, -1, -1, -1).contiguous()
+    rows.is_first = torch.zeros(4, 12, dtype=torch.bool)
+    optimizer = torch.optim.Adam(made.parameters(), 3e-3)
+    for _ in range(150):
+        loss, starts, _ = made.loss(rows, 3)
+        optimizer.zero_grad()
+        loss.value.backward()
+        optimizer.step()
+    assert loss.metrics["kl"] < 1.2 and loss.metrics["reconstruction/image"] < 0.01
+    z, feat, _ = made.dream_step(starts.feat, starts.state, rows.action[:, 0].repeat_interleave(3, 0))
+    dreamt = made.encoder.decode(z, feat)["image"].float().mean((1, 2, 3))
+    assert ((dreamt - 40).abs().minimum((dreamt - 210).abs()) < 25).float().mean() > 0.8

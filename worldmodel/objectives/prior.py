@@ -1,0 +1,120 @@
+"""A learned prior that V's posterior is pulled towards: V learns through M.
+
+As in DreamerV2 and V3 (Hafner et al. 2021, arXiv 2010.02193, equation 2; 2023, arXiv 2301.04104, equation 5): the prior
+p(z_{t+1} | feat_t, a_t) learns to predict the posterior q(z_{t+1} | o_{t+1}) that V gives, and V learns, at a tenth of
+that weight, to be predicted. Latents are sampled in training and in dreams.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from longdream.worldmodel.categorical import cross_entropy, draw_one_hots, kl_divergence, uniform_mixture
+from longdream.worldmodel.dynamics import Dynamics, State
+from longdream.worldmodel.networks import mlp
+from longdream.worldmodel.objectives.base import ForcingConfig, Pass, start_frames
+
+POSTERIOR_WEIGHT = 0.1
+"""Weight of the KL loss that moves the posterior towards the prior (beta_rep); that of the other is 1 (beta_dyn)."""
+FREE_NATS = 1.0
+"""KL of a frame below which neither loss has a gradient."""
+UNIMIX = 0.01
+"""Weight of the uniform distribution in the prior, which bounds the KL."""
+AHEAD = 8
+"""Frames that the second head looks ahead."""
+AHEAD_WEIGHT = 0.3
+
+
+class Prior(nn.Module):
+    """Two heads: the prior of frame t + 1 from (feat_t, a_t), and a prediction of frame t + AHEAD from feat_t and the
+    actions in between.
+
+    The second one is used in training alone: it gives M a reason to keep what it will need later.
+    """
+
+    latent: Literal["continuous", "categorical"] = "categorical"
+    trains_encoder = True
+    capturable = True
+
+    def __init__(self, config: ForcingConfig, dynamics: Dynamics, classes: int, actions: int):
+        super().__init__()
+        self.classes = classes
+        hidden = 2 * dynamics.config.width
+        size = dynamics.tokens * dynamics.channels
+        self.head = mlp(dynamics.feature_size + actions, hidden, size)
+        self.ahead = mlp(dynamics.feature_size + AHEAD * actions, hidden, size)
+
+    def run(
+        self,
+        dynamics: Dynamics,
+        z: Tensor,
+        prev_action: Tensor,
+        first: Tensor,
+        num_starts: int,
+        weight: Tensor | None = None,
+        state: State | None = None,
+        posterior: Tensor | None = None,
+    ) -> Pass:
+        """See `Objective.run`. z: sampled one-hots, with V's gradient. posterior: `(B, T, N, D)`, log-probabilities of
+        V, with its gradient; None where V is not trained: z then stands for it."""
+        batch, frames = z.shape[:2]
+        ones = torch.ones(batch, frames, device=z.device)
+        at = start_frames(ones, num_starts, weight)
+        before = dynamics.initial(batch, z.device) if state is None else state
+        out = dynamics(z, prev_action, ones, first, before, None, at)
+        prior = self._log_probs(self.head, out.feat[:, :-1], prev_action[:, 1:], z[:, 1:])
+        predicted = ~first[:, 1:]  # the first frame of an episode has nothing to be predicted from
+        metrics: dict[str, Tensor] = {}
+        if posterior is None:
+            nats = -(z[:, 1:] * prior).sum((-2, -1))
+            loss = _mean(nats, predicted)
+        else:
+            target = posterior[:, 1:]
+            to_posterior = kl_divergence(target.detach(), prior)
+            to_prior = kl_divergence(target, prior.detach())
+            loss = _mean(to_posterior.clamp(min=FREE_NATS), predicted)
+            loss = loss + POSTERIOR_WEIGHT * _mean(to_prior.clamp(min=FREE_NATS), predicted)
+            metrics["kl"] = _mean(to_posterior, predicted).detach()
+        if frames > AHEAD:
+            ahead = self._ahead_loss(out.feat, prev_action, first, z.detach())
+            metrics["ahead"] = ahead.detach()
+            loss = loss + AHEAD_WEIGHT * ahead
+        metrics["prediction"] = loss.detach()
+        assert out.states_at is not None
+        end = None if state is None else out.state
+        return Pass(loss, metrics, out.feat, ones.bool(), at, out.states_at, end)
+
+    def _ahead_loss(self, feat: Tensor, prev_action: Tensor, first: Tensor, z: Tensor) -> Tensor:
+        """Cross-entropy of frame t + AHEAD, in nats per frame, where no episode begins in between."""
+        frames = z.shape[1] - AHEAD
+        # actions a_t to a_{t + AHEAD - 1}, side by side
+        actions = prev_action[:, 1:].unfold(1, AHEAD, 1).transpose(-1, -2).flatten(-2)
+        log_probs = self._log_probs(self.ahead, feat[:, :frames], actions, z[:, AHEAD:])
+        episode = first.long().cumsum(1)
+        same = episode[:, AHEAD:] == episode[:, :frames]
+        return _mean(-(z[:, AHEAD:] * log_probs).sum((-2, -1)), same)
+
+    def sample(
+        self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
+    ) -> Tensor:
+        """See `Objective.sample`."""
+        like = feat.new_empty(len(feat), dynamics.tokens, dynamics.channels)
+        return draw_one_hots(self._log_probs(self.head, feat, action, like), self.classes, temperature)
+
+    def surprise(self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, z: Tensor) -> Tensor:
+        """Cross-entropy `(B,)` of the prior, in nats per variable."""
+        log_probs = self._log_probs(self.head, feat, action, z)
+        return cross_entropy(log_probs, z, self.classes).mean((-2, -1))
+
+    def _log_probs(self, head: nn.Module, feat: Tensor, action: Tensor, like: Tensor) -> Tensor:
+        """Log-probabilities of the shape of `like` `(..., N, D)`, from feat `(..., F)` and action `(..., A)`."""
+        logits = head(torch.cat([feat, action], -1)).view_as(like)
+        return uniform_mixture(logits, self.classes, UNIMIX).log()
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of values `(B, T)` where `where` `(B, T)` is true; 0 where it never is."""
+    return (values * where).sum() / where.sum().clamp(min=1)
