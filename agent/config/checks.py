@@ -27,7 +27,7 @@ def check_given(config: Config, given: Iterable[str]) -> None:
         kinds = setting(name).kinds
         if config.kind in kinds:
             continue
-        if config.kind == "imagination":
+        if config.kind == "imagination" and not name.startswith(("evaluate.", "learn.")):
             raise UserError(f"--{name} cannot change: V and M of {config.world} stay as they are")
         raise UserError(
             f"--{name} means nothing to a run of kind {config.kind}, only to {' and '.join(kinds)}: omit it"

@@ -17,7 +17,7 @@ from longdream.envs.contract import UserError
 
 def measure(
     preset: str = "quickstart",
-    kinds: tuple[str, ...] = ("flow/two", "flow/one", "mask/two", "teacher/one"),
+    kinds: tuple[str, ...] = ("flow/clean", "flow/noisy", "mask/clean", "teacher/clean"),
     seeds: tuple[int, ...] = (1, 2, 3),
     steps: int | None = None,
     threshold: float = 0.9,
@@ -41,14 +41,14 @@ def measure(
         device: where to compute (default: as in the preset)
 
     Returns:
-        rows: of each run objective, stream (forcing.history), seed, return_mean, env_steps, updates, wall_s and, from
-        the evaluations during training, steps_to_threshold and seconds_to_threshold (null if it was never reached).
+        rows: of each run objective, history, seed, return_mean, env_steps, updates, wall_s and, from the evaluations
+        during training, steps_to_threshold and seconds_to_threshold (null if it was never reached).
 
     Raises:
         UserError: a training failed; the message names its log file.
     """
     if parallel < 1 or not seeds or not all("/" in kind for kind in kinds):
-        raise UserError(f"--parallel {parallel}, --seeds {seeds}, --kinds {kinds}: must be like 1, 1,2,3 and flow/two")
+        raise UserError(f"--parallel {parallel}, --seeds {seeds}, --kinds {kinds}: must be like 1, 1,2,3 and flow/clean")
     config_of(preset, device)  # an unknown preset is an error here, not in each of the runs
     preset = str(Path(preset).resolve()) if Path(preset).suffix else preset
     flags = [*(("--device", device) if device else ()), *(("--steps", str(steps)) if steps else ())]
@@ -56,7 +56,7 @@ def measure(
 
     def one(job: tuple[str, int]) -> dict[str, Any]:
         row = _trained(out, preset, flags, threshold, *job)
-        print("{objective} {stream}, seed {seed}: {return_mean:.3f} in {wall_s:.0f} s".format(**row), file=sys.stderr)
+        print("{objective} {history}, seed {seed}: {return_mean:.3f} in {wall_s:.0f} s".format(**row), file=sys.stderr)
         return row
 
     with ThreadPoolExecutor(parallel) as pool:
@@ -67,12 +67,12 @@ def measure(
 
 def _trained(out: Path, preset: str, flags: list[str], threshold: float, kind: str, seed: int) -> dict[str, Any]:
     """The row of one run, which is trained now if it is not finished."""
-    objective, _, stream = kind.rpartition("/")
-    name = f"{objective}-{stream}-s{seed}"
-    settings = {"seed": seed, "forcing.objective": objective, "forcing.history": stream}
+    objective, _, history = kind.rpartition("/")
+    name = f"{objective}-{history}-s{seed}"
+    settings = {"seed": seed, "forcing.objective": objective, "forcing.history": history}
     summary = trained.finished(out, name, ["train", preset, *flags, *trained.flags(settings)])
     steps, seconds = reached_at(out / "runs" / name / "metrics.jsonl", threshold)
-    row = {"objective": objective, "stream": stream, "seed": seed}
+    row = {"objective": objective, "history": history, "seed": seed}
     row |= {key: summary[key] for key in ("return_mean", "env_steps", "updates", "wall_s")}
     return row | {"steps_to_threshold": steps, "seconds_to_threshold": seconds}
 
@@ -97,9 +97,9 @@ def reached_at(record: Path, threshold: float) -> tuple[int, float] | tuple[None
 def markdown(rows: Sequence[dict[str, Any]], threshold: float) -> str:
     """The comparison as two tables: one line per objective, over seeds, and one line per run."""
     to = [f"real steps to {threshold:g}", f"seconds to {threshold:g}"]
-    over_seeds = [["objective", "stream", "return, mean", "lowest", "runs that got there", *to, "seconds in all"]]
-    for kind in dict.fromkeys((row["objective"], row["stream"]) for row in rows):
-        group = [row for row in rows if (row["objective"], row["stream"]) == kind]
+    over_seeds = [["objective", "history", "return, mean", "lowest", "runs that got there", *to, "seconds in all"]]
+    for kind in dict.fromkeys((row["objective"], row["history"]) for row in rows):
+        group = [row for row in rows if (row["objective"], row["history"]) == kind]
         hits = [row for row in group if row["steps_to_threshold"] is not None]
         returns = [row["return_mean"] for row in group]
         medians = [
@@ -108,10 +108,10 @@ def markdown(rows: Sequence[dict[str, Any]], threshold: float) -> str:
         ]
         reached = f"{len(hits)} of {len(group)}"
         over_seeds.append([*kind, f"{statistics.mean(returns):.3f}", f"{min(returns):.3f}", reached, *medians])
-    runs = [["objective", "stream", "seed", "return", *to, "real steps", "updates", "seconds in all"]]
+    runs = [["objective", "history", "seed", "return", *to, "real steps", "updates", "seconds in all"]]
     for row in rows:
         keys = ("steps_to_threshold", "seconds_to_threshold", "env_steps", "updates", "wall_s")
         numbers = ["–" if row[key] is None else f"{row[key]:,.0f}" for key in keys]
-        runs.append([row["objective"], row["stream"], str(row["seed"]), f"{row['return_mean']:.3f}", *numbers])
+        runs.append([row["objective"], row["history"], str(row["seed"]), f"{row['return_mean']:.3f}", *numbers])
     between = "Steps and seconds are medians over runs. Each of them:"
     return "\n\n".join([trained.table(over_seeds), between, trained.table(runs)])
