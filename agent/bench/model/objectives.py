@@ -48,7 +48,9 @@ def measure(
         UserError: a training failed; the message names its log file.
     """
     if parallel < 1 or not seeds or not all("/" in kind for kind in kinds):
-        raise UserError(f"--parallel {parallel}, --seeds {seeds}, --kinds {kinds}: must be like 1, 1,2,3 and flow/clean")
+        raise UserError(
+            f"--parallel {parallel}, --seeds {seeds}, --kinds {kinds}: must be like 1, 1,2,3 and flow/clean"
+        )
     config_of(preset, device)  # an unknown preset is an error here, not in each of the runs
     preset = str(Path(preset).resolve()) if Path(preset).suffix else preset
     flags = [*(("--device", device) if device else ()), *(("--steps", str(steps)) if steps else ())]

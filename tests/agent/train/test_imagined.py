@@ -136,8 +136,8 @@ def test_from_the_command_line(dream_runs, tmp_path: Path, monkeypatch, capsys) 
     ("words", "problem"),
     [
         (["--worldmodel.layers", "3"], "--worldmodel.layers cannot change: V and M of"),
-        (["--learn.steps", "3"], "--learn.steps cannot change: V and M of"),
-        (["--evaluate.every", "3"], "--evaluate.every cannot change: V and M of"),
+        (["--learn.steps", "3"], "--learn.steps means nothing to a run of kind imagination"),
+        (["--evaluate.every", "3"], "--evaluate.every means nothing to a run of kind imagination"),
         (["--kind", "online"], "--world means nothing to a run of kind online, only to imagination"),
         (["--kind", "video"], "means nothing to a run of kind video"),
         (
