@@ -219,8 +219,8 @@ class World:
         else:
             # reset first: it clears any autoreset that the vector environment still has pending
             self._ask("reset", self.timeout_s)
-            longest = max(len(copy["actions"]) for copy in copies)
-            timeout_s = self.timeout_s * (1 + longest // REPLAYED_STEPS_PER_TIMEOUT)
+            longest_episode = max(len(copy["actions"]) for copy in copies)
+            timeout_s = self.timeout_s * (1 + longest_episode // REPLAYED_STEPS_PER_TIMEOUT)
             self._ask("set_state", timeout_s, states=copies)
         self.row = Row(**state["row"])
 

@@ -58,13 +58,18 @@ def load(source: str) -> Config:
     if not isinstance(tree or {}, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}: it must map names of settings to values")
     tree = dict(tree or {})
-    written_by = str(tree.pop("version", VERSION))
-    if _minor(written_by) != _minor(VERSION):
+    written_by = tree.pop("version", None)
+    if written_by is not None and _minor(str(written_by)) != _minor(VERSION):
         raise UserError(f"{path} was written by longdream {written_by}, this is {VERSION}: use that version to read it")
+    settings = dict(leaves(tree))
+    unknown_names = [name for name in settings if entry(name)[0] not in fields()]
     try:
-        return update(Config(), dict(leaves(tree)))
+        return update(Config(), settings)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        # files of 0.1 do not say their version; those of runs have all of its settings
+        old = written_by is None and len(unknown_names) > 1
+        hint = f"; longdream 0.1 reads the files that it wrote, this is {VERSION}" if old else ""
+        raise UserError(f"{path}: {error}{hint}") from None
 
 
 def _minor(version: str) -> list[str]:

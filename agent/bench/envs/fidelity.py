@@ -55,8 +55,8 @@ def measure(
 
     Returns:
         psnr_mean, psnr_p05 (dB); pose_error_1, pose_error_10_open, pose_error_10_contact: medians, in cells;
-        touch_agreement: share of approaches; returns: rows of size, policy, real_mean, real_ci95 (original), twin_mean,
-        twin_ci95 (fast version), agree (each mean lies in the other's 95% interval); counts: number of samples of each.
+        touch_agreement: share of approaches; returns: rows of size, policy, real_mean, real_ci95 (original), fast_mean,
+        fast_ci95 (fast version), agree (each mean lies in the other's 95% interval); counts: number of samples of each.
     """
     if min(states, approaches) < 1 or episodes < 0:
         raise UserError(f"--states {states} --approaches {approaches} --episodes {episodes}: too small")
@@ -91,7 +91,7 @@ def measure(
     for row in result["returns"]:
         means = [
             f"{label} {row[f'{key}_mean']:.2f} ± {np.ptp(row[f'{key}_ci95']) / 2:.2f}"
-            for key, label in (("real", "original"), ("twin", "fast"))
+            for key, label in (("real", "original"), ("fast", "fast version"))
         ]
         print(f"  {row['size']}x{row['size']} {row['policy']:6} {', '.join(means)}")
     return result
@@ -229,8 +229,8 @@ def returns(
                     "policy": policy,
                     "real_mean": in_original["return_mean"],
                     "real_ci95": in_original["return_ci95"],
-                    "twin_mean": in_fast["return_mean"],
-                    "twin_ci95": in_fast["return_ci95"],
+                    "fast_mean": in_fast["return_mean"],
+                    "fast_ci95": in_fast["return_ci95"],
                     "agree": _within(in_original["return_mean"], in_fast["return_ci95"])
                     and _within(in_fast["return_mean"], in_original["return_ci95"]),
                 }

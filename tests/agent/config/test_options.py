@@ -102,3 +102,16 @@ def test_flags_reach_the_config() -> None:
     assert config.env.kwargs == {"corridor": 12, "doors": 2, "a": 1, "b": ["x", 2]}
     config = options.changed(options.load("quickstart"), options.from_flags(given))
     assert config.env.kwargs == {"a": 1, "b": ["x", 2]}  # the preset's are those of its own environment
+
+
+def test_a_file_of_0_1_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Its configurations did not say a version, and have settings by other names."""
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 3\nexact: false\nrecorded: false\nlearn: {ratio: 8.0}\n")
+    with pytest.raises(
+        UserError, match=r"unknown setting exact: .*; longdream 0\.1 reads the files that it wrote, this"
+    ):
+        options.load(str(path))
+    path.write_text("learn: {train_ration: 8.0}\n")
+    with pytest.raises(UserError, match=r"did you mean learn\.train_ratio or learn\.encoder_rate\?$"):
+        options.load(str(path))

@@ -133,10 +133,10 @@ def test_options_look_as_in_the_original(options: dict[str, bool]) -> None:
 def test_returns_are_compared() -> None:
     rows = fidelity.returns(2, 1, 0, sizes=(9,), policies=("random",))
     (row,) = rows
-    assert set(row) == {"size", "policy", "real_mean", "real_ci95", "twin_mean", "twin_ci95", "agree"}
+    assert set(row) == {"size", "policy", "real_mean", "real_ci95", "fast_mean", "fast_ci95", "agree"}
     assert row["agree"] == (
-        row["twin_ci95"][0] <= row["real_mean"] <= row["twin_ci95"][1]
-        and row["real_ci95"][0] <= row["twin_mean"] <= row["real_ci95"][1]
+        row["fast_ci95"][0] <= row["real_mean"] <= row["fast_ci95"][1]
+        and row["real_ci95"][0] <= row["fast_mean"] <= row["real_ci95"][1]
     )
 
 
