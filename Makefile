@@ -21,8 +21,8 @@ help:
 demo: .venv/installed
 	.venv/bin/longdream demo $(ARGS)
 
-# loadfile: the tests of a file share a worker, so that a fixture as dear as a small training run is made once. In the
-# order of tests/conftest.py, dear files first, rather than by their number of tests.
+# loadfile: the tests of a file share a worker, so that a fixture that takes a small training run is made once. In the
+# order of tests/conftest.py, slow files first, rather than by their number of tests.
 test: .venv/installed-dev
 	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

@@ -18,7 +18,8 @@ from longdream.worldmodel.types import Loss
 
 
 class ActorCritic(nn.Module):
-    """REINFORCE on lambda-returns, with a two-hot critic that is regularised towards a slow copy of itself."""
+    """REINFORCE on lambda-returns, with a two-hot critic that is regularised towards a target critic, which is a moving
+    average of it."""
 
     capturable = True
 
@@ -29,7 +30,7 @@ class ActorCritic(nn.Module):
         self.actor = mlp(features, config.hidden, outputs(parts, actions), config.layers, zero=True)
         self.two_hot = TwoHot(config.bins)
         self.critic = mlp(features, config.hidden, len(self.two_hot.bins), config.layers, zero=True)
-        self.slow = copy.deepcopy(self.critic).requires_grad_(False)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.scale = ReturnScale(config.return_floor)
 
     def policy(self, feat: Tensor) -> Distribution:
@@ -87,12 +88,12 @@ class ActorCritic(nn.Module):
         return Loss(loss, {"replay_critic": loss.detach()})
 
     def _value_loss(self, feat: Tensor, logits: Tensor, returns: Tensor) -> Tensor:
-        """Loss `(...)` of the critic's logits at feat, towards the returns and towards the slow critic."""
+        """Loss `(...)` of the critic's logits at feat, towards the returns and towards the target critic."""
         with torch.no_grad():
-            slow = self.two_hot.mean(self.slow(feat))
-        return self.two_hot.loss(logits, returns) + self.two_hot.loss(logits, slow)
+            target = self.two_hot.mean(self.target(feat))
+        return self.two_hot.loss(logits, returns) + self.two_hot.loss(logits, target)
 
     @torch.no_grad()
     def after_update(self) -> None:
-        for slow, fast in zip(self.slow.parameters(), self.critic.parameters(), strict=True):
-            slow.lerp_(fast, self.config.target_ema)
+        for target, weight in zip(self.target.parameters(), self.critic.parameters(), strict=True):
+            target.lerp_(weight, self.config.target_ema)

@@ -29,7 +29,7 @@ def seeded() -> None:
     np.random.seed(0)
 
 
-DEAR = (
+SLOW = (
     "envs/memory_maze/test_identity.py",
     "agent/train/test_resume.py",
     "envs/fast_memory_maze/test_original.py",
@@ -50,9 +50,9 @@ DEAR = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {path: place for place, path in enumerate(DEAR)}
+    order = {path: place for place, path in enumerate(SLOW)}
     here = Path(__file__).parent
-    items.sort(key=lambda item: order.get(item.path.relative_to(here).as_posix(), len(DEAR)))
+    items.sort(key=lambda item: order.get(item.path.relative_to(here).as_posix(), len(SLOW)))
     if torch.cuda.is_available():
         return
     for item in items:

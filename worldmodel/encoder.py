@@ -264,8 +264,7 @@ class Flat(nn.Module):
     """Vectors and discrete values to latents, or back: a linear map plus an MLP.
 
     Outside the range of the training data the linear map extrapolates. There is no norm, which would keep directions
-    and
-    discard lengths: a cart that is further out than ever before must not be encoded like one near the origin.
+    and discard lengths: a cart that is further out than ever before must not be encoded like one near the origin.
     """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, skip: float):

@@ -79,7 +79,7 @@ def generate(
     order: str | float = "full",
     piece: int | None = None,
     context_level: float = 1.0,
-    record: Callable[[Step], Step] | None = None,
+    capture: Callable[[Step], Step] | None = None,
 ) -> Iterator[Piece]:
     """Generate T frames after a context (`read_context`), piece by piece, as the iterator is advanced.
 
@@ -90,8 +90,8 @@ def generate(
         order: in which the frames of a piece are denoised, see `slope`.
         piece: frames denoised together; None: a chunk of M's attention, which may be a single frame.
         context_level: noise level that M is given for finished frames, which are not noised.
-        record: makes a single frame's step faster, for instance by capturing it as a CUDA graph, whose outputs the next
-            call may overwrite. A piece's state is then valid until the next piece. M's state must not grow.
+        capture: makes a single frame's step faster, for instance by a CUDA graph, whose outputs the next call may
+            overwrite. A piece's state is then valid until the next piece. M's state must not grow.
 
     Raises:
         ValueError: pieces that are not whole chunks, or an objective that only draws single frames.
@@ -113,11 +113,11 @@ def generate(
         level = torch.full_like(action[:, 0], context_level)
         return z, *dynamics.commit(state, z, action, None, level)
 
-    step = draw if record is None else record(draw)
+    step = draw if capture is None else capture(draw)
     for actions in action.split(piece, 1):
         if piece == 1:
             z, feat, state = step(feat, state, actions[:, 0])
-            if record is None:
+            if capture is None:
                 yield Piece(z[:, None], feat[:, None], state)
             else:
                 yield Piece(z[:, None].clone(), feat[:, None].clone(), state)

@@ -55,7 +55,7 @@ def baseline(
     examples
       longdream baseline --env CartPole-v1 --steps 25000
       longdream baseline --env longdream/Recall-v0 --env.kwargs.corridor 12 --algo sb3_contrib:RecurrentPPO
-      longdream baseline --env Pendulum-v1 --algo stable_baselines3:SAC --kwargs '{"learning_rate": 1e-3}'
+      longdream baseline --env Pendulum-v1 --algo stable_baselines3:SAC --kwargs.learning_rate 1e-3
 
     Args:
         env: id of the environment, or module:Id.
@@ -64,8 +64,8 @@ def baseline(
         seed: random seed.
         name: name of the folder below runs/ (default: ALGORITHM-sSEED-1, or -2, ...).
         copies: number of environments in parallel.
-        env_kwargs: arguments of the environment, as JSON.
-        kwargs: arguments of the algorithm, as JSON; "policy" is the policy.
+        env_kwargs: its arguments, one by one as --env.kwargs.corridor 12, or all as JSON.
+        kwargs: arguments of the algorithm, in the same forms; "policy" is the policy.
         evaluate_every: real steps between evaluations; 0 for none before the end.
         episodes: episodes per evaluation.
         final_episodes: episodes in the last evaluation.

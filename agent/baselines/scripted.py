@@ -77,13 +77,19 @@ def collect(
         first: number of the first episode
         seed: random seed of mazes and actions
         copies: number of environments in parallel (default: one per processor)
-        env_kwargs: arguments of the environment, '{"randomize_colors": true}'
+        env_kwargs: its arguments, one by one as --env.kwargs.randomize_colors true, or all as JSON
 
     Raises:
         UserError: a file exists already, or the environment cannot be made or does not fit.
     """
-    if episodes < 1 or first < 0 or seed < 0 or (copies or 1) < 1:
-        raise UserError(f"--episodes {episodes} --first {first} --seed {seed} --copies {copies}: too small")
+    for flag, value, least in (
+        ("episodes", episodes, 1),
+        ("first", first, 0),
+        ("seed", seed, 0),
+        ("copies", copies, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
     paths = [out / f"episode-{first + i:06d}.npz" for i in range(episodes)]
     existing = [path for path in paths if path.exists()]
     if existing:

@@ -61,11 +61,11 @@ def check_env(env: str, env_kwargs: dict[str, Any] | None = None, steps: int = 3
 
     examples
       longdream check-env longdream/MemoryMaze-9x9-v0
-      longdream check-env my_package.envs:MyEnv-v0 --env-kwargs '{"size": 5}'
+      longdream check-env my_package.envs:MyEnv-v0 --env.kwargs.size 5
 
     Args:
         env: a registered id, or module:Id.
-        env_kwargs: arguments of the environment, as JSON.
+        env_kwargs: its arguments, one by one as --env.kwargs.size 5, or all as JSON.
         steps: steps with random actions.
 
     Returns:

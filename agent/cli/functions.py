@@ -14,7 +14,8 @@ from longdream.envs.contract import UserError
 def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[str]) -> dict[str, Any] | None:
     """Call a function with parameters from the command line; None where help was asked for and given.
 
-    A parameter `env_kwargs` is the flag `--env.kwargs`, and as it is a dict, `--env.kwargs.corridor 24` is an entry.
+    A parameter `env_kwargs` is the flag `--env.kwargs`, and as it is a dict, `--env.kwargs.corridor 24` is an entry. A
+    flag may also be written with the group of settings that it belongs to, as in `longdream train`: `--env.workers`.
 
     Raises:
         UserError: an unknown flag, a missing word, or a value of another type.
@@ -26,12 +27,14 @@ def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[
 
     def split(flag: str) -> tuple[str, str]:
         """The parameter behind a flag, and the key where it is an entry of a dict."""
-        name = _parameter(flag)
-        if name in optional:
-            return name, ""
-        head, _, key = flag.rpartition(".")
-        if (name := _parameter(head)) in optional and flags.holds(hints[name], dict):
-            return name, key
+        group, _, last = flag.rpartition(".")
+        short = group if last == "id" else last  # --env.id is --env, and --env.workers --workers
+        for name in (_parameter(flag), _parameter(short)):
+            if name in optional:
+                return name, ""
+        for name in optional:
+            if flags.holds(hints[name], dict) and _parameter(flag).startswith(f"{name}_"):
+                return name, flag[len(name) + 1 :]
         known = [flag_name(name) for name in optional]
         raise UserError(f"unknown flag --{flag}" + flags.suggest(f"--{flag}", known, f"see {program} --help"))
 

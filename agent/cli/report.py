@@ -66,9 +66,9 @@ def dream(
     """
     least = {"episodes": (episodes, 1), "seed": (seed, 0), "temperature": (temperature, 0)}
     least |= {"steps": (steps, 1)} if steps is not None else {}
-    for flag, (value, bound) in least.items():
-        if value < bound:
-            raise UserError(f"--{flag} {value}: must be at least {bound}")
+    for flag, (value, minimum) in least.items():
+        if value < minimum:
+            raise UserError(f"--{flag} {value}: must be at least {minimum}")
     if fps is not None and not 0 < fps <= 120:
         raise UserError(f"--fps {fps:g}: must be more than 0 and at most 120")
     video = out or Path(run_folder) / "videos" / "dream.mp4"

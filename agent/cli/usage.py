@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-USAGE = """longdream: agents that learn inside a learned world model that remembers
+USAGE = """longdream: agents that learn inside a learned world model with long-term memory
 
   longdream train PRESET|FILE.yaml [options]   train, evaluate, write runs/NAME
   longdream train --resume runs/NAME           go on where a run stopped
-  longdream train --world runs/NAME [options]  another controller, in the dreams of a run that is there
+  longdream train --world runs/NAME [options]  another controller, in the dreams of an existing run
   longdream train video-NAME --data DIR        V and M alone, on recorded video
   longdream evaluate runs/NAME                 play real episodes with a trained agent
   longdream evaluate oracle|random --env ID    the same with a scripted policy

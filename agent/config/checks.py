@@ -27,11 +27,10 @@ def check_given(config: Config, given: Iterable[str]) -> None:
         kinds = setting(name).kinds
         if config.kind in kinds:
             continue
-        if config.kind == "imagination" and not name.startswith(("evaluate.", "learn.")):
+        if config.kind == "imagination" and name.startswith(("encoder.", "worldmodel.", "forcing.", "heads.", "env.")):
             raise UserError(f"--{name} cannot change: V and M of {config.world} stay as they are")
-        raise UserError(
-            f"--{name} means nothing to a run of kind {config.kind}, only to {' and '.join(kinds)}: omit it"
-        )
+        fix = "name a preset video-..., or omit it" if kinds == ("video",) else "omit it"
+        raise UserError(f"--{name} means nothing to a run of kind {config.kind}, only to {' and '.join(kinds)}: {fix}")
 
 
 def check_clip(config: Config, longest_clip: int) -> None:

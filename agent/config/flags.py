@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -66,10 +67,10 @@ def read(name: str, value: Any, hint: Any) -> Any:
     try:
         if isinstance(value, bool) and plain in (int, float):
             raise ValueError("should be a number")
-        found = TypeAdapter(hint).validate_python(value)
-        if isinstance(found, float) and not math.isfinite(found):
+        parsed = TypeAdapter(hint).validate_python(value)
+        if isinstance(parsed, float) and not math.isfinite(parsed):
             raise ValueError("should be a finite number")
-        return found
+        return parsed
     except ValidationError as error:
         message = problem(error)
         near = suggest(str(value), [choice for choice in _choices(hint) if isinstance(choice, str)])
@@ -84,14 +85,56 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return tuple(choice for part in get_args(hint) for choice in _choices(part))
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML whose numbers are those of YAML 1.2 and JSON: `1e-3` is one, `12:30` is not."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$|0x[0-9a-fA-F]+$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$|[-+]?(inf|Infinity)$"
+    ),
+    list("-+.0123456789inI"),
+)
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value, 16 if node.value.lower().startswith("0x") else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def parse_yaml(text: str) -> Any:
+    """What YAML text says.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def read_yaml(flag: str, text: str) -> Any:
-    """What the text says, as YAML.
+    """What the text of a flag says, as YAML.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"--{flag} {text}: cannot be read; write it like '{{\"corridor\": 36}}'") from None
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 import yaml
 
 from longdream import __version__ as VERSION
-from longdream.agent.config.flags import holds, read, read_yaml, suggest
+from longdream.agent.config.flags import holds, parse_yaml, read, read_yaml, suggest
 from longdream.agent.config.schema import Config, Kind
 from longdream.envs.contract import UserError
 from longdream.worldmodel.fields import Mode, OnResume
@@ -52,7 +52,7 @@ def load(source: str) -> Config:
             raise UserError(f"unknown preset {source!r}" + suggest(source, known, f"there are {', '.join(known)}"))
         path = PRESETS / f"{source}.yaml"
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = parse_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is no YAML file: {error}") from None
     if not isinstance(tree or {}, dict):
@@ -66,8 +66,7 @@ def load(source: str) -> Config:
     try:
         return update(Config(), settings)
     except UserError as error:
-        # files of 0.1 do not say their version; those of runs have all of its settings
-        old = written_by is None and len(unknown_names) > 1
+        old = written_by is None and unknown_names  # files of 0.1 do not say their version
         hint = f"; longdream 0.1 reads the files that it wrote, this is {VERSION}" if old else ""
         raise UserError(f"{path}: {error}{hint}") from None
 

@@ -371,9 +371,12 @@ def _check(
     if not checkpoint:
         raise UserError("which dream? Give checkpoint='runs/NAME', the folder of a run")
     least = {"num_envs": (num_envs, 1), "steps": (steps, 1), "horizon": (horizon, 1), "pool": (pool, 1)}
-    for name, (value, bound) in {**least, "context": (context, 2)}.items():  # of two rows, one does not end an episode
-        if value is not None and not value >= bound:
-            raise UserError(f"{name} = {value}: must be at least {bound}")
+    for name, (value, minimum) in {
+        **least,
+        "context": (context, 2),
+    }.items():  # of two rows, one does not end an episode
+        if value is not None and not value >= minimum:
+            raise UserError(f"{name} = {value}: must be at least {minimum}")
     if not 0 < temperature < np.inf:
         raise UserError(f"temperature = {temperature}: must be greater than 0 and finite")
     words = {"observation": (observation, Observation), "device": (device, Device)}

@@ -1,4 +1,4 @@
-"""Training in imagination: a new C learns in the dreams of a run that is there, and is then evaluated for real."""
+"""Training in imagination: a new C learns in the dreams of an existing run, and is then evaluated for real."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class ImaginationTrainer(Trainer):
 
     def __init__(self, config: Config, folder: Path, saved: dict[str, Any] | None, signals: Signals, stack: ExitStack):
         super().__init__(config, folder, saved, signals, stack)
-        world = run_folder.open_run(config.world)
-        if world.config.kind == "video":
+        source = run_folder.open_run(config.world)
+        if source.config.kind == "video":
             raise UserError(
                 f"{config.world} was trained on video: it has no replay for dreams of a controller to start in"
             )
-        checkpoint, self.real_steps = world.saved
+        checkpoint, self.real_steps = source.saved
         self.rng = np.random.default_rng((config.seed, 1))
-        self.learner = self.agent = Agent(config, world.spec)
-        run_folder.fill_model(self.agent, checkpoint, world.folder)
-        self.replay = open_replay(world.folder, checkpoint)
+        self.learner = self.agent = Agent(config, source.spec)
+        run_folder.fill_model(self.agent, checkpoint, source.folder)
+        self.replay = open_replay(source.folder, checkpoint)
         stack.callback(self.replay.close)
         check_clip(config, self.replay.longest_clip)
         if not self.replay.can_sample(config.replay.length):

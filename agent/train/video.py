@@ -73,9 +73,8 @@ class ClipLearner(Learner):
         if model:
             with self.timed("model"):
                 finite = finite & self.step("model", self._model_loss(batch), metrics)
-        if (
-            self.state is not None
-        ):  # the state after an update that was skipped may not be finite: start again from zero
+        # the state after an update that was skipped may not be finite: start again from zero
+        if self.state is not None:
             kept = torch.as_tensor(finite, device=self.device)
             self.state = self.state.map(lambda t: torch.where(kept, t, torch.zeros_like(t)))
         return metrics, finite

@@ -162,7 +162,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         if actions.shape != (self.num_envs,) or actions.is_floating_point():
             raise UserError(f"actions {tuple(actions.shape)} {actions.dtype}: give {self.num_envs} whole numbers")
         actions = actions.to(self.device, torch.int64).contiguous()
-        low, high = (int(bound) for bound in torch.stack(torch.aminmax(actions)).tolist())
+        low, high = (int(limit) for limit in torch.stack(torch.aminmax(actions)).tolist())
         if low < 0 or high >= len(ACTIONS):
             raise UserError(_out_of_range(low if low < 0 else high))
         starting = np.flatnonzero(self.ended)

@@ -1,4 +1,4 @@
-"""Reinforcement-learning agents that learn inside a learned world that remembers.
+"""Reinforcement-learning agents that learn inside a learned world model with long-term memory.
 
 Importing it registers the project's environments with Gymnasium: `gym.make("longdream/Recall-v0")`.
 """

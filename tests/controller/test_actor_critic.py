@@ -154,8 +154,8 @@ def test_the_critic_finds_known_values() -> None:
         move[s, (s + 1) % 3] = 0.9 * cont[s]
     wanted = torch.linalg.solve(torch.eye(3) - move, torch.tensor([0.0, 0.0, 1.0]))
     assert agent.value(torch.eye(3)).tolist() == pytest.approx(wanted.tolist(), abs=0.05)
-    slow = agent.two_hot.mean(agent.slow(torch.eye(3)))
-    assert slow.tolist() == pytest.approx(wanted.tolist(), abs=0.1)
+    target = agent.two_hot.mean(agent.target(torch.eye(3)))
+    assert target.tolist() == pytest.approx(wanted.tolist(), abs=0.1)
 
 
 @pytest.mark.parametrize("parts", [(3,), ()])
@@ -202,7 +202,7 @@ def trained_a_little() -> ActorCritic:
     with torch.no_grad():
         for weight in agent.parameters():
             weight += 0.3 * torch.randn_like(weight)
-        for critic in (agent.critic, agent.slow):  # sure enough that values are of order one
+        for critic in (agent.critic, agent.target):  # sure enough that values are of order one
             critic[-1].bias -= 0.1 * torch.arange(-40.0, 41.0).square()
     return agent
 
@@ -272,7 +272,7 @@ def test_what_all_actions_earn_alike_counts_for_nothing_where_advantages_are_cen
 
 
 def test_actor_and_critic_learn_from_their_own_parts() -> None:
-    """The slow critic has no gradient; which actions were taken concerns the actor alone."""
+    """The target critic has no gradient; which actions were taken concerns the actor alone."""
     agent = trained_a_little()
     dreams = random_dream()
     value, metrics = agent.loss(dreams)
@@ -280,27 +280,27 @@ def test_actor_and_critic_learn_from_their_own_parts() -> None:
     torch.testing.assert_close(value.detach(), metrics["actor"] + metrics["critic"])
     value.backward()
     before = {name: p.grad for name, p in agent.named_parameters()}
-    assert all((grad is None) == name.startswith("slow") for name, grad in before.items())
+    assert all((grad is None) == name.startswith("target") for name, grad in before.items())
     gradient(agent, dreams._replace(action=1 - dreams.action))
     for name, p in agent.named_parameters():
         if p.grad is not None:
             assert torch.allclose(p.grad, before[name]) == name.startswith("critic"), name
 
 
-def test_the_slow_critic_follows_at_its_rate() -> None:
+def test_the_target_critic_follows_at_its_rate() -> None:
     agent = build(6, target_ema=0.25)
-    for slow, fast in zip(agent.slow.parameters(), agent.critic.parameters(), strict=True):
-        assert torch.equal(slow, fast) and not slow.requires_grad
+    for target, fast in zip(agent.target.parameters(), agent.critic.parameters(), strict=True):
+        assert torch.equal(target, fast) and not target.requires_grad
     with torch.no_grad():
         for weight in agent.critic.parameters():
             weight += torch.randn_like(weight)
-    before = [p.clone() for p in agent.slow.parameters()]
+    before = [p.clone() for p in agent.target.parameters()]
     kept = [p.clone() for p in agent.critic.parameters()]
     agent.after_update()
-    for old, new, fast, same in zip(before, agent.slow.parameters(), agent.critic.parameters(), kept, strict=True):
+    for old, new, fast, same in zip(before, agent.target.parameters(), agent.critic.parameters(), kept, strict=True):
         torch.testing.assert_close(new, 0.75 * old + 0.25 * fast)
         assert torch.equal(fast, same)
-    assert any("slow" in name for name in agent.state_dict())
+    assert any("target" in name for name in agent.state_dict())
 
 
 def test_a_new_controller_is_undecided() -> None:

@@ -177,13 +177,13 @@ def test_orders_are_slopes() -> None:
 
 
 @pytest.mark.parametrize("mixer", ["hybrid", "window"])
-def test_a_recorded_step_generates_the_same(mixer: str) -> None:
+def test_a_captured_step_generates_the_same(mixer: str) -> None:
     """What a CUDA graph does, rehearsed: inputs that are copies, outputs that the next call overwrites."""
     objective, dynamics, feat, state = build(mixer)
     action = torch.rand(2, 7, ACTIONS)
     kept = []
 
-    def record(step: Step) -> Step:
+    def capture(step: Step) -> Step:
         def again(*args: Any) -> Any:
             result = step(*pytree.tree_map(torch.clone, args))
             if not kept:
@@ -193,10 +193,10 @@ def test_a_recorded_step_generates_the_same(mixer: str) -> None:
 
         return again
 
-    def frames(record: Any) -> list[Tensor]:
+    def frames(capture: Any) -> list[Tensor]:
         torch.manual_seed(1)
-        pieces = list(generate(objective, dynamics, feat, state, action, 2, record=record))
+        pieces = list(generate(objective, dynamics, feat, state, action, 2, capture=capture))
         return [torch.cat([piece[i] for piece in pieces], 1) for i in range(2)]
 
-    for plain, recorded in zip(frames(None), frames(record), strict=True):
-        assert torch.equal(plain, recorded)
+    for plain, captured in zip(frames(None), frames(capture), strict=True):
+        assert torch.equal(plain, captured)

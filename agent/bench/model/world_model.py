@@ -250,7 +250,7 @@ class _Evaluation(NamedTuple):
             pose[:, after],
             self.steps,
             context_level=self.level,
-            record=step_capture(model, device),
+            capture=step_capture(model, device),
         )
         made = torch.cat([model.encoder.decode(piece.z)["image"] for piece in pieces], 1)
         return images[:, 1:][:, after], model.encoder.decode(z[:, after])["image"], made

@@ -57,7 +57,9 @@ def test_attention_is_measured() -> None:
 
 def test_attention_that_is_wrong_is_noticed() -> None:
     small = attention.inputs(torch.device("cpu"), 3, 2, 11, 2, 2, 4)
-    value, grad = attention.errors(lambda clean, first, cache: attend(clean, first, cache, chunk=2)[0], *small, 1, 3)
+    value, grad = attention.errors(
+        lambda clean, first, cache: attend(clean, first, cache, chunk_frames=2)[0], *small, 1, 3
+    )
     assert value > 1e-2 and grad > 1e-2
 
 

@@ -284,7 +284,10 @@ MISTAKES = [
     ("train tiny --env Recall-v0", "did you mean"),
     ("train tiny --env nowhere:Env-v0", "cannot import module 'nowhere'"),
     ("train tiny --env.kwargs.corridor 0", "it needs a corridor of at least 1"),
-    ("train tiny --video.context 3", "--video.context means nothing to a run of kind online, only to video: omit it"),
+    (
+        "train tiny --video.context 3",
+        "--video.context means nothing to a run of kind online, only to video: name a preset",
+    ),
     ("train tiny --learn.updates 3", "--learn.updates means nothing to a run of kind online, only to imagination and"),
     ("train tiny --evaluate.times 3", "--evaluate.times means nothing to a run of kind online"),
     ("train tiny --kind film", "--kind 'film': should be 'online', 'imagination' or 'video'"),

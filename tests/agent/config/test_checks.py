@@ -87,7 +87,11 @@ def test_what_may_be_given(kind: dict, names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "problem"),
     [
-        ({}, "video.data", "--video.data means nothing to a run of kind online, only to video: omit it"),
+        (
+            {},
+            "video.data",
+            "--video.data means nothing to a run of kind online, only to video: name a preset video-..., or omit it",
+        ),
         (
             {},
             "learn.updates",

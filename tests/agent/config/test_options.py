@@ -112,6 +112,18 @@ def test_a_file_of_0_1_is_refused_in_one_line(tmp_path: Path) -> None:
         UserError, match=r"unknown setting exact: .*; longdream 0\.1 reads the files that it wrote, this"
     ):
         options.load(str(path))
-    path.write_text("learn: {train_ration: 8.0}\n")
+    path.write_text("version: 0.2.0\nlearn: {train_ration: 8.0}\n")
     with pytest.raises(UserError, match=r"did you mean learn\.train_ratio or learn\.encoder_rate\?$"):
         options.load(str(path))
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    """In files and flags alike: YAML 1.1 took 1e-3 for a word, 12:30 for 750 and 010 for 8."""
+    texts = {"1e-3": 1e-3, "1e5": 1e5, "inf": float("inf"), "-.5": -0.5, "0x1f": 31, "010": 10, "-3": -3, "2.": 2.0}
+    texts |= {"12:30": "12:30", "1_000": "1_000", "a1": "a1", "true": True, "null": None}
+    path = tmp_path / "mine.yaml"
+    for text, value in texts.items():
+        path.write_text(f"env: {{kwargs: {{x: {text}}}}}\n")
+        read = options.load(str(path)).env.kwargs["x"]
+        flag = options.from_flags({"env.kwargs.x": text})["env.kwargs.x"]
+        assert read == flag == value and type(read) is type(flag) is type(value), text
