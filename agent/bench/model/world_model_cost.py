@@ -85,7 +85,7 @@ def cost_of(learner: ClipLearner, context: int) -> dict[str, Any]:
 
     def generate_frames() -> None:
         record = capture_once if capture else None
-        for _ in generate(model.objective, dynamics, feat, state, actions, model.steps, record=record):
+        for _ in generate(model.objective, dynamics, feat, state, actions, model.steps, capture=record):
             pass
 
     generated = median_ms(generate_frames, device, ROUNDS) / actions.shape[1]
