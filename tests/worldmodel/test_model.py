@@ -17,6 +17,7 @@ from longdream.worldmodel.objectives import objective_class
 from longdream.worldmodel.objectives.base import ForcingConfig
 from longdream.worldmodel.objectives.flow import Flow
 from longdream.worldmodel.objectives.mask import Mask
+from longdream.worldmodel.objectives.prior import Prior
 from longdream.worldmodel.objectives.teacher import Teacher
 from longdream.worldmodel.types import Batch
 
@@ -34,7 +35,6 @@ OBJECTIVES = [
     ("mask", "clean"),
     ("mask", "noisy"),
     ("teacher", "clean"),
-    ("prior", "clean"),
 ]
 
 
@@ -278,10 +278,10 @@ def test_an_objective_of_ones_own(tmp_path, monkeypatch) -> None:
 
 
 def test_objectives_by_name() -> None:
-    assert [objective_class(name) for name in ("flow", "mask", "teacher")] == [Flow, Mask, Teacher]
+    assert [objective_class(name) for name in ("flow", "mask", "prior", "teacher")] == [Flow, Mask, Prior, Teacher]
     assert objective_class("longdream.worldmodel.objectives.mask:Mask") is Mask
     for name, hint in [
-        ("fow", "flow, mask, teacher"),
+        ("fow", "flow, mask, prior, teacher"),
         ("worldmodel.forcing", "package.module:Class"),
         ("worldmodel.nowhere:Flow", "worldmodel.nowhere"),
         ("longdream.worldmodel.objectives.flow:Fow", "Fow"),
@@ -291,7 +291,8 @@ def test_objectives_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "latent"), [("flow", "continuous"), ("mask", "categorical"), ("teacher", "categorical")]
+    ("objective", "latent"),
+    [("flow", "continuous"), ("mask", "categorical"), ("prior", "categorical"), ("teacher", "categorical")],
 )
 def test_the_objective_decides_the_kind_of_latents(objective: str, latent: str) -> None:
     assert build(objective).encoder.latent == latent

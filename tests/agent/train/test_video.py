@@ -263,7 +263,7 @@ MISTAKES = [
     ("train video-tiny --data mazes --evaluate.every 9", "--evaluate.every means nothing to a run of kind video"),
     ("train video-tiny --data mazes --steps 9", "--learn.steps means nothing to a run of kind video"),
     ("train video-tiny --data mazes --encoder.grid 16", "image of 16 x 16: encoder.grid = 16 needs"),
-    ("train tiny --data mazes", "--video.data means nothing to a run of kind online, only to video: omit it"),
+    ("train tiny --data mazes", "--video.data means nothing to a run of kind online, only to video: name a preset"),
 ]
 
 
