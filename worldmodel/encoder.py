@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from longdream.worldmodel.categorical import draw_index
+from longdream.worldmodel.categorical import draw_index, uniform_mixture
 from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1, AT_LEAST_2
 from longdream.worldmodel.symlog import symexp, symlog
 from longdream.worldmodel.types import Loss
 
 Latent = Literal["continuous", "categorical"]
 UNIMIX = 0.01
-"""Weight of the uniform distribution that is mixed into categorical latents."""
+"""Weight of the uniform distribution that is mixed into categorical latents, and into their prior."""
 
 
 class Observed(Protocol):
@@ -243,7 +243,7 @@ class Encoder(nn.Module):
         logits = z.unflatten(-1, (-1, self.config.classes))
         logits = logits - logits.mean(-1, keepdim=True)
         logits = 2 * F.rms_norm(logits, logits.shape[-2:])
-        return (1 - UNIMIX) * logits.softmax(-1) + UNIMIX / self.config.classes
+        return uniform_mixture(logits.flatten(-2), self.config.classes, UNIMIX).unflatten(-1, logits.shape[-2:])
 
     def _one_hots(self, probs: Tensor, draw: bool) -> Tensor:
         index = draw_index(probs) if draw else probs.argmax(-1)

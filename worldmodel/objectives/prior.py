@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from longdream.worldmodel.categorical import cross_entropy, draw_one_hots, kl_divergence, uniform_mixture
 from longdream.worldmodel.dynamics import Dynamics, State
+from longdream.worldmodel.encoder import UNIMIX
 from longdream.worldmodel.networks import mlp
 from longdream.worldmodel.objectives.base import ForcingConfig, Pass, start_frames
 
@@ -21,8 +22,6 @@ POSTERIOR_WEIGHT = 0.1
 """Weight of the KL loss that moves the posterior towards the prior (beta_rep); that of the other is 1 (beta_dyn)."""
 FREE_NATS = 1.0
 """KL of a frame below which neither loss has a gradient."""
-UNIMIX = 0.01
-"""Weight of the uniform distribution in the prior, which bounds the KL."""
 AHEAD = 8
 """Frames that the second head looks ahead."""
 AHEAD_WEIGHT = 0.3
