@@ -124,8 +124,9 @@ class Encoder(nn.Module):
         assert isinstance(z, Tensor)
         return z.unflatten(0, lead)
 
-    def decode_from(self, feature_size: int) -> None:
-        """Have observations decoded from latents and M's feature of the frame, `(..., F)`."""
+    def learn_through_model(self, feature_size: int) -> None:
+        """Let V learn by M's loss too: observations are decoded from latents and M's feature of the frame, `(..., F)`,
+        and the latents' logits are as V gives them, since M's prior pulls them together where nothing is told."""
         self.feature_in = nn.Linear(feature_size, self.tokens * self.channels)
 
     def decode(self, z: Tensor, feat: Tensor | None = None) -> dict[str, Tensor]:
@@ -241,8 +242,9 @@ class Encoder(nn.Module):
     def _probs(self, z: Tensor) -> Tensor:
         """Probabilities `(..., N, D / classes, classes)` of categorical latents, from what `_encode` gives."""
         logits = z.unflatten(-1, (-1, self.config.classes))
-        logits = logits - logits.mean(-1, keepdim=True)
-        logits = 2 * F.rms_norm(logits, logits.shape[-2:])
+        if self.feature_in is None:  # learning by pictures alone, V got stuck at latents that say nothing
+            logits = logits - logits.mean(-1, keepdim=True)
+            logits = 2 * F.rms_norm(logits, logits.shape[-2:])
         return uniform_mixture(logits.flatten(-2), self.config.classes, UNIMIX).unflatten(-1, logits.shape[-2:])
 
     def _one_hots(self, probs: Tensor, draw: bool) -> Tensor:

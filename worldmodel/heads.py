@@ -34,21 +34,26 @@ class TwoHot(nn.Module):
         half = len(self.bins) // 2
         return (weighted[..., :half] + weighted[..., half + 1 :].flip(-1)).flip(-1).sum(-1) + weighted[..., half]
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Numbers `(...)` to two-hot vectors `(..., bins)`: weights on the two neighbouring bins whose mean is x.
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers `(...)` as weights on the two neighbouring bins whose mean is the number.
 
         Numbers outside the bins' range are clipped to it.
+
+        Returns:
+            the upper bin's index, and its weight; the bin below it has the rest of the weight, and all others none.
         """
         x = x.float().clamp(self.bins[0], self.bins[-1])
         above = torch.searchsorted(self.bins, x.contiguous()).clamp(1, len(self.bins) - 1)
         low = self.bins[above - 1]
         high = self.bins[above]
-        share = ((x - low) / (high - low))[..., None]
-        return F.one_hot(above - 1, len(self.bins)) * (1 - share) + F.one_hot(above, len(self.bins)) * share
+        return above, (x - low) / (high - low)
 
     def loss(self, logits: Tensor, x: Tensor) -> Tensor:
         """Cross-entropy `(...)` of logits `(..., bins)` against the numbers x `(...)`."""
-        return -(self.encode(x) * logits.float().log_softmax(-1)).sum(-1)
+        above, share = self.encode(x)
+        log_probs = logits.float().log_softmax(-1)
+        below = log_probs.gather(-1, above[..., None] - 1)[..., 0]
+        return -((1 - share) * below + share * log_probs.gather(-1, above[..., None])[..., 0])
 
 
 class RewardContinueHead(nn.Module):

@@ -101,7 +101,7 @@ class WorldModel(nn.Module):
         self.trains_encoder = getattr(kind, "trains_encoder", False)
         """Whether V learns through M, by one loss with it, rather than by pictures alone."""
         if self.trains_encoder:
-            self.encoder.decode_from(self.dynamics.feature_size)
+            self.encoder.learn_through_model(self.dynamics.feature_size)
         self.reward_continue = RewardContinueHead(self.dynamics.feature_size, actions, heads.hidden, heads.bins)
         self.heads_config = heads
         self.steps = forcing.steps

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,13 +21,23 @@ Device = Literal["auto", "cpu", "cuda"]
 MB = 1 << 20
 
 
-def config_of(preset: str, device: Device | None) -> Config:
-    """The configuration of a preset or .yaml file with that device. Also sets its number of threads."""
-    config = options.load(preset)
+def config_of(preset: str, device: Device | None, settings: dict[str, Any] | None = None) -> Config:
+    """The configuration of a preset or .yaml file with these settings, on that device. Also sets torch's threads."""
+    config = options.update(options.load(preset), settings or {})
     config = dataclasses.replace(config, device=device or config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     return config
+
+
+def process_age() -> float:
+    """Seconds since this process was started, to a hundredth; 0 on systems other than Linux."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # in ticks since the boot
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except FileNotFoundError:
+        return 0.0
+    return uptime - started / os.sysconf("SC_CLK_TCK")
 
 
 def resident_bytes() -> int:
@@ -50,14 +60,14 @@ def median_ms(function: Callable[[], object], device: torch.device, repeats: int
     """Median time of a call in milliseconds, over `repeats` calls after three warm-up calls."""
     times = []
     for i in range(-3, repeats):
-        began = _now(device)
+        began = now(device)
         function()
         if i >= 0:
-            times.append(1e3 * (_now(device) - began))
+            times.append(1e3 * (now(device) - began))
     return sorted(times)[len(times) // 2]
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Time in seconds; on CUDA after all launched work has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

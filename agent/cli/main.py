@@ -81,7 +81,7 @@ def _explain(error: Exception) -> tuple[int, str] | None:
         return 2, "\n".join([" ".join(str(error).split()), *notes])
     if isinstance(error, EnvError):
         return 1, "\n".join([str(error), *notes])
-    from longdream.agent.core.learner import NotFinite
+    from longdream.agent.core.actor import NotFinite
     from longdream.agent.run.checkpoint import DiskFull
     from longdream.agent.run.signals import Interrupted
 

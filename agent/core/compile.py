@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longdream.worldmodel.dynamics import Dynamics, State
+from longdream.worldmodel.dynamics import State
 from longdream.worldmodel.model import WorldModel
 
 
-def compile_clips(dynamics: Dynamics) -> None:
-    """Compile M for clips (`Dynamics.forward`): each layer, and the code before and after the layers.
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function by torch.compile, for inputs of fixed shapes."""
+    return torch.compile(function, dynamic=False)
+
+
+def compile_clips(model: WorldModel) -> None:
+    """Compile what V and M compute over clips: each layer of M, the code before and after the layers, the losses, and
+    V where it learns through M.
 
     Single frames are not compiled. Layers that differ only in their weights share compiled code."""
     torch._dynamo.config.recompile_limit = 64  # block sides x clip lengths x with and without gradient
-    for layer in dynamics.stack:
+    for layer in model.dynamics.stack:
         layer.compile(dynamic=False)
-    for name in ("before_layers", "after_layers"):
-        setattr(dynamics, name, torch.compile(getattr(dynamics, name), dynamic=False))
+    _replace(model.dynamics, "before_layers", "after_layers")
+    _replace(model.reward_continue, "loss")
+    if model.trains_encoder:
+        _replace(model.encoder, "posterior", "reconstruction")
+        _replace(model.objective, "losses")
+
+
+def _replace(part: Any, *names: str) -> None:
+    """Replace methods of an object by compiled ones."""
+    for name in names:
+        setattr(part, name, compiled(getattr(part, name)))
 
 
 class CompiledDreams:
@@ -29,10 +45,15 @@ class CompiledDreams:
     def __init__(self, model: WorldModel, backend: str = "inductor"):
         self.model = model
         self._advance = torch.compile(self._one_kind, dynamic=False, fullgraph=True, backend=backend)
+        self._expect = torch.compile(model.reward_continue.expect, dynamic=False, backend=backend)
 
     @property
     def reward_continue(self) -> Any:
-        return self.model.reward_continue
+        return self
+
+    def expect(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """See `RewardContinueHead.expect`."""
+        return self._expect(feat, action)
 
     def dream_step(
         self, feat: Tensor, state: State, action: Tensor, temperature: float = 1.0, steps: int | None = None

@@ -1,4 +1,4 @@
-"""Which device computes, and randomness of one's own on it."""
+"""Which device computes and in which precision, copies from it to the host, and randomness of one's own on it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,27 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if available else "cpu"
     return name
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Within, matrix products on CUDA are in bfloat16 if that is the run's `precision`."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16" and device.type == "cuda")
+
+
+class HostCopy:
+    """A tensor on its way to the host. Reading it waits for that copy and for nothing that was launched later."""
+
+    def __init__(self, value: torch.Tensor):
+        self._value = value.to("cpu", non_blocking=True)
+        self._copied: torch.cuda.Event | None = None
+        if value.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> torch.Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._value
 
 
 @contextmanager

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from longdream.agent.config.schema import Config
+from longdream.agent.core.actor import NotFinite, build_model
 from longdream.agent.core.compile import compile_clips
 from longdream.agent.core.cuda_graphs import GraphedUpdate
-from longdream.agent.core.device import resolve_device
+from longdream.agent.core.device import HostCopy, resolve_device
 from longdream.agent.core.optimizer import Optimizer
+from longdream.agent.run.metrics import Timed
 from longdream.envs.contract import EnvSpec, UserError
-from longdream.worldmodel.model import WorldModel
 from longdream.worldmodel.types import Batch, Loss
 
 MAX_SKIPPED = 10
@@ -27,11 +26,7 @@ Finite = Tensor | bool
 """Whether loss and gradient were finite: on CUDA a scalar on the device."""
 
 
-class NotFinite(RuntimeError):
-    """Loss or gradient was not finite too many times in a row."""
-
-
-class Learner:
+class Learner(Timed):
     """Builds V and M, steps their optimizers, counts updates. Derived classes say what an update is.
 
     Raises:
@@ -46,12 +41,7 @@ class Learner:
         self.device = torch.device(resolve_device(config.device))
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("highest" if config.precision == "float32" else "high")
-        try:
-            self.model = WorldModel(
-                spec.obs, spec.action.size, config.encoder, config.worldmodel, config.forcing, config.heads
-            ).to(self.device)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        self.model = build_model(config, spec).to(self.device)
         learn = config.learn
         of_model = (self.model.dynamics, cast(nn.Module, self.model.objective), self.model.reward_continue)
         self.optimizers: dict[str, Optimizer] = {}
@@ -67,8 +57,7 @@ class Learner:
         parameters = (p for part in of_model for p in part.parameters())
         self.optimizers["model"] = Optimizer(parameters, learn.model_rate, learn.agc)
         if config.compiled and self.device.type == "cuda":
-            compile_clips(self.model.dynamics)
-            self.optimizers["model"].compile()
+            compile_clips(self.model)
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -76,7 +65,7 @@ class Learner:
         """Of the last update. An update that was not finite is skipped."""
         self.seconds: dict[str, float] = dict.fromkeys(("encoder", "model"), 0.0)
         """Spent in updates of each part; on CUDA by the host, which does not wait for the device."""
-        self._pending: list[_PendingFlag] = []
+        self._pending: list[HostCopy] = []
         self._runners: dict[Any, Callable[[dict], tuple[Metrics, Finite]]] = {}
 
     # -- updates ------------------------------------------------------------------------------------------------------
@@ -116,16 +105,17 @@ class Learner:
 
     def step(self, part: str, loss: Loss, metrics: Metrics) -> Tensor:
         """Step the optimizer of one part and add to `metrics`; whether loss and gradient were finite."""
-        finite, norm = self.optimizers[part].step(loss.value)
+        finite = self.backward(part, loss, metrics)
+        self.optimizers[part].apply(finite)
+        return finite
+
+    def backward(self, part: str, loss: Loss, metrics: Metrics) -> Tensor:
+        """As `step`, up to the gradient: the weights are only read."""
+        finite, norm = self.optimizers[part].backward(loss.value)
         for key, value in loss.metrics.items():
             metrics[f"{part}/{key}"] = value
         metrics[f"{part}/grad_norm"] = norm
         return finite
-
-    def autocast(self) -> torch.autocast:
-        """Within, matrix products on CUDA are in bfloat16 where the configuration says so."""
-        enabled = self.config.precision == "bfloat16" and self.device.type == "cuda"
-        return torch.autocast("cuda", torch.bfloat16, enabled=enabled)
 
     def encoder_rows(self, batch: Batch) -> dict[str, Tensor]:
         """The observations of the batch as one flat set of rows, `learn.encoder_rows` of them drawn at random."""
@@ -137,12 +127,6 @@ class Learner:
         index = torch.randperm(total, device=self.device)[:wanted]
         return {key: value[index] for key, value in flat.items()}
 
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - began
-
     def settle(self) -> None:
         """Wait until it is known of every update whether it was finite.
 
@@ -150,7 +134,7 @@ class Learner:
             NotFinite: as `apply`.
         """
         while self._pending:
-            self._count_skipped(self._pending.pop(0).read())
+            self._count_skipped(bool(self._pending.pop(0).read()))
 
     def _count(self, finite: Finite) -> None:
         """Count an update. On CUDA its flag is read while the next update runs, so that the host never waits for what
@@ -158,9 +142,9 @@ class Learner:
         self.updates += 1
         self.finite = finite
         if isinstance(finite, Tensor) and finite.is_cuda:
-            self._pending.append(_PendingFlag(finite))
+            self._pending.append(HostCopy(finite))
             if len(self._pending) > 1:
-                self._count_skipped(self._pending.pop(0).read())
+                self._count_skipped(bool(self._pending.pop(0).read()))
         else:
             self._count_skipped(bool(finite))
 
@@ -198,16 +182,3 @@ class Learner:
             optimizer.load_state_dict(state["optimizers"][name])
         for name in self.COUNTERS:
             setattr(self, name, state["counters"][name])
-
-
-class _PendingFlag:
-    """A boolean scalar that is being copied from a CUDA device. Reading it waits for that copy and nothing later."""
-
-    def __init__(self, value: Tensor):
-        self._copy = value.to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record()
-
-    def read(self) -> bool:
-        self._copied.synchronize()
-        return bool(self._copy)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,11 +36,6 @@ class Optimizer:
             fused=self.fused,
             capturable=self.fused,
         )
-        self.clip: Callable[[list[Tensor], list[Tensor], float], Tensor] = adaptive_clip
-
-    def compile(self) -> None:
-        """Compile the clipping, which otherwise launches a small kernel for each weight."""
-        self.clip = torch.compile(adaptive_clip, dynamic=False, fullgraph=True)
 
     def scale_rate(self, scale: float) -> None:
         """Set the learning rate to `scale` times its initial value."""
@@ -51,23 +46,30 @@ class Optimizer:
                 group["lr"] = self.rate * scale
 
     def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """One step down the gradient of a scalar loss.
+        """One step down the gradient of a scalar loss: `backward`, then `apply`."""
+        finite, norm = self.backward(loss)
+        self.apply(finite)
+        return finite, norm
+
+    def backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The clipped gradient of a scalar loss; the weights are only read.
 
         Returns:
             whether loss and gradient were finite, and the norm of the gradient before clipping: scalars on the device.
-            Where they were not finite, weights and moments are unchanged.
         """
         self.adamw.zero_grad(set_to_none=True)
         loss.backward()
         weights = [p for p in self.parameters if p.grad is not None]
-        norm = self.clip([p.detach() for p in weights], [p.grad for p in weights if p.grad is not None], self.agc)
-        finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
+        norm = adaptive_clip([p.detach() for p in weights], [p.grad for p in weights if p.grad is not None], self.agc)
+        return torch.isfinite(norm) & torch.isfinite(loss.detach()), norm
+
+    def apply(self, finite: Tensor) -> None:
+        """Step the weights by the gradient, or leave them and the moments unchanged where it was not finite."""
         if self.fused:
             setattr(self.adamw, "found_inf", (~finite).float())  # noqa: B010  (what a GradScaler tells it)
             self.adamw.step()
         elif finite:
             self.adamw.step()
-        return finite, norm
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and rates, in the same form on every device."""

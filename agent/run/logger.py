@@ -11,8 +11,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from longdream.agent.run.checkpoint import NO_ROOM, DiskFull
+from longdream.agent.run.metrics import RATES
 
 Value = float | int | str | None
 
@@ -22,7 +24,7 @@ class Logger:
 
     On a terminal, stderr shows one progress line, which is updated in place. Elsewhere a plain line is printed at most
     every `every` seconds. Both show the step out of `total`, steps per second, the time left, and the last value of
-    each metric in `show`. Use it as a context manager, or call `close`.
+    each metric in `show`, in that order. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -120,9 +122,8 @@ class Logger:
             self._began = (step, now)
         if self._console.is_terminal:
             if self._progress is None:
-                self._progress = Progress(
-                    BarColumn(bar_width=24), TextColumn("{task.description}", markup=False), console=self._console
-                )
+                text = TextColumn("{task.description}", markup=False, table_column=Column())  # wraps where it must
+                self._progress = Progress(BarColumn(bar_width=24), text, console=self._console)
                 self._progress.add_task("", total=self.total)
                 self._progress.start()
             self._progress.update(self._progress.task_ids[0], completed=step, description=self._line(step, now))
@@ -141,8 +142,7 @@ class Logger:
             if self.total:
                 left = max(0, round((self.total - step) * seconds / done))
                 parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
-        for key, value in self._shown.items():
-            parts.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
+        parts += [_form(key, self._shown[key]) for key in self.show if key in self._shown]
         return "  ".join(parts)
 
     # -- resume -------------------------------------------------------------------------------------------------------
@@ -152,7 +152,9 @@ class Logger:
         os.fsync(self._file.fileno())
         if self._writer is not None:
             self._writer.flush()
-        return {"bytes": self._bytes, "step": self._step, "nonfinite": self.nonfinite, "shown": dict(self._shown)}
+        # a resumed run is no slower or faster for what was measured before
+        shown = {key: value for key, value in self._shown.items() if not key.startswith("time/")}
+        return {"bytes": self._bytes, "step": self._step, "nonfinite": self.nonfinite, "shown": shown}
 
     def restore(self, state: dict | None) -> list[str]:
         """Truncate the file to its length at `state`, or to 0 for None: the resumed run writes the later lines again.
@@ -197,3 +199,20 @@ class Logger:
 
 def _plain(value: Any) -> Value:
     return value.item() if hasattr(value, "item") else value
+
+
+def _form(key: str, value: Value) -> str:
+    """A metric as it appears on the console's line."""
+    if key in RATES and isinstance(value, float):
+        return RATES[key].format(f"{value:.0%}" if key == "time/gpu" else compact(value))
+    return f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+
+
+def compact(value: float) -> str:
+    """A number that is at least 0, to three digits: 0.123, 12.3, 101k, 2.5M."""
+    value = float(f"{value:.3g}")
+    for unit in ("", "k", "M"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}G"

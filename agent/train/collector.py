@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from longdream.agent.core.agent import Agent, Carry
+from longdream.agent.core.actor import Carry
+from longdream.agent.core.agent import Agent
 from longdream.agent.data.replay import Replay
 from longdream.envs.contract import Row
 from longdream.envs.make import World

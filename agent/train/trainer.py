@@ -29,7 +29,7 @@ from longdream.agent.evaluation.policy import evaluate_agent, make_world, play
 from longdream.agent.run import checkpoint
 from longdream.agent.run import folder as run_folder
 from longdream.agent.run.logger import Logger
-from longdream.agent.run.metrics import Averages
+from longdream.agent.run.metrics import RATES, Averages, Rates, Timed
 from longdream.agent.run.signals import Interrupted, Signals
 from longdream.agent.train.collector import Collector, RowCollector
 from longdream.agent.train.device_collector import DeviceCollector
@@ -239,11 +239,11 @@ class Trainer:
         raise NotImplementedError
 
 
-class OnlineTrainer(Trainer):
+class OnlineTrainer(Timed, Trainer):
     """V, M and C learn from what C experiences in the environment."""
 
     UNIT = "env_steps"
-    SHOWN = ("train/return", "train/reward", "evaluate/return_mean")
+    SHOWN = ("train/return", "train/reward", "evaluate/return_mean", *RATES)
 
     def __init__(self, config: Config, folder: Path, saved: dict[str, Any] | None, signals: Signals, stack: ExitStack):
         super().__init__(config, folder, saved, signals, stack)
@@ -276,6 +276,7 @@ class OnlineTrainer(Trainer):
         stack.callback(replay.close)
         check_clip(config, replay.longest_clip)
         self.seconds: dict[str, float] = defaultdict(float)
+        self.rates = Rates(self.agent, config.replay.batch * config.replay.length)
 
     @staticmethod
     def total(config: Config) -> int:
@@ -358,6 +359,7 @@ class OnlineTrainer(Trainer):
         counts |= {"episodes": self.collector.episodes, "rows": len(self.replay)}
         metrics = {f"count/{key}": value for key, value in counts.items()}
         metrics |= {f"time/{key}": value for key, value in (self.seconds | self.agent.seconds).items()}
+        metrics |= self.rates.take()
         # episodes are reported when they end; where these are long, the reward per step is known before
         if (steps := self.progress - self.count["rewarded"]) > 0:
             metrics["train/reward"] = self.collector.take_reward() / steps
@@ -408,6 +410,7 @@ class OnlineTrainer(Trainer):
         self.collector.env_steps, self.collector.episodes = saved["collected"]
         for name, state in saved["random"]["numpy"].items():
             self.rng[name].bit_generator.state = state
+        self.rates.restart()
         return warnings
 
     def counters(self) -> dict[str, Any]:
@@ -416,12 +419,6 @@ class OnlineTrainer(Trainer):
     def faults(self) -> int:
         """How often an environment has failed and was started again, in earlier sessions too."""
         return self.count["faults"] + self.world.faults
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - began
 
     @contextmanager
     def in_world(self) -> Iterator[None]:

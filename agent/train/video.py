@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from longdream.agent.config.schema import Config
+from longdream.agent.core.device import autocast
 from longdream.agent.core.learner import Finite, Learner, Metrics
 from longdream.agent.data.video.kept import Kept
 from longdream.agent.data.video.library import open_library
@@ -84,7 +85,7 @@ class ClipLearner(Learner):
         clips = len(batch.reward)
         if self.config.video.carry and (state is None or len(state.age) != clips):
             state = self.model.dynamics.initial(clips)
-        with self.autocast():
+        with autocast(self.config.precision, self.device):
             loss, out = self.model.clip_loss(batch, 0, state=state)
         self.state = out.end
         return loss

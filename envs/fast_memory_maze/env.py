@@ -21,6 +21,7 @@ from longdream.envs.fast_memory_maze.textures import texels
 from longdream.envs.memory_maze.sizes import ACTIONS, RENDER_SIDE, SIZES, check_options
 
 BYTES_PER_PIXEL = 16  # memory for the observation, its copy, and the buffers of the renderer
+STAGGERED_GROUPS = 16  # groups of copies whose episodes end together
 
 
 class Rows(NamedTuple):
@@ -41,7 +42,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
 
     Every episode has a new maze. labmaze generates it from one of 2^31 seeds, which is drawn from the copy's seed and
     the index of the episode. A background thread generates the next maze while the present one is played. A copy's
-    behaviour depends only on its own seed and actions, not on the other copies.
+    behaviour depends only on its own seed and actions, not on the other copies (with `stagger`, also on its index).
 
     Observation: uint8 (camera_resolution, camera_resolution, 3). Action: Discrete(6), as in the original. Reward: 1 for
     touching the prompted target. Only the time limit ends an episode, as a truncation; episodes never terminate. Info:
@@ -54,6 +55,9 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         size, probes, camera_resolution, top_camera, good_visibility, control_freq, randomize_colors, render_mode: as
             for the original, longdream.envs.memory_maze.env.MemoryMazeEnv.
         device: "cpu", "cuda", "cuda:1" and so on. CUDA needs Triton, which CUDA builds of torch include.
+        stagger: cut the first episode after `reset` to a different length in each sixteenth of the copies, so that the
+            ends of episodes are spread evenly over time from then on. The last sixteenth plays the whole episode, and
+            so does a single copy.
 
     Raises:
         UserError: an argument is invalid, the device does not exist, or the copies do not fit into its memory.
@@ -77,6 +81,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         randomize_colors: bool = False,
         render_mode: str | None = None,
         device: str = "cpu",
+        stagger: bool = False,
     ) -> None:
         self.substeps = check_options(size, camera_resolution, control_freq, render_mode)
         self.device = _device(device)
@@ -91,6 +96,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         self.metadata = {**self.metadata, "render_fps": control_freq}  # type: ignore[misc]
         self.count = SIZES[size].targets
         self.max_steps = math.ceil((SIZES[size].seconds - 1e-3) * control_freq)
+        self.stagger = stagger
         self.wall_height = (scene.WALL_HEIGHT_LOW if good_visibility else scene.WALL_HEIGHT) / scene.CELL
         self.target_height = (scene.TARGET_HEIGHT_HIGH if good_visibility else scene.TARGET_HEIGHT) / scene.CELL
         self.resolution = camera_resolution
@@ -143,14 +149,19 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         if self.mazes is None or any(new is not None for new in seeds):
             self._set_mazes(new_seeds, new_index)
         self._begin(np.arange(self.num_envs))
+        if self.stagger:
+            self.steps = self.max_steps - _staggered_lengths(self.num_envs, self.max_steps)
         return self.observe()
 
     def step_tensors(self, actions: torch.Tensor) -> Rows:
         """As `step`, with tensors. The actions (n,) are integers and may be on any device.
 
+        Actions on the CPU are checked. Those on a CUDA device are clamped to the valid range instead: to check them,
+        the host would have to wait for the device at every step.
+
         Raises:
             ResetNeeded: there was no reset yet.
-            UserError: the actions have the wrong shape or type, or are out of range.
+            UserError: the actions have the wrong shape or type, or actions on the CPU are out of range.
         """
         reward, truncated = self.step_unseen(actions)
         return Rows(self.observe(), reward, torch.zeros_like(truncated), truncated)
@@ -161,10 +172,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
             raise ResetNeeded("Memory Maze: call reset before step")
         if actions.shape != (self.num_envs,) or actions.is_floating_point():
             raise UserError(f"actions {tuple(actions.shape)} {actions.dtype}: give {self.num_envs} whole numbers")
-        actions = actions.to(self.device, torch.int64).contiguous()
-        low, high = (int(limit) for limit in torch.stack(torch.aminmax(actions)).tolist())
-        if low < 0 or high >= len(ACTIONS):
-            raise UserError(_out_of_range(low if low < 0 else high))
+        actions = _valid(actions.long()).to(self.device).contiguous()
         starting = np.flatnonzero(self.ended)
         reward = torch.zeros(self.num_envs, dtype=torch.float32, device=self.device)
         if len(starting) < self.num_envs:
@@ -174,10 +182,12 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
             )  # fmt: skip
         self.steps += 1
         if len(starting):
-            reward[torch.from_numpy(starting).to(self.device)] = 0.0
+            reward.index_fill_(0, self._tensor(starting), 0.0)
             self._begin(starting)
         self.ended = self.steps >= self.max_steps
-        return reward, torch.from_numpy(self.ended.copy()).to(self.device)
+        if self.ended.any():
+            return reward, self._tensor(self.ended.copy())
+        return reward, self._zeros(dtype=torch.bool)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """A large image of every copy, uint8 (480, 480, 3): the agent's view, or the map."""
@@ -227,6 +237,13 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
     def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros((self.num_envs, *shape), dtype=dtype, device=self.device)
 
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        """The values on the device. On the CPU they share memory; on CUDA the host does not wait for the copy."""
+        tensor = torch.from_numpy(values)
+        if self.device.type == "cuda":  # only copies from pinned memory are asynchronous
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def _set_mazes(self, seeds: list[int], index: list[int]) -> None:
         if self.mazes is not None:
             self.mazes.close()
@@ -250,7 +267,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         body[:, :2] = np.stack([e.spawn for e in episodes]) * scene.CELL
         body[:, 2] = scene.BALL_RADIUS
         body[:, 3] = [e.heading for e in episodes]
-        where = torch.from_numpy(copies).to(self.device)
+        where = self._tensor(copies)
         for target, values in (
             (self.cells, np.stack([e.cells for e in episodes])),
             (self.spheres, spheres),
@@ -260,7 +277,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
             (self.key, np.array([e.key for e in episodes])),
             (self.picks, np.zeros(c, np.int64)),
         ):
-            target[where] = torch.from_numpy(values).to(self.device)
+            target[where] = self._tensor(values)
         self.steps[copies] = 0
         self.ended[copies] = False
 
@@ -331,6 +348,23 @@ class FastMemoryMazeEnv(OneCopy):
 
     def _info(self) -> dict[str, Any]:
         return {key: value[0] for key, value in self.vector.get_probes().items()} if self.vector.probes else {}
+
+
+def _staggered_lengths(copies: int, max_steps: int) -> np.ndarray:
+    """The lengths in steps, (copies,) int64, of the first episodes of copies with `stagger`."""
+    groups = min(STAGGERED_GROUPS, copies)
+    group = np.arange(copies) * groups // copies
+    return np.maximum(1, max_steps * (group + 1) // groups)
+
+
+def _valid(actions: torch.Tensor) -> torch.Tensor:
+    """The actions (n,) int64: checked if they are on the CPU, clamped if the host would have to wait for them."""
+    if actions.device.type != "cpu":
+        return actions.clamp(0, len(ACTIONS) - 1)
+    low, high = (int(limit) for limit in torch.aminmax(actions))
+    if low < 0 or high >= len(ACTIONS):
+        raise UserError(_out_of_range(low if low < 0 else high))
+    return actions
 
 
 def _out_of_range(action: Any) -> str:

@@ -28,7 +28,7 @@ def test_the_example_of_one_file_trains(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_page_names_every_kind() -> None:
-    from longdream.agent.core.agent import CONTROLLERS
+    from longdream.agent.core.actor import CONTROLLERS
 
     text = DOC.read_text(encoding="utf-8")
     assert all(f"`{kind}`" in text for kind in CONTROLLERS)

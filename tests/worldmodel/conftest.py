@@ -32,8 +32,9 @@ def half(device: str) -> torch.dtype:
 
 @pytest.fixture(autouse=True)
 def precision():
-    """That of matrix products, as it was before."""
+    """That of matrix products: the highest, which agents on CUDA change, and as it was before afterwards."""
     before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
 

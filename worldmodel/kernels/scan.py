@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
+    from longdream.worldmodel.kernels import scan_step_triton as step_kernel
     from longdream.worldmodel.kernels import scan_triton as kernels
 except ModuleNotFoundError:  # builds of torch without CUDA come without Triton
     kernels = None
+    step_kernel = None
 
 
 class ScanInputs(NamedTuple):
@@ -73,10 +75,14 @@ class _Chunks(NamedTuple):
 
 
 def scan_step(inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One frame (T = 1): y `(B, 1, n, H, P)` without D x, and the state after it.
+    """One frame (T = 1): y `(B, 1, n, H, P)` without D x, and the state after it, of the state's dtype or a wider one.
 
-    The caller resets the state, by zeroing it.
+    The caller resets the state, by zeroing it. On CUDA, without gradient and with one token per frame, it is one kernel
+    (scan_step_triton.py).
     """
+    if step_kernel is not None and not torch.is_grad_enabled() and step_kernel.fit(inputs.x, state):
+        y, state = step_kernel.scan_step(*(v[:, 0, 0] for v in inputs), state)
+        return y[:, None, None], state
     x, b, c, a = (v[:, 0] for v in inputs)
     if x.shape[1] == 1:
         decay = a[:, 0].exp()[..., None, None]

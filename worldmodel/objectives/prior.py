@@ -41,7 +41,7 @@ class Prior(nn.Module):
     def __init__(self, config: ForcingConfig, dynamics: Dynamics, classes: int, actions: int):
         super().__init__()
         self.classes = classes
-        hidden = 2 * dynamics.config.width
+        hidden = dynamics.config.width
         size = dynamics.tokens * dynamics.channels
         self.head = mlp(dynamics.feature_size + actions, hidden, size)
         self.ahead = mlp(dynamics.feature_size + AHEAD * actions, hidden, size)
@@ -64,7 +64,16 @@ class Prior(nn.Module):
         at = start_frames(ones, num_starts, weight)
         before = dynamics.initial(batch, z.device) if state is None else state
         out = dynamics(z, prev_action, ones, first, before, None, at)
-        prior = self._log_probs(self.head, out.feat[:, :-1], prev_action[:, 1:], z[:, 1:])
+        loss, metrics = self.losses(out.feat, prev_action, first, z, posterior)
+        assert out.states_at is not None
+        end = None if state is None else out.state
+        return Pass(loss, metrics, out.feat, ones.bool(), at, out.states_at, end)
+
+    def losses(
+        self, feat: Tensor, prev_action: Tensor, first: Tensor, z: Tensor, posterior: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a clip, given M's features `(B, T, F)` of it, and metrics. The rest as `run`."""
+        prior = self._log_probs(self.head, feat[:, :-1], prev_action[:, 1:], z[:, 1:])
         predicted = ~first[:, 1:]  # the first frame of an episode has nothing to be predicted from
         metrics: dict[str, Tensor] = {}
         if posterior is None:
@@ -77,14 +86,12 @@ class Prior(nn.Module):
             loss = _mean(to_posterior.clamp(min=FREE_NATS), predicted)
             loss = loss + POSTERIOR_WEIGHT * _mean(to_prior.clamp(min=FREE_NATS), predicted)
             metrics["kl"] = _mean(to_posterior, predicted).detach()
-        if frames > AHEAD:
-            ahead = self._ahead_loss(out.feat, prev_action, first, z.detach())
+        if z.shape[1] > AHEAD:
+            ahead = self._ahead_loss(feat, prev_action, first, z.detach())
             metrics["ahead"] = ahead.detach()
             loss = loss + AHEAD_WEIGHT * ahead
         metrics["prediction"] = loss.detach()
-        assert out.states_at is not None
-        end = None if state is None else out.state
-        return Pass(loss, metrics, out.feat, ones.bool(), at, out.states_at, end)
+        return loss, metrics
 
     def _ahead_loss(self, feat: Tensor, prev_action: Tensor, first: Tensor, z: Tensor) -> Tensor:
         """Cross-entropy of frame t + AHEAD, in nats per frame, where no episode begins in between."""

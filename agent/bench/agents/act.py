@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from longdream.agent.bench.common import MB, Device, config_of, resident_bytes
-from longdream.agent.core.agent import Agent, Carry
+from longdream.agent.core.actor import Carry
+from longdream.agent.core.agent import Agent
 from longdream.envs.contract import UserError
 from longdream.envs.make import World
 

@@ -6,19 +6,40 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from longdream.agent.bench.common import MB, Device, config_of, resident_bytes
 from longdream.agent.config.checks import check
+from longdream.agent.config.schema import Config
 from longdream.agent.run.logger import Logger
 from longdream.agent.run.signals import Signals
 from longdream.agent.train.trainer import OnlineTrainer
 from longdream.envs.contract import UserError
+
+Online = TypeVar("Online", bound=OnlineTrainer)
+
+
+@contextmanager
+def opened(config: Config, trainer: type[Online] = OnlineTrainer) -> Iterator[Online]:
+    """A trainer at its beginning, in a temporary folder that is gone afterwards. It takes its turns by `turn`."""
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        made = trainer(config, folder, None, signals, stack)
+        yield made.open(stack.enter_context(Logger(folder, console=False)), None)
+
+
+def turn(trainer: OnlineTrainer) -> None:
+    """A turn and the line of metrics that is due, as in `Trainer.run`, without evaluations and checkpoints."""
+    trainer.turn()
+    trainer.signals.check()
+    if trainer.passed(trainer.config.evaluate.log_every, "logged"):
+        trainer.log()
 
 
 def measure(
@@ -53,15 +74,10 @@ def measure(
     train_ratio = config.learn.train_ratio if train_ratio is None else train_ratio
     config = dataclasses.replace(config, learn=dataclasses.replace(config.learn, warmup=0, train_ratio=train_ratio))
     check(config)
-    with ExitStack() as stack:
-        signals = stack.enter_context(Signals())
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        trainer = OnlineTrainer(config, folder, None, signals, stack)
-        trainer.open(stack.enter_context(Logger(folder, console=False)), None)
+    with opened(config) as trainer:
         # the first three updates allocate memory and are not measured
         while trainer.count["learning_began"] is None or (train_ratio and trainer.agent.updates < 3):
-            trainer.turn()
-            signals.check()
+            turn(trainer)
         spent = _spent(trainer)
         updates = trainer.agent.updates
         first = trainer.collector.env_steps
@@ -69,11 +85,8 @@ def measure(
         percent = 0
         marks = [(first, resident_bytes() / MB)]
         while percent < 100:
-            trainer.turn()
-            signals.check()
+            turn(trainer)
             step = trainer.collector.env_steps
-            if step // config.evaluate.log_every > trainer.count["logged"]:
-                trainer.log()
             wall = time.perf_counter() - began
             before = percent
             percent = int(100 * ((step - first) / steps if steps else wall / seconds))

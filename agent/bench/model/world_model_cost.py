@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longdream.agent.bench.common import median_ms
 from longdream.agent.core.cuda_graphs import Graphed, GraphedUpdate
+from longdream.agent.core.device import autocast
 from longdream.agent.train.video import ClipLearner
 from longdream.worldmodel.generate import Step, generate, read_context
 from longdream.worldmodel.model import WorldModel
@@ -44,7 +45,7 @@ def update_ms(learner: ClipLearner, clips: dict[str, Tensor], rounds: int) -> fl
     optimizer = learner.optimizers["model"]
 
     def learn(fields: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        with learner.autocast():
+        with autocast(learner.config.precision, learner.device):
             loss = model.objective.run(model.dynamics, fields["z"], fields["action"], fields["first"], 0).loss
         return {}, optimizer.step(loss)[0]
 

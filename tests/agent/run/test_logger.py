@@ -11,7 +11,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from longdream.agent.run.checkpoint import DiskFull
-from longdream.agent.run.logger import Logger
+from longdream.agent.run.logger import Logger, compact
+from longdream.agent.run.metrics import RATES
 
 
 def lines(folder) -> list[dict]:
@@ -130,6 +131,31 @@ def test_elsewhere_than_on_a_terminal_lines_are_plain_and_few(tmp_path, capsys):
     with Logger(tmp_path / "c", console=False, tensorboard=False) as logger:
         logger.write(1, {"loss": math.nan})
     assert capsys.readouterr().err == ""
+
+
+def test_rates_are_short_and_stand_in_the_order_asked_for(tmp_path, capsys):
+    rates = {"time/gpu": 0.971, "time/dreamt_steps_per_s": 189_123.4, "time/rows_per_s": 101_234.5}
+    rates |= {"time/updates_per_s": 12.345}
+    with Logger(tmp_path, show=("return", *RATES), every=0, tensorboard=False) as logger:
+        logger.write(1, rates)
+        logger.write(1, {"return": 2})
+        state = json.loads(json.dumps(logger.state()))
+    texts = capsys.readouterr().err.splitlines()
+    assert texts[0] == "step 1  12.3 updates/s  101k rows/s  189k dreamt/s  gpu 97%"
+    assert texts[1] == "step 1  return 2  12.3 updates/s  101k rows/s  189k dreamt/s  gpu 97%"
+    # after a resume they are unknown until they are measured again
+    with Logger(tmp_path, show=("return", *RATES), every=0, tensorboard=False) as logger:
+        logger.restore(state)
+        logger.write(1, {"loss": 1.0, "time/rows_per_s": math.nan})
+    assert "step 1  return 2  time/rows_per_s None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.1234, "0.123"), (999.4, "999"), (999.6, "1k"), (101_234.5, "101k"), (2.5e6, "2.5M"), (7e9, "7G")],
+)
+def test_numbers_are_of_three_digits(value, text):
+    assert compact(value) == text
 
 
 def test_on_a_terminal_one_line_is_kept_up_to_date(tmp_path):

@@ -107,7 +107,7 @@ def test_what_cannot_be_built_is_said_in_one_line(settings: dict, problem: str, 
 
 
 def test_a_controller_that_is_not_finite_is_stopped(monkeypatch) -> None:
-    from longdream.agent.core.agent import NotFinite
+    from longdream.agent.core.actor import NotFinite
 
     settings = config("planner")
     world = World(settings.env.id, 2, 0, settings.env.kwargs)

@@ -1,7 +1,9 @@
 """Training online: its schedule, its record, equal seeds, and rows where they belong, from environment to update."""
 
 import json
+import shutil
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import torch
 
 from longdream.agent.config import options
 from longdream.agent.config.schema import Config
-from longdream.agent.core.agent import Agent, Carry, Stage
+from longdream.agent.core.actor import Carry
+from longdream.agent.core.agent import Agent, Stage
 from longdream.agent.evaluation.policy import evaluate_agent
-from longdream.agent.run.signals import Interrupted
+from longdream.agent.run import folder as run_folder
+from longdream.agent.run.logger import Logger
+from longdream.agent.run.signals import Interrupted, Signals
 from longdream.agent.train import trainer
 from longdream.agent.train.trainer import OnlineTrainer
 from longdream.envs.contract import Row
@@ -78,6 +83,31 @@ def test_lines_come_by_steps(finished: tuple[Path, dict[str, Any]]) -> None:
     timed = [json.loads(text) for text in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     parts = {key for line in timed for key in line if key.startswith("time/")}
     assert {"time/act", "time/replay", "time/encoder", "time/model", "time/controller", "time/wall"} <= parts
+    assert "time/gpu" not in parts  # on the CPU
+
+
+def test_lines_say_what_is_learned_per_second(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    config = tiny()
+    rows = config.replay.batch * config.replay.length
+    dreamt = config.replay.batch * config.controller.imagination_starts * config.controller.horizon
+    lines = [json.loads(text) for text in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "count/rows" in line]
+    for line, before in zip(logged[1:], logged, strict=False):
+        updates = line["count/updates"] - before["count/updates"]
+        rate = line["time/updates_per_s"]
+        assert rate == pytest.approx(updates / (line["time/wall"] - before["time/wall"]), rel=0.5)
+        assert line["time/rows_per_s"] == pytest.approx(rows * rate)
+        full = "controller/actor" in line
+        assert line["time/dreamt_steps_per_s"] == pytest.approx(dreamt * rate if full else 0)
+    assert logged[-1]["time/dreamt_steps_per_s"] > 0
+    # what a checkpoint brings was not learned in this session
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    saved = run_folder.newest(folder)
+    with ExitStack() as stack:
+        again = OnlineTrainer(config, folder, saved, Signals(), stack)
+        again.open(stack.enter_context(Logger(folder, console=False)), saved)
+        assert again.agent.updates == finished[1]["updates"] > 0
+        assert set(again.rates.take().values()) == {0.0}
 
 
 def test_every_episode_has_a_line(finished: tuple[Path, dict[str, Any]]) -> None:

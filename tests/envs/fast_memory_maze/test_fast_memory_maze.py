@@ -177,6 +177,95 @@ def test_tensor_methods_equal_array_methods(make: Any) -> None:
     assert reward.shape == truncated.shape == (2,)
 
 
+def test_flags_belong_to_the_caller(make: Any) -> None:
+    """Neither do later steps change them, nor does the caller change the environment through them."""
+    env = make(2, **SHORT)
+    env.reset_tensors(0)
+    noop = torch.zeros(2, dtype=torch.int64)
+    flags = [env.step_unseen(noop)[1] for _ in range(10)]
+    for flag in flags[:9]:
+        assert not flag.any()
+        flag.fill_(True)
+    kept = flags[9].clone()
+    assert kept.all()
+    flags[9].fill_(False)
+    assert not env.step_unseen(noop)[1].any()
+    assert env.steps.tolist() == [0, 0]
+    assert not flags[9].any()
+
+
+@pytest.mark.parametrize("copies", [1, 5, 16, 40])
+def test_staggered_episodes_end_in_even_intervals(make: Any, copies: int) -> None:
+    env = make(copies, stagger=True)
+    for seed in (0, None):
+        env.reset_tensors(seed)
+        left = env.max_steps - env.steps
+        groups = min(copies, 16)
+        ends, sizes = np.unique(left, return_counts=True)
+        assert (np.diff(left) >= 0).all()
+        assert len(ends) == groups and ends[-1] == 1000
+        assert np.ptp(np.diff(ends, prepend=0)) <= 1
+        assert np.ptp(sizes) <= 1
+
+
+def test_a_staggered_episode_is_truncated_like_any_other(make: Any) -> None:
+    env = make(4, stagger=True, **SHORT)
+    whole = make(4, **SHORT)
+    actions = np.random.default_rng(3).integers(6, size=(24, 4))
+    assert np.array_equal(env.reset(seed=3)[0], whole.reset(seed=3)[0])
+    rows = play(env, actions[:6])
+    state = env.get_state()
+    rows += play(env, actions[6:])
+    for i, length in enumerate((2, 5, 7, 10)):
+        ends = [step for step, row in enumerate(rows, 1) if row[3][i]]
+        assert ends == list(range(length, 25, 11))  # ten steps and the one that begins the next episode
+        assert not any(row[2][i] for row in rows)
+    assert same([row[:2] for row in rows[:2]], [row[:2] for row in play(whole, actions[:2])])
+    whole.set_state(state)
+    assert same(rows[6:], play(whole, actions[6:]))
+
+
+def test_a_single_copy_and_very_short_episodes_can_be_staggered(make: Any) -> None:
+    env = make(20, stagger=True, control_freq=0.008)
+    env.reset_tensors(0)
+    assert env.max_steps == 2 and (env.max_steps - env.steps).tolist() == [1] * 19 + [2]
+    one = gym.make(ID, stagger=True).unwrapped
+    one.reset(seed=0)
+    assert one.vector.steps.tolist() == [0]
+    one.close()
+
+
+def test_stagger_is_an_argument_like_the_others() -> None:
+    env: Any = gym.make_vec(ID, num_envs=2, vectorization_mode="vector_entry_point", stagger=True)
+    env.reset(seed=0)
+    assert env.steps.tolist() == [500, 0]
+    env.close()
+    world = envs.World(ID, 2, 0, {"stagger": True, **SHORT})
+    world.reset()
+    assert world.vector.steps.tolist() == [5, 0]
+    world.close()
+
+
+@pytest.mark.cuda
+def test_steps_on_cuda_do_not_wait_for_the_device(make: Any) -> None:
+    """Across the ends of episodes, with actions on the device, of which those out of range are clamped."""
+    env, other = make(3, device="cuda", stagger=True, **SHORT), make(3, device="cuda", stagger=True, **SHORT)
+    env.reset_tensors(0)
+    other.reset_tensors(0)
+    actions = torch.tensor([9, 1, -3], device="cuda")
+    valid = torch.tensor([5, 1, 0])
+    mode = torch.cuda.get_sync_debug_mode()
+    rows = [env.step_tensors(actions)]  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows += [env.step_tensors(actions) for _ in range(24)]
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    for row in rows:
+        expected = other.step_tensors(valid)
+        assert all(torch.equal(a, b) for a, b in zip(row, expected, strict=True))
+
+
 def test_the_frame_shows_the_prompt_and_touching_it_is_rewarded(make: Any) -> None:
     env = make(1, probes=True)
     frames, info = env.reset(seed=4)

@@ -157,7 +157,7 @@ def test_compiled(device: str, half: torch.dtype) -> None:
 def test_ops_are_as_they_are_described(device: str) -> None:
     """Fakes, schemas and gradients, as `torch.library` checks them."""
     inputs, rope = draw((3, 2, 2, 2, 16), device, torch.float32, torch.float32)
-    torch.library.opcheck(qk_norm_rope_triton._turned, (*inputs, rope, torch.float32))
+    torch.library.opcheck(qk_norm_rope_triton._qk_norm_rope, (*inputs, rope, torch.float32))
 
 
 @pytest.mark.cuda
