@@ -126,7 +126,8 @@ class Agent(Learner, Actor):
                 finite = finite & self._improve_controller(starts, clip, metrics)
         with self.timed("model"):
             finite_model = self.backward("model", loss, metrics)
-            self._join()  # C has dreamt: now M's weights may change
+            if stage == "controller":
+                self._join()  # C has dreamt: now M's weights may change
             self.optimizers["model"].apply(finite_model)
         return metrics, finite & finite_model
 
