@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge
 from torch import Tensor
 
 from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts
@@ -93,9 +93,6 @@ class ControllerConfig:
     """Dreams per replayed clip."""
     horizon: Annotated[int, AT_LEAST_1] = 15
     """Steps per dream."""
-    reward_start_fraction: Annotated[float, Interval(ge=0, le=0.99)] = 0.0
-    """Share of the dreams that start at most `horizon` rows before a real reward, in clips that have one. Where rewards
-    are rare, few other dreams reach one."""
     gamma: Annotated[float, SHARE] = 0.997
     """Discount per step."""
     lam: Annotated[float, SHARE] = 0.95

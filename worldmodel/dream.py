@@ -1,4 +1,4 @@
-"""Dreaming: M rolled forward from states of real clips, under a policy or given actions."""
+"""Dreaming: M rolled forward from states of real clips, under a policy."""
 
 from __future__ import annotations
 
@@ -93,15 +93,3 @@ def imagine(
     action = torch.stack(actions, 1)
     reward, cont = model.reward_continue.expect(feat[:, :-1], action.clamp(-1, 1))
     return Dream(feat, action, reward, cont, torch.stack(zs, 1), starts.weight)
-
-
-@torch.no_grad()
-def follow(model: Dreamer, starts: Starts, action: Tensor) -> Tensor:
-    """Dream under given actions `(B, H, A)`; the features after each, `(B, H, F)`."""
-    feat = starts.feat
-    state = starts.state
-    feats = []
-    for step in range(action.shape[1]):
-        _, feat, state = model.dream_step(feat, state, action[:, step])
-        feats.append(feat)
-    return torch.stack(feats, 1)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from longdream.worldmodel import dream
 from longdream.worldmodel.config import DynamicsConfig
 from longdream.worldmodel.dream import Clip, Starts
 from longdream.worldmodel.dynamics import Dynamics, State
 from longdream.worldmodel.encoder import Encoder, EncoderConfig, Observed
-from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1, Mode
+from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1
 from longdream.worldmodel.heads import RewardContinueHead
 from longdream.worldmodel.objectives import objective_class
 from longdream.worldmodel.objectives.base import ForcingConfig, Objective, Pass
@@ -34,9 +32,6 @@ class HeadsConfig:
     """Bins of the two-hot reward."""
     reward_weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the reward's loss; the continuation's loss has weight 1. 0: neither is learned, as from video."""
-    dreamt: Annotated[float, AT_LEAST_0, Mode("online")] = 0.0
-    """Weight of both losses on dreams under the actions that were really taken, in addition to real frames. Rewards
-    predicted in dreams then learn to match the rewards that followed in reality."""
 
 
 class Surprise(NamedTuple):
@@ -52,23 +47,6 @@ class Surprise(NamedTuple):
     def total(self) -> Tensor:
         """Their sum, the surprise that weights replay and drives curiosity."""
         return self.latent + self.reward + self.end
-
-
-Follow = Callable[[Starts, Tensor], Tensor]
-"""Dreams under given actions: `dream.follow` of a model."""
-
-
-def start_weight(batch: Batch, share: float, reach: int) -> Tensor:
-    """Probability `(B, T)` of each row of a clip to be dreamt from, if `share` of the dreams are to start at most
-    `reach` rows before a reward. In a clip without reward, all rows are equally likely."""
-    rewarded = batch.reward != 0
-    episode = batch.is_first.long().cumsum(1)
-    near = torch.zeros_like(rewarded)
-    for distance in range(1, min(reach, rewarded.shape[1] - 1) + 1):
-        near[:, :-distance] |= rewarded[:, distance:] & (episode[:, distance:] == episode[:, :-distance])
-    count = near.sum(1, keepdim=True)
-    share_near = torch.where(count > 0, share, 0.0)
-    return (1 - share_near) / near.shape[1] + share_near * near / count.clamp(min=1)
 
 
 class WorldModel(nn.Module):
@@ -114,56 +92,38 @@ class WorldModel(nn.Module):
         """F, the length of the feature that C sees."""
         return self.dynamics.feature_size
 
-    def loss(
-        self,
-        batch: Batch,
-        num_starts: int,
-        weight: Tensor | None = None,
-        horizon: int = 2,
-        follow: Follow | None = None,
-        decoded: int | None = None,
-    ) -> tuple[Loss, Starts, Clip]:
+    def loss(self, batch: Batch, num_starts: int, decoded: int | None = None) -> tuple[Loss, Starts, Clip]:
         """M's loss over clips, and states to dream from.
 
         V has a loss of its own and M sees its latents detached, unless V learns through M (`trains_encoder`): then this
         is the loss of both.
 
         Args:
-            num_starts: M, states per clip.
-            weight: `(B, T)`, the probability of each row to be one of them, sums to 1; None: evenly.
-            horizon: steps that the heads predict from each state, where they learn from dreams.
-            follow: `dream.follow` of this model, or a faster equivalent.
+            num_starts: M, states per clip, of rows drawn at random.
             decoded: rows that are reconstructed where V learns through M, drawn at random; None: all.
 
         Returns:
             the loss; the B * M states, M of each clip, without gradient; and the clips, without gradient.
         """
-        (value, metrics), out = self.clip_loss(batch, num_starts, weight, decoded=decoded)
+        loss, out = self.clip_loss(batch, num_starts, decoded=decoded)
         valid, cont = self._transitions(batch, out)
         rows = torch.arange(len(out.feat), device=out.feat.device)[:, None]
         feat = out.feat.detach()
         ended = batch.terminated[rows, out.at]
         starts = Starts(feat[rows, out.at].flatten(0, 1), out.start_states, (~ended).float().flatten())
-        clip = Clip(feat, batch.reward[:, 1:], cont, valid & out.clean[:, 1:])
-        if self.heads_config.dreamt and torch.is_grad_enabled():  # without gradient only the states are wanted
-            follow = follow or partial(dream.follow, self)
-            dream_loss = self._dream_loss(batch, out.at, starts, weight, horizon, follow)
-            value = value + self.heads_config.dreamt * dream_loss.value
-            metrics |= {f"dreamt_{key}": each for key, each in dream_loss.metrics.items()}
-        return Loss(value, metrics), starts, clip
+        return loss, starts, Clip(feat, batch.reward[:, 1:], cont, valid & out.clean[:, 1:])
 
     def clip_loss(
         self,
         batch: Batch,
         num_starts: int,
-        weight: Tensor | None = None,
         state: State | None = None,
         decoded: int | None = None,
     ) -> tuple[Loss, Pass]:
         """M's loss over clips without dreams: the objective's and, unless their weight is 0, the heads'.
 
         Args:
-            num_starts, weight, decoded: see `loss`.
+            num_starts, decoded: see `loss`.
             state: M's before row 0 of each clip, from which the clip continues unless its row 0 is_first. None: every
                 clip begins without memory.
 
@@ -177,8 +137,6 @@ class WorldModel(nn.Module):
             with torch.no_grad():
                 z = self.encoder(batch.obs)
         first = batch.clip_first() if state is None else batch.is_first
-        if weight is not None:
-            options["weight"] = weight
         if state is not None:
             options["state"] = state
         out = self.objective.run(self.dynamics, z, batch.prev_action(), first, num_starts, **options)
@@ -216,29 +174,6 @@ class WorldModel(nn.Module):
         """Weights of the reward's and the continuation's loss."""
         weight = self.heads_config.reward_weight
         return weight, float(weight > 0)
-
-    def _dream_loss(
-        self, batch: Batch, at: Tensor, starts: Starts, weight: Tensor | None, horizon: int, follow: Follow
-    ) -> Loss:
-        """The heads' loss on dreams that start after rows `at` `(B, M)` and follow the actions really taken.
-
-        The targets are the rewards and terminations that really came. Rows that are drawn more often count less.
-        """
-        length = batch.reward.shape[1]
-        rows = torch.arange(len(at), device=at.device)[:, None, None]
-        episode = batch.is_first.long().cumsum(1)
-        row = at[..., None] + torch.arange(1, horizon + 1, device=at.device)
-        inside = row < length
-        row = row.clamp(max=length - 1)
-        inside = inside & (episode[rows, row] == episode[rows, at[..., None]])
-        action = batch.action[rows, row - 1].flatten(0, 1)
-        rarity = torch.ones_like(row[..., :1]) if weight is None else 1 / (length * weight[rows, at[..., None]])
-        feat = follow(starts, action[:, :-1])
-        later = row[..., 1:]
-        reward = batch.reward[rows, later].flatten(0, 1)
-        cont = (~batch.terminated[rows, later]).float().flatten(0, 1)
-        counts = (inside[..., 1:] * rarity).flatten(0, 1)
-        return self.reward_continue.loss(feat, action[:, 1:], reward, cont, counts, self._head_weights)
 
     @torch.no_grad()
     def commit(self, state: State, z: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple[Tensor, State]:

@@ -66,11 +66,6 @@ def _check_agent(config: Config) -> None:
             f"forcing.prefix = {config.forcing.prefix}: an agent's dreams begin at clean frames, of which some clips "
             f"have none then; set it to 1"
         )
-    if config.heads.dreamt and config.controller.horizon < 2:
-        raise UserError(
-            f"heads.dreamt = {config.heads.dreamt}: the heads learn from the second dreamt step on; set"
-            f" controller.horizon to at least 2, or heads.dreamt to 0"
-        )
     if replay.episode_start_fraction + replay.priority_fraction > 1:
         raise UserError(
             f"replay.episode_start_fraction = {replay.episode_start_fraction} and replay.priority_fraction = "

@@ -46,9 +46,12 @@ class Actor:
     device: torch.device
     model: WorldModel
     controller: Controller
+    own: list[Tensor]
+    followed: list[Tensor]
+    """Of a copy: its weights, and those of the actor that it follows."""
 
     def copy(self) -> Actor:
-        """An actor with weights of its own, which `follow` sets."""
+        """An actor with weights of its own, which `follow` sets to those of this one."""
         other = Actor()
         other.config = self.config
         other.spec = self.spec
@@ -57,13 +60,15 @@ class Actor:
         other.model = build_model(self.config, self.spec).to(self.device)
         other.controller = build_controller(self.config, self.spec, other.model.feature_size).to(self.device)
         torch.set_rng_state(random)  # the first weights are overwritten: as if none had been drawn
-        other.follow(self)
+        other.followed = self._tensors()
+        other.own = other._tensors()
+        other.follow()
         return other
 
     @torch.no_grad()
-    def follow(self, other: Actor) -> None:
-        """Take over the weights of another actor of the same configuration."""
-        torch._foreach_copy_(self._tensors(), other._tensors())  # pyright: ignore[reportPrivateImportUsage]
+    def follow(self) -> None:
+        """Take over the weights that the actor has now which this is a copy of."""
+        torch._foreach_copy_(self.own, self.followed)  # pyright: ignore[reportPrivateImportUsage]
 
     def _tensors(self) -> list[Tensor]:
         parts = (self.model, cast(nn.Module, self.controller))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,7 @@ from longdream.agent.core.learner import Finite, Learner, Metrics
 from longdream.agent.core.optimizer import Optimizer
 from longdream.controller.types import Improving, Replaying
 from longdream.envs.contract import EnvSpec, UserError
-from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts, follow, imagine
-from longdream.worldmodel.model import start_weight
+from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts, imagine
 from longdream.worldmodel.types import Batch, Loss
 
 Stage = Literal["encoder", "model", "controller"]
@@ -65,19 +63,15 @@ class Agent(Learner, Actor):
         as a CUDA graph, unless whole updates are captured, and compile its steps and C's losses."""
         self._dreamer: Dreamer = self.model
         self._policy: Callable[[Tensor, bool], Tensor] = self.controller.act
-        self._dreamt_loss: Callable[[Dream], Loss] = self.controller.loss
-        self._replay_loss: Callable[[Clip], Loss] | None = getattr(self.controller, "replay_loss", None)
+        self._losses: Callable[[Dream, Clip], Loss] = self._controller_losses
         if self.config.compiled and self.cuda_graphs:
             self._policy = compiled(self._policy)
-            self._dreamt_loss = compiled(self._dreamt_loss)
-            self._replay_loss = self._replay_loss and compiled(self._replay_loss)
+            self._losses = compiled(self._losses)
             if not self.model.dynamics.grows:
                 self._dreamer = CompiledDreams(self.model)
         self._dreams: Callable[[Starts], Dream] = self._dream
-        self._follow: Callable[[Starts, Tensor], Tensor] = partial(follow, self._dreamer)
         if self.capturable and not self.cuda_graphs:
             self._dreams = Graphed(self._dreams)
-            self._follow = Graphed(self._follow)
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -108,7 +102,6 @@ class Agent(Learner, Actor):
         """V reconstructs, M predicts the next frames, C learns in M's dreams: each by its loss, or V and M by one."""
         metrics: Metrics = {}
         finite: Finite = True
-        weight = self._start_weight(batch)
         if self.config.learn.curiosity:
             batch.reward = batch.reward + self.config.learn.curiosity * batch.surprise
 
@@ -120,7 +113,7 @@ class Agent(Learner, Actor):
             return metrics, finite
 
         with self.timed("model"):
-            loss, starts, clip = self._model_loss(batch, weight)
+            loss, starts, clip = self._model_loss(batch)
         if stage == "controller":
             with self.timed("controller"), self._branch():
                 finite = finite & self._improve_controller(starts, clip, metrics)
@@ -154,7 +147,7 @@ class Agent(Learner, Actor):
     def _update_controller(self, batch: Batch, stage: str) -> tuple[Metrics, Finite]:
         metrics: Metrics = {}
         with torch.no_grad():
-            _, starts, clip = self._model_loss(batch, self._start_weight(batch))
+            _, starts, clip = self._model_loss(batch)
         with self.timed("controller"):
             finite = self._improve_controller(starts, clip, metrics)
         return metrics, finite
@@ -168,23 +161,23 @@ class Agent(Learner, Actor):
                 metrics[f"controller/{key}"] = value
             self.dream_steps += self.model.dreamt - before
         elif "controller" in self.optimizers:
-            finite = self.step("controller", self._controller_loss(starts, clip), metrics)
+            with autocast(self.config.precision, self.device):
+                loss = self._losses(self._dreams(starts), clip)
+            finite = self.step("controller", loss, metrics)
         self.controller.after_update()
         return finite
 
-    def _model_loss(self, batch: Batch, weight: Tensor | None) -> tuple[Loss, Starts, Clip]:
-        settings = self.config.controller
+    def _model_loss(self, batch: Batch) -> tuple[Loss, Starts, Clip]:
         with autocast(self.config.precision, self.device):
-            rows = self.config.learn.encoder_rows
-            return self.model.loss(batch, settings.imagination_starts, weight, settings.horizon, self._follow, rows)
+            starts = self.config.controller.imagination_starts
+            return self.model.loss(batch, starts, self.config.learn.encoder_rows)
 
-    def _controller_loss(self, starts: Starts, clip: Clip) -> Loss:
-        with autocast(self.config.precision, self.device):
-            loss = self._dreamt_loss(self._dreams(starts))
-            if weight := self.config.controller.replay_value:
-                assert self._replay_loss is not None
-                real = self._replay_loss(clip)
-                loss = Loss(loss.value + weight * real.value, {**loss.metrics, **real.metrics})
+    def _controller_losses(self, dream: Dream, clip: Clip) -> Loss:
+        """C's loss in dreams and, if it is to learn from real clips too, on those."""
+        loss = self.controller.loss(dream)
+        if weight := self.config.controller.replay_value:
+            real = cast(Replaying, self.controller).replay_loss(clip)
+            loss = Loss(loss.value + weight * real.value, {**loss.metrics, **real.metrics})
         return loss
 
     def _dream(self, starts: Starts) -> Dream:
@@ -192,13 +185,6 @@ class Agent(Learner, Actor):
             mixers = tuple(state.to(torch.bfloat16) for state in starts.state.mixers)
             starts = starts._replace(state=starts.state._replace(mixers=mixers))
         return imagine(self._dreamer, starts, lambda feat: self._policy(feat, False), self.config.controller.horizon)
-
-    def _start_weight(self, batch: Batch) -> Tensor | None:
-        """How likely each row of the batch is to start a dream, `(B, T)`; None: all alike."""
-        settings = self.config.controller
-        if not settings.reward_start_fraction:
-            return None
-        return start_weight(batch, settings.reward_start_fraction, settings.horizon)
 
     def _count_dreams(self, batch: Batch) -> None:
         """Count the dreamt steps that C has learned from by gradient; other controllers count theirs themselves."""

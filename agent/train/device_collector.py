@@ -65,7 +65,7 @@ class DeviceCollector:
     @torch.no_grad()
     def step(self, random: bool) -> list[dict[str, float]]:
         over = self.over.read().numpy()
-        self._keep_apart()
+        self._keep_apart(random)
         with self._in_stream():
             self._step(random)
             ended = self._ended(over)
@@ -92,12 +92,13 @@ class DeviceCollector:
         self.row = DeviceRow(self._pack(obs), over, reward, terminated, truncated)
         self.over = HostCopy(terminated | truncated)
 
-    def _keep_apart(self) -> None:
+    def _keep_apart(self, random: bool) -> None:
         """The copy acts with the weights of now, and neither they nor rows that are being sampled change meanwhile."""
         if self.stream is not None:
             learning = torch.cuda.current_stream()
             learning.wait_stream(self.stream)
-            self.actor.follow(self.agent)
+            if not random:
+                self.actor.follow()
             self.stream.wait_stream(learning)
 
     def _in_stream(self) -> AbstractContextManager[Any]:

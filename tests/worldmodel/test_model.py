@@ -9,7 +9,6 @@ from torch import Tensor
 
 from longdream.worldmodel.config import DynamicsConfig
 from longdream.worldmodel.dream import Starts, imagine
-from longdream.worldmodel.dream import follow as follow_features
 from longdream.worldmodel.dynamics import State
 from longdream.worldmodel.encoder import EncoderConfig
 from longdream.worldmodel.model import HeadsConfig, WorldModel
@@ -373,77 +372,3 @@ def test_temperature_and_steps_reach_the_sampler() -> None:
     dream(steps=4)
     handle.remove()
     assert len(calls) == 3 * (4 + 1)  # per dreamt frame four looks and one commit
-
-
-def test_dreams_under_real_actions_are_held_to_what_came() -> None:
-    """_dream_loss against loops: which action follows which, what came of it, where an episode or the clip ends, and
-    that a moment counts by how rarely it is drawn."""
-    torch.manual_seed(3)
-    model = randomised(build())
-    batch = rows(4, 11)
-    ahead = 5
-    at = torch.randint(0, 11, (4, 3))
-    weight = torch.rand(4, 11) + 0.1
-    weight = weight / weight.sum(1, keepdim=True)
-    feat = torch.randn(12, ahead - 1, model.feature_size)
-    seen = []
-
-    def follow(starts: Starts, action: Tensor) -> Tensor:
-        seen.append(action)
-        return feat
-
-    starts = Starts(torch.zeros(12, model.feature_size), model.dynamics.initial(12), torch.ones(12))
-    loss = model._dream_loss(batch, at, starts, weight, ahead, follow)
-    total = torch.zeros(2)
-    counts = 0.0
-    for b in range(4):
-        for m in range(3):
-            start = int(at[b, m])
-            for k in range(1, ahead):  # the k-th dreamt frame stands for row start + k
-                t = start + k
-                if t + 1 >= 11 or batch.is_first[b, start + 1 : t + 2].any():
-                    continue
-                assert torch.equal(seen[0][3 * b + m, k - 1], batch.action[b, t - 1])
-                count = 1 / (11 * weight[b, start])
-                args = feat[3 * b + m, k - 1], batch.action[b, t], batch.reward[b, t + 1], (~batch.terminated[b, t + 1])
-                part = model.reward_continue.loss(*args[:3], args[3].float(), torch.ones(()), (1.0, 1.0)).metrics
-                total += count * torch.stack([part["reward"], part["cont"]])
-                counts += count
-    assert counts > 0
-    torch.testing.assert_close(torch.stack([loss.metrics["reward"], loss.metrics["cont"]]), total / counts)
-
-
-def test_following_real_actions_is_dreaming_under_them() -> None:
-    torch.manual_seed(0)
-    model = randomised(build())
-    feat, state = at_symbol(model, 1, 6)
-    starts = Starts(feat, state, torch.ones(6))
-    action = F.one_hot(torch.randint(0, 2, (6, 4)), 2).float()
-    steps = iter(action.unbind(1))
-    torch.manual_seed(1)
-    wanted = imagine(model, starts, lambda _: next(steps), 4).feat[:, 1:]
-    torch.manual_seed(1)
-    assert torch.equal(follow_features(model, starts, action), wanted)
-
-
-def test_learning_from_dreams_changes_the_heads_alone() -> None:
-    """heads.dreamt adds a loss to M's whose gradient reaches the heads and nothing else."""
-    torch.manual_seed(0)
-    model = build()
-    batch = rows(24, 12)
-    plain = seeded_loss(model, batch, 2)[0]
-    model.heads_config = replace(model.heads_config, dreamt=1.0)
-    loss = seeded_loss(model, batch, 2)[0]
-    with torch.no_grad():
-        assert "dreamt_reward" not in seeded_loss(model, batch, 2)[0].metrics  # nobody would learn from it
-    assert {"dreamt_reward", "dreamt_cont"} <= loss.metrics.keys() and loss.metrics["reward"] == plain.metrics["reward"]
-    torch.testing.assert_close(
-        loss.value - plain.value, loss.metrics["dreamt_reward"] + loss.metrics["dreamt_cont"], atol=1e-5, rtol=1e-5
-    )
-    (loss.value - plain.value).backward()
-    touched = {
-        name.split(".")[0]
-        for name, weight in model.named_parameters()
-        if weight.grad is not None and weight.grad.abs().sum() > 1e-4
-    }
-    assert touched == {"reward_continue"}

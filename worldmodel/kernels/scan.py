@@ -81,7 +81,8 @@ def scan_step(inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
     (scan_step_triton.py).
     """
     if step_kernel is not None and not torch.is_grad_enabled() and step_kernel.fit(inputs.x, state):
-        y, state = step_kernel.scan_step(*(v[:, 0, 0] for v in inputs), state)
+        x, b, c, a = (v[:, 0, 0] for v in inputs)
+        y, state = step_kernel.scan_step(x, b, c, a, state)
         return y[:, None, None], state
     x, b, c, a = (v[:, 0] for v in inputs)
     if x.shape[1] == 1:

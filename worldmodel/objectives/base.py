@@ -90,7 +90,6 @@ class Objective(Protocol):
         prev_action: Tensor,
         first: Tensor,
         num_starts: int,
-        weight: Tensor | None = None,
         state: State | None = None,
     ) -> Pass:
         """One training pass.
@@ -98,9 +97,8 @@ class Objective(Protocol):
         Args:
             z: `(B, T, N, D)`. prev_action: `(B, T, A)`. first: `(B, T)`, frames that begin an episode.
             num_starts: M, frames per clip whose states are returned.
-            weight: `(B, T)` > 0, in proportion to which those frames are drawn; None: evenly.
-            state: before frame 0, carried over from the clip before; None: nothing was seen. It and `weight` are
-                passed by keyword and only where they are not None.
+            state: before frame 0, carried over from the clip before; None: nothing was seen. It is passed by keyword
+                and only where it is not None.
         """
         ...
 
@@ -170,7 +168,6 @@ class Forcing(nn.Module):
         prev_action: Tensor,
         first: Tensor,
         num_starts: int,
-        weight: Tensor | None = None,
         state: State | None = None,
     ) -> Pass:
         """See `Objective.run`."""
@@ -181,7 +178,7 @@ class Forcing(nn.Module):
         level = torch.rand_like(ones) * (torch.rand_like(ones) >= self.config.pure_noise_prob)
         level, steps = self.sample_step_sizes(level)
         if self.config.history == "clean":
-            at = start_frames(ones, num_starts, weight)
+            at = torch.randint(0, frames, (batch, num_starts), device=z.device)
             noisy = self.corrupt(z, level)
             clean = ones.bool()
 
@@ -191,8 +188,7 @@ class Forcing(nn.Module):
             prefix = self.prefixes(batch, frames, dynamics.config.chunk_frames, num_starts, z.device)
             clean = torch.arange(frames, device=z.device) < prefix
             level = torch.where(clean, 1.0, level)
-            evenly = (torch.rand(batch, num_starts, device=z.device) * prefix).long()
-            at = evenly if weight is None else draw_frames(weight * clean, num_starts)
+            at = (torch.rand(batch, num_starts, device=z.device) * prefix).long()
             noisy = torch.where(clean[..., None, None], z, self.corrupt(z, level))
             steps = None if steps is None else torch.where(clean, MAX_DENOISING_STEPS, steps)
 
@@ -260,24 +256,6 @@ class Forcing(nn.Module):
             pred = dynamics(z, action, level, first, state, None, None, step_size).pred
             z = self.denoise(z, pred, level, to, temperature)
         return z
-
-
-def start_frames(like: Tensor, count: int, weight: Tensor | None) -> Tensor:
-    """`(B, count)` frames of each clip to start dreams from: in proportion to weight `(B, T)`, or evenly without one.
-
-    like: any tensor `(B, T)`.
-    """
-    if weight is not None:
-        return draw_frames(weight, count)
-    batch, frames = like.shape
-    return torch.randint(0, frames, (batch, count), device=like.device)
-
-
-def draw_frames(weight: Tensor, count: int) -> Tensor:
-    """`(B, count)` frames of each clip, drawn in proportion to weight `(B, T)`."""
-    ends = weight.double().cumsum(1)
-    level = torch.rand(len(weight), count, device=weight.device) * ends[:, -1:]
-    return torch.searchsorted(ends, level, right=True)
 
 
 def schedule(frames: int, steps: int, slope: float) -> Tensor:

@@ -16,7 +16,7 @@ from longdream.worldmodel.categorical import cross_entropy, draw_one_hots, kl_di
 from longdream.worldmodel.dynamics import Dynamics, State
 from longdream.worldmodel.encoder import UNIMIX
 from longdream.worldmodel.networks import mlp
-from longdream.worldmodel.objectives.base import ForcingConfig, Pass, start_frames
+from longdream.worldmodel.objectives.base import ForcingConfig, Pass
 
 POSTERIOR_WEIGHT = 0.1
 """Weight of the KL loss that moves the posterior towards the prior (beta_rep); that of the other is 1 (beta_dyn)."""
@@ -53,7 +53,6 @@ class Prior(nn.Module):
         prev_action: Tensor,
         first: Tensor,
         num_starts: int,
-        weight: Tensor | None = None,
         state: State | None = None,
         posterior: Tensor | None = None,
     ) -> Pass:
@@ -61,7 +60,7 @@ class Prior(nn.Module):
         V, with its gradient; None where V is not trained: z then stands for it."""
         batch, frames = z.shape[:2]
         ones = torch.ones(batch, frames, device=z.device)
-        at = start_frames(ones, num_starts, weight)
+        at = torch.randint(0, frames, (batch, num_starts), device=z.device)
         before = dynamics.initial(batch, z.device) if state is None else state
         out = dynamics(z, prev_action, ones, first, before, None, at)
         loss, metrics = self.losses(out.feat, prev_action, first, z, posterior)

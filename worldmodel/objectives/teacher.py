@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from longdream.worldmodel.categorical import cross_entropy, draw_one_hots
 from longdream.worldmodel.dynamics import Dynamics, State
 from longdream.worldmodel.networks import mlp
-from longdream.worldmodel.objectives.base import ForcingConfig, Pass, start_frames
+from longdream.worldmodel.objectives.base import ForcingConfig, Pass
 
 
 class Teacher(nn.Module):
@@ -32,13 +32,12 @@ class Teacher(nn.Module):
         prev_action: Tensor,
         first: Tensor,
         num_starts: int,
-        weight: Tensor | None = None,
         state: State | None = None,
     ) -> Pass:
         """See `Objective.run`."""
         batch, frames = z.shape[:2]
         ones = torch.ones(batch, frames, device=z.device)
-        at = start_frames(ones, num_starts, weight)
+        at = torch.randint(0, frames, (batch, num_starts), device=z.device)
         before = dynamics.initial(batch, z.device) if state is None else state
         out = dynamics(z, prev_action, ones, first, before, None, at)
         # the first frame of an episode has nothing to be predicted from

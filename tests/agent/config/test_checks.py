@@ -31,8 +31,6 @@ IMAGINATION = {"kind": "imagination", "world": "runs/there"}
         ({"forcing.history": "noisy", "forcing.prefix": 0.5}, "an agent's dreams begin at clean frames"),
         ({"worldmodel.num_heads": 3}, "worldmodel.num_heads = 3 does not divide worldmodel.width = 64"),
         ({"replay.episode_start_fraction": 0.7, "replay.priority_fraction": 0.7}, "their sum must not exceed 1"),
-        ({"heads.dreamt": 1.0, "controller.horizon": 1}, "set controller.horizon to at least 2"),
-        ({"controller.reward_start_fraction": 1.0}, "controller.reward_start_fraction 1.0: must be at most 0.99"),
         ({"learn.prefill": 20_000}, "learn.steps = 20000: nothing is learned before step 20000"),
         ({"seed": -1}, "seed -1: must be at least 0"),
         ({"seed": 2**31}, "seed 2147483648: must be less than 2.14748e+09"),
