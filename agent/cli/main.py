@@ -152,6 +152,10 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
         config = options.changed(world.config, {"kind": "imagination"} | settings)
         label = f"{world.folder.name}-{config.controller.kind.partition(':')[0]}"
         folder = unused(name, label, config.seed)
+    elif settings.get("init") and not words:
+        source = open_run(settings["init"])
+        config = options.changed(source.config, settings)
+        folder = unused(name, source.folder.name, config.seed)
     elif words:
         config = options.changed(options.load(words[0]), settings)
         path = Path(words[0])

@@ -29,6 +29,7 @@ LONGDREAM_DEBUG=1 shows where in the program an error came from."""
 TRAIN = """usage: longdream train PRESET|FILE.yaml [--name NAME] [--json] [--OPTION VALUE ...]
        longdream train video-NAME --data DIR [--name NAME] [--OPTION VALUE ...]
        longdream train --resume runs/NAME [--json] [--steps N]
+       longdream train [PRESET] --init runs/NAME [--name NAME] [--OPTION VALUE ...]
        longdream train --world runs/NAME [--controller.kind KIND] [--learn.updates N] [--OPTION VALUE ...]
 
 Train V, M and C in a new run, or go on with one. All that comes of it goes into runs/NAME.
@@ -44,11 +45,13 @@ examples
   longdream train my_preset.yaml --controller.kind my_package.my_module:MyController
   longdream train video-memory-maze --data recordings/maze --video.lengths 64,128
   longdream train --resume runs/quickstart-s3-1
+  longdream train --init runs/quickstart-s3-1 --env.kwargs.corridor 24 --steps 20000
   longdream train --world runs/quickstart-s3-1 --controller.kind evolution --learn.updates 300
 
   --name NAME    folder below runs/ (default: PRESET-sSEED-1, or -2, ...)
   --resume RUN   go on with this run, under its own settings; --steps, --learn.updates, --evaluate.*, --device and
                  --threads may change
+  --init RUN     begin with the weights of this run and, without a PRESET, with its settings
   --world RUN    keep V and M of this run; a new C learns in their dreams alone, from moments of its replay
   --data DIR     short for --video.data: recordings for V and M to learn from, without an environment and without C
   --env ID       short for --env.id

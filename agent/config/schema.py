@@ -184,6 +184,9 @@ class Config:
     gradient. Timings of an update's parts in the log are then those before the capture."""
     threads: Annotated[int, AT_LEAST_0, OnResume()] = 0
     """CPU threads of torch; 0 leaves its choice."""
+    init: Annotated[str, Mode("online", "video")] = ""
+    """A run whose V, M and C this run begins with, as in fine-tuning: its weights, with new optimizers. Its agent, and
+    not chance, then acts in the prefill."""
     world: Annotated[str, Mode("imagination")] = ""
     """The run whose V and M a run of kind imagination uses."""
     env: Annotated[EnvConfig, Mode("online")] = field(default_factory=EnvConfig)

@@ -31,6 +31,7 @@ from longdream.agent.run import folder as run_folder
 from longdream.agent.run.logger import Logger
 from longdream.agent.run.metrics import RATES, Averages, Rates, Timed
 from longdream.agent.run.signals import Interrupted, Signals
+from longdream.agent.run.warm_start import RAMP, warm_start
 from longdream.agent.train.collector import Collector, RowCollector
 from longdream.agent.train.device_collector import DeviceCollector
 from longdream.controller.types import Exporting
@@ -101,6 +102,8 @@ class Trainer:
                 if saved and summary and summary[cls.UNIT] == saved["progress"] >= cls.total(config):
                     return summary
             trainer = cls(config, folder, saved, signals, stack)
+            if config.init and not saved:
+                warm_start(trainer.learner, Path(config.init))
             if resume:
                 run_folder.write_config(folder, config)
             else:
@@ -216,7 +219,8 @@ class Trainer:
 
     def greeting(self, progress: int) -> str:
         """What is printed when training begins."""
-        return f"training in {self.folder}" + (f", from step {progress:,} on" if progress else "")
+        source = f", beginning with the weights of {self.config.init}" if self.config.init else ""
+        return f"training in {self.folder}" + (f", from step {progress:,} on" if progress else source)
 
     def turn(self) -> None:
         """The smallest piece of work."""
@@ -293,7 +297,7 @@ class OnlineTrainer(Timed, Trainer):
         count = self.count
         warmup = learn.warmup + learn.warmup_model
         if count["learning_began"] is None:
-            self.act(random=True)
+            self.act(random=not self.config.init)
             if self.progress >= learn.prefill and self.replay.can_sample(replay.length):
                 count["learning_began"] = self.progress
         elif count["warmup"] < warmup:
@@ -339,7 +343,8 @@ class OnlineTrainer(Timed, Trainer):
         learn = self.config.learn
         began = self.count["learning_began"]
         done = (self.progress - began) / max(1, learn.steps - began)
-        return 1 - (1 - learn.decay) * min(1.0, done)
+        ramp = min(1.0, (self.agent.updates + 1) / RAMP) if self.config.init else 1.0
+        return ramp * (1 - (1 - learn.decay) * min(1.0, done))
 
     def report(self) -> None:
         settings = self.config.evaluate
