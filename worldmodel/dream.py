@@ -65,6 +65,16 @@ class Dream(NamedTuple):
     weight: Tensor
 
 
+def dream_bytes(state: State, feat: Tensor, horizon: int) -> int:
+    """Memory that a dream takes at least, in bytes: its state before and after a step, and the features of each row.
+
+    state, feat: of one sequence, with a leading B of 1.
+    """
+    of_state = sum(tensor.numel() * tensor.element_size() for tensor in (*state.mixers, *state.k, *state.v))
+    of_rows = (horizon + 1) * (feat.numel() * feat.element_size() + state.last.numel() * state.last.element_size())
+    return 2 * of_state + of_rows
+
+
 @torch.no_grad()
 def imagine(
     model: Dreamer,

@@ -295,9 +295,10 @@ class Vision(nn.Module):
             raise ValueError(f"encoder.grid = {grid}: grids under 4 must divide 4 (use 1, 2 or 4 and up)")
         halvings = round(math.log2(min(height, width) / base))
         if halvings < 1:
-            raise ValueError(
-                f"image of {height} x {width}: encoder.grid = {grid} needs {2 * base} x {2 * base} pixels or more"
-            )
+            largest = min(height, width) // 2
+            fix = f"set it to at most {largest}" if largest >= 4 else "images of under 8 pixels cannot be encoded"
+            needed = f"{2 * base} x {2 * base} pixels or more"
+            raise ValueError(f"image of {height} x {width}: encoder.grid = {grid} needs {needed}; {fix}")
         self.shape = (height, width)
         self.grid = grid
         self.merge = base // grid

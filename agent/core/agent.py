@@ -13,12 +13,12 @@ from longdream.agent.config.schema import Config
 from longdream.agent.core.actor import Actor, build_controller
 from longdream.agent.core.compile import CompiledDreams, compiled
 from longdream.agent.core.cuda_graphs import Graphed
-from longdream.agent.core.device import autocast
+from longdream.agent.core.device import autocast, free_bytes
 from longdream.agent.core.learner import Finite, Learner, Metrics
 from longdream.agent.core.optimizer import Optimizer
 from longdream.controller.types import Improving, Replaying
 from longdream.envs.contract import EnvSpec, UserError
-from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts, imagine
+from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts, dream_bytes, imagine
 from longdream.worldmodel.types import Batch, Loss
 
 Stage = Literal["encoder", "model", "controller"]
@@ -54,9 +54,25 @@ class Agent(Learner, Actor):
                 f"cuda_graphs = true: an update with {settings.kind} and {config.forcing.objective} cannot be captured;"
                 f" set it to false"
             )
+        self._check_memory()
         if self.cuda_graphs:
             self.beside = torch.cuda.Stream(self.device)
         self._wrap_dreams()
+
+    def _check_memory(self) -> None:
+        """Refuse dreams that cannot all be there at once."""
+        settings = self.config.controller
+        carry = self.initial(1)
+        clips = self.config.replay.batch
+        each = clips * dream_bytes(carry.state, carry.feat, settings.horizon)
+        free = free_bytes(self.device)
+        if settings.imagination_starts * each > free:
+            raise UserError(
+                f"controller.imagination_starts = {settings.imagination_starts:,}: {clips} times as many dreams of "
+                f"{settings.horizon} steps need {settings.imagination_starts * each / 2**30:,.0f} GiB, and "
+                f"{self.device} has {free / 2**30:,.0f} GiB free: set it to at most {max(1, free // each):,}, or lower "
+                f"controller.horizon"
+            )
 
     def _wrap_dreams(self) -> None:
         """Dreams are thousands of small kernels, and launching them takes longer than running them: capture each dream

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -27,6 +29,17 @@ def resolve_device(name: str) -> str:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Within, matrix products on CUDA are in bfloat16 if that is the run's `precision`."""
     return torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16" and device.type == "cuda")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that can be had; without limit on the CPU of a system that does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:
+        return sys.maxsize
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), sys.maxsize)
 
 
 class HostCopy:
