@@ -3,7 +3,7 @@
 Importing it registers the project's environments with Gymnasium: `gym.make("longdream/Recall-v0")`.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 from longdream import envs
 

@@ -112,7 +112,7 @@ def test_a_file_of_0_1_is_refused_in_one_line(tmp_path: Path) -> None:
         UserError, match=r"unknown setting exact: .*; longdream 0\.1 reads the files that it wrote, this"
     ):
         options.load(str(path))
-    path.write_text("version: 0.2.0\nlearn: {train_ration: 8.0}\n")
+    path.write_text("version: 0.3.0\nlearn: {train_ration: 8.0}\n")
     with pytest.raises(UserError, match=r"did you mean learn\.train_ratio or learn\.encoder_rate\?$"):
         options.load(str(path))
 
