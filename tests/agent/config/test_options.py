@@ -52,7 +52,7 @@ def test_a_file_names_the_version_that_wrote_it(tmp_path: Path) -> None:
     path.write_text(options.dump(Config()))
     assert yaml.safe_load(path.read_text())["version"] == __version__
     assert options.load(str(path)) == Config()
-    major, minor, _ = __version__.split(".")
+    major, minor, *_ = __version__.split(".")
     path.write_text(f"version: {major}.{minor}.99\nseed: 3\n")  # a patch changes no setting
     assert options.load(str(path)).seed == 3
 
