@@ -26,10 +26,10 @@ from longdream.agent.data.base import ReplayBuffer
 from longdream.agent.data.device_replay import DeviceReplay
 from longdream.agent.data.replay import Replay
 from longdream.agent.evaluation.policy import evaluate_agent, make_world, play
-from longdream.agent.run import checkpoint
 from longdream.agent.run import folder as run_folder
 from longdream.agent.run.logger import Logger
 from longdream.agent.run.metrics import RATES, Averages, Rates, Timed
+from longdream.agent.run.saver import Saver
 from longdream.agent.run.signals import Interrupted, Signals
 from longdream.agent.run.warm_start import RAMP, warm_start
 from longdream.agent.train.collector import Collector, RowCollector
@@ -75,6 +75,8 @@ class Trainer:
         if saved:
             self.count |= saved["count"]
         self.averages = Averages()
+        self.saver = Saver(folder / "checkpoints", self.saved)
+        stack.callback(self.saver.settle)
         torch.manual_seed(config.seed)
 
     @classmethod
@@ -137,17 +139,20 @@ class Trainer:
                 self.signals.check()
                 if self.progress >= self.total(self.config):
                     break
+                self.saver.poll()
                 if time.monotonic() - self.saved_at > self.config.evaluate.save_seconds:
                     self.save()
                 self.turn()
         except (Interrupted, EnvError):
             self.save()
+            self.saver.settle()
             self.signals.check()  # the signal that ends this run may have reached the environment's processes first
             raise
         self.save()
+        self.saver.settle()
 
     def save(self) -> None:
-        """Write a checkpoint, from which `open` goes on exactly."""
+        """Write a checkpoint, from which `open` goes on exactly, while training goes on."""
         cuda = torch.cuda.get_rng_state_all() if self.learner.device.type == "cuda" else []
         state = {
             **self.learner.state_dict(),
@@ -158,8 +163,11 @@ class Trainer:
             "count": self.counters(),
         }
         state["random"] = {"torch": torch.get_rng_state(), "cuda": cuda, **state.get("random", {})}
-        checkpoint.save(self.folder / "checkpoints", self.progress, state)
+        self.saver.save(self.progress, state)
         self.saved_at = time.monotonic()
+
+    def saved(self) -> None:
+        """Called once a checkpoint is on disk."""
 
     def counters(self) -> dict[str, Any]:
         """`count` as it is kept in a checkpoint."""
@@ -388,7 +396,9 @@ class OnlineTrainer(Timed, Trainer):
     def save(self) -> None:
         with self.timed("save"):
             super().save()
-            self.replay.commit_eviction()
+
+    def saved(self) -> None:
+        self.replay.commit_eviction()
 
     def state(self) -> dict[str, Any]:
         """A world that is lost has no state: new episodes will follow its last rows.
