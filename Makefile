@@ -9,12 +9,17 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_inf
 INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 JOBS ?= 2
 
-.PHONY: help demo test lint
+# The kernels for CUDA run in Triton's interpreter, on any machine. Builds of torch without CUDA come without Triton, and
+# torch behaves otherwise where there is one, so it has an environment of its own.
+TRITON := triton==3.6.0
+
+.PHONY: help demo test test-kernels lint
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   install, train in dreams, evaluate for real, write the dream video (some minutes)"
 	@echo "make test   install, run the test suite on $(JOBS) processes (JOBS=n for more; ARGS='-k scan' to choose)"
+	@echo "make test-kernels   install beside it, run the tests of the kernels for CUDA in Triton's interpreter"
 	@echo "make lint   install, ruff check, ruff format --check, pyright"
 	@echo "PYTHON=/path/to/python3.12 names the interpreter that .venv is made from."
 
@@ -25,6 +30,9 @@ demo: .venv/installed
 # order of tests/conftest.py, slow files first, rather than by their number of tests.
 test: .venv/installed-dev
 	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-kernels: .venv-kernels/installed
+	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest -n $(JOBS) tests/worldmodel/kernels $(ARGS)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
@@ -46,3 +54,9 @@ lint: .venv/installed-dev
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip
 	$(INSTALL) -e '.[dev]'
 	@touch .venv/installed $@
+
+.venv-kernels/installed: pyproject.toml constraints.txt | .venv/bin/pip
+	.venv/bin/python -m venv --clear .venv-kernels
+	.venv-kernels/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	.venv-kernels/bin/python -m pip install --disable-pip-version-check --no-deps $(TRITON)
+	@touch $@
