@@ -97,7 +97,9 @@ def evaluate_open_loop(
             for b in range(min(len(rows), drawn - len(examples))):
                 examples.append(_comparison(learner, {name: images[b] for name, images in frames.items()}))
     if not count:
-        raise UserError(f"none of the held-out recordings in {library.root} can be read")
+        name = next(recording.name for recording in recordings if recording.name in library.damaged)
+        why = library.damaged[name]
+        raise UserError(f"none of the held-out recordings in {library.root} can be read: {name} {why}")
     return OpenLoop({way: total / count for way, total in totals.items()}, count, examples)
 
 
