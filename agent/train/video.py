@@ -18,7 +18,7 @@ from longdream.agent.data.video.library import open_library
 from longdream.agent.data.video.loader import Loader, Place, check_lengths
 from longdream.agent.data.video.transfer import Transfer
 from longdream.agent.evaluation.open_loop import OpenLoop, check_held_out, evaluate_open_loop
-from longdream.agent.evaluation.plots import film, save_film, save_picture, sheet
+from longdream.agent.evaluation.plots import film, film_path, save_film, save_picture, sheet
 from longdream.agent.evaluation.plots import stack as stacked
 from longdream.agent.run import folder as run_folder
 from longdream.agent.run.signals import Signals
@@ -257,7 +257,7 @@ class VideoTrainer(Trainer):
         """Held-out clips beside the dreams of them, as video and as picture: where these are."""
         context = self.config.video.context
         title = f"{self.library.layout}, held out   {context} frames, then a dream under the same actions"
-        video = self.folder / "videos" / "held-out.mp4"
+        video = film_path(self.folder / "videos" / "held-out.mp4")
         save_film(video, (frame for clip in result.drawn for frame in film(clip, title)), fps=10)
         save_picture(video.with_suffix(".png"), stacked([sheet(clip, title) for clip in result.drawn]))
         return {"video": str(video), "picture": str(video.with_suffix(".png"))}

@@ -120,7 +120,8 @@ def _read(file: Path) -> np.ndarray:
         actions = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         # numpy takes for a pickle what does not begin as an NPY file, and says how to load it without safety
-        why = "pickled objects, or another format" if "pickle" in str(error) else one_line(error)
+        pickled = "pickle" in str(error) or "Python objects" in str(error)
+        why = "pickled objects, or another format" if pickled else one_line(error)
         raise Damaged(f"lies beside {file.name}, which is no NPY file of actions ({why})") from None
     if not isinstance(actions, np.ndarray):  # an NPZ file under this name
         actions.close()
