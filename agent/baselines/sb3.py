@@ -123,7 +123,7 @@ def find(name: str) -> type[BaseAlgorithm]:
     """The algorithm `package:Class`.
 
     Raises:
-        UserError: there is no such algorithm.
+        UserError: there is no such algorithm, or it needs masks of actions.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -134,6 +134,8 @@ def find(name: str) -> type[BaseAlgorithm]:
         raise UserError(f"--algo {name}: {error}; give package:Class, as stable_baselines3:PPO") from None
     if not (isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm)):
         raise UserError(f"--algo {name} is no algorithm of Stable-Baselines3")
+    if "use_masking" in inspect.signature(algorithm.learn).parameters:
+        raise UserError(f"--algo {name} needs masks of valid actions, which are not passed on here: use one without")
     return algorithm
 
 
@@ -155,6 +157,8 @@ def _make(kind: type[BaseAlgorithm], vec: RealVec, seed: int, kwargs: dict[str, 
 class RealVec(VecEnv):
     """Copies of a real environment with SB3's autoreset: an episode that ends is reset in the same step. Each copy is a
     separate World, since the copies of one World are reset one step later."""
+
+    render_mode = None  # SB3 asks for it
 
     def __init__(self, config: EnvConfig, seed: int, signals: Signals):
         self.id = config.id
@@ -211,13 +215,13 @@ class RealVec(VecEnv):
             world.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name, None)] * self.num_envs
+        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError(f"{attr_name}: real environments have no attributes to set from here")
+        raise AttributeError(f"{attr_name}: real environments have no attributes to set from here")
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        raise NotImplementedError(f"{method_name}: real environments have no methods to call from here")
+        raise AttributeError(f"{method_name}: real environments have no methods to call from here")
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
         return [False] * self.num_envs
