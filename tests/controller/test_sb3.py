@@ -173,7 +173,10 @@ def test_algorithms_of_sb3_contrib_learn(places, name: str, parts: tuple[int, ..
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("MaskablePPO", "MaskablePPO needs masks of valid actions, which M does not predict: use one of stable_baseline"),
+        (
+            "MaskablePPO",
+            "MaskablePPO needs masks of valid actions, which M does not predict: use one of",
+        ),
         ("RecurrentPPO", "RecurrentPPO keeps a state between its steps, and C is given M's memory instead: use one of"),
         ("TQC", "TQC cannot take Discrete actions: PPO, A2C, DQN can"),
     ],
@@ -189,7 +192,7 @@ def test_another_policy_than_the_default_one(chained) -> None:
     algorithm = pytest.importorskip("sb3_contrib").ARS
     agent = build(5, algorithm, kwargs={"policy": "LinearPolicy"})
     assert "Linear" in type(agent.algorithm.policy).__name__
-    with pytest.raises(ValueError, match="PPO with controller.kwargs.*Policy NoPolicy unknown"):
+    with pytest.raises(ValueError, match=r"PPO with controller\.kwargs.*Policy NoPolicy unknown"):
         build(5, PPO, kwargs={"policy": "NoPolicy"})
 
 

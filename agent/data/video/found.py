@@ -24,7 +24,7 @@ def files_below(root: Path, suffix: str) -> list[Path]:
         seen.add(key)
         folders[:] = sorted(
             (name for name in folders if not name.startswith(".") and name != "__MACOSX"),
-            key=lambda name: (os.path.islink(os.path.join(folder, name)), name),  # noqa: B023 (used at once)
+            key=lambda name: (os.path.islink(os.path.join(folder, name)), name),
         )
         here = Path(folder)
         files += [here / name for name in names if name.lower().endswith(suffix) and not name.startswith(".")]

@@ -146,7 +146,10 @@ def test_damaged_files_are_named_once_and_skipped(mazes: Path, carry: bool) -> N
 def test_nothing_left(tmp_path: Path, write_maze) -> None:
     write_maze(tmp_path / "a.npz")
     spoil(tmp_path / "a.npz")
-    with loader(tmp_path) as clips, pytest.raises(UserError, match="no recording of 4 rows is left that can be read; of 1, a.npz is damaged"):
+    with (
+        loader(tmp_path) as clips,
+        pytest.raises(UserError, match=r"recording of 4 rows is left that can be read; of 1, a\.npz is damaged"),
+    ):
         for _ in range(5):
             clips.next()
 
