@@ -138,7 +138,8 @@ def _check(file: Path, changed: int, size: int) -> None:
     """Raise Damaged for a file that does not hold actions."""
     actions = _read(file)
     floats = actions.dtype.kind == "f"
-    if actions.dtype.kind not in "iuf" or actions.ndim not in ((1, 2) if floats else (1,)):
+    shaped = actions.ndim in ((1, 2) if floats else (1,)) and 0 not in actions.shape[1:]
+    if actions.dtype.kind not in "iuf" or not shaped:
         raise Damaged(
             f"lies beside {file.name}, which holds {actions.dtype} of shape {actions.shape}: actions are whole numbers "
             f"(T,), or float numbers (T,) or (T, A) in -1 to 1"
@@ -149,7 +150,7 @@ def _check(file: Path, changed: int, size: int) -> None:
     else:
         fits = (actions >= 0) & (actions < MOST)
         known = f"discrete actions count from 0, up to {MOST - 1}"
-    wrong = np.flatnonzero(~fits.reshape(len(actions), -1).all(1)) if actions.size else ()
+    wrong = np.flatnonzero(~fits.reshape(len(actions), _width(actions) or 1).all(1))
     if len(wrong):
         raise Damaged(
             f"lies beside {file.name}, whose action {actions[wrong[0]]} in row {wrong[0]} is out of range: {known}"
