@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from longdream.envs.contract import UserError
+
 
 def evaluate(
     run_folder: Path,
@@ -49,6 +51,9 @@ def evaluate(
     from longdream.agent.run.folder import load_agent
     from longdream.envs.memory_maze.sizes import references
 
+    for flag, value, least in (("episodes", episodes, 1), ("seed", seed, 0)):
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
     if str(run_folder) in ("oracle", "navigator", "random"):
         from longdream.agent.baselines import scripted
 

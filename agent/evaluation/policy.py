@@ -79,9 +79,18 @@ def play(
 
 
 def make_world(kind: type[W], env: EnvConfig, copies: int, seed: int, signals: Signals | None = None) -> W:
-    """A world whose worker processes ignore Ctrl-C, so that they end when the program ends them."""
-    with signals.hidden() if signals else nullcontext():
-        return kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s)
+    """A world whose worker processes ignore Ctrl-C, so that they end when the program ends them.
+
+    Raises:
+        UserError: it cannot be made; the message has the environment's name as it was given.
+    """
+    try:
+        with signals.hidden() if signals else nullcontext():
+            return kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s)
+    except UserError as error:
+        if env.id in str(error):
+            raise
+        raise UserError(f"{env.id}: {error}") from error
 
 
 def evaluate_agent(

@@ -2,16 +2,17 @@
 
 import re
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 from gymnasium import spaces
 
 from longdream.agent.config import options
-from longdream.agent.config.schema import EvaluateConfig
+from longdream.agent.config.schema import EnvConfig, EvaluateConfig
 from longdream.agent.core.agent import Agent
 from longdream.agent.evaluation import policy
-from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, env_spec
+from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, UserError, env_spec
 from longdream.envs.make import World
 
 
@@ -59,3 +60,13 @@ def test_a_world_without_a_label_is_silent(monkeypatch: pytest.MonkeyPatch, caps
             world.reset()
             world.step(world.random_action(np.random.default_rng(0)))
         assert capsys.readouterr().err == ("named: 1 steps, 0 episodes ended\n" if label else "")
+
+
+def test_an_environment_is_named_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "import gymnasium as gym\nfrom gymnasium import spaces\n\n\nclass Words(gym.Env):\n"
+    code += "    observation_space = spaces.Discrete(2)\n    action_space = spaces.Text(5)\n\n\n"
+    code += "gym.register('Words-v0', entry_point=Words)\n"
+    (tmp_path / "of_words.py").write_text(code)
+    with pytest.raises(UserError, match=r"^of_words:Words-v0: the action space is a Text space"):
+        policy.make_world(World, EnvConfig(id="of_words:Words-v0"), 1, 0)
