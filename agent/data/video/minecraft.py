@@ -181,7 +181,7 @@ def _ticks_of(path: Path) -> Path:
 def _whole_buttons(lines: Iterable[str]) -> Iterator[str]:
     """Lines whose buttons are whole numbers: pandas writes them as 0.0."""
     for line in lines:
-        yield BUTTONS.sub(lambda found: re.sub(r"\.0+(?=\s*[,\]])", "", found[0]), line)
+        yield BUTTONS.sub(lambda match: re.sub(r"\.0+(?=\s*[,\]])", "", match[0]), line)
 
 
 def _check_ticks(lines: list[str]) -> None:
@@ -191,8 +191,8 @@ def _check_ticks(lines: list[str]) -> None:
     """
     before: int | None = None
     for number, line in enumerate(lines):
-        found = TICK.search(line)
-        tick = int(found[1]) if found else None
+        match = TICK.search(line)
+        tick = int(match[1]) if match else None
         if tick is not None and before is not None and tick > before + 1:
             raise UserError(f"line {number + 1} is tick {tick}, after tick {before}: lines are missing between them")
         before = tick

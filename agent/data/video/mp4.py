@@ -40,7 +40,7 @@ def decode(path: Path, start: int, stop: int, size: int) -> np.ndarray:
         raise Damaged(f"is cut short: it ends after {len(times)} frames")
     wanted = {time: i for i, time in enumerate(times[start:stop])}
     frames = _decoded(path, times[start], wanted, size)
-    if len(frames) < len(wanted):  # the key frame that was found may be shown after the first of them
+    if len(frames) < len(wanted):  # the first of them may rest on frames before the key frame that was found
         frames |= _decoded(path, times[0], wanted, size)
     if len(frames) < len(wanted):
         raise Damaged(f"is damaged: {len(wanted) - len(frames)} of its frames {start} to {stop - 1} cannot be decoded")
@@ -53,7 +53,7 @@ def _decoded(path: Path, time: int, wanted: dict[int, int], size: int) -> dict[i
     with _stream(path) as (container, stream):
         container.seek(time, stream=stream, backward=True)
         for frame in container.decode(stream):
-            if frame.pts in wanted:
+            if frame.pts in wanted and not frame.is_corrupt:
                 frames[wanted[frame.pts]] = resize_area(_shown(frame), size, size)
             if len(frames) == len(wanted):
                 break

@@ -16,6 +16,8 @@ def test_a_folder_that_is_not_recognised(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         open_library(tmp_path / "none")
     (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"notes\.txt is a file: --data names the folder of recordings, such as"):
+        open_library(tmp_path / "notes.txt")
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     with pytest.raises(UserError) as caught:
         open_library(tmp_path)

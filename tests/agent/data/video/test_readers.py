@@ -1,5 +1,6 @@
 """A reader per layout: rows are what the files say, and what they cannot say is refused."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -293,6 +294,27 @@ def test_frames_that_are_cut_off_are_not_there(tmp_path: Path, shades, write_mp4
     for start, stop in ((0, 1), (0, 50 - cut), (3, 9), (49 - cut, 50 - cut)):
         decoded = mp4.decode(tmp_path / "a.mp4", start, stop, 32)
         assert np.abs(decoded.astype(int) - frames[cut:][start:stop]).max() <= 2, (start, stop)
+
+
+def test_frames_that_were_damaged_are_not_learned_from(tmp_path: Path, write_mp4) -> None:
+    """A decoder fills in what it cannot read, and says so: every frame is the true one, or the file is damaged."""
+    path = tmp_path / "a.mp4"
+    frames = np.random.default_rng(0).integers(256, size=(8, 32, 32, 3)).astype(np.uint8).repeat(5, 0)
+    write_mp4(path, frames)
+    whole = path.read_bytes()
+    true = mp4.decode(path, 0, 40, 16)
+    outcomes = set()
+    for at in range(whole.index(b"mdat") + 900, len(whole) - 5000, 1500):
+        path.write_bytes(whole[:at] + bytes(40) + whole[at + 40 :])
+        os.utime(path, ns=(at, at))  # what was cached of another version is not used
+        try:
+            decoded = mp4.decode(path, 0, 40, 16)
+        except Damaged:
+            outcomes.add("damaged")
+        else:
+            outcomes.add("true" if np.array_equal(decoded, true) else "wrong")
+    assert "damaged" in outcomes
+    assert "wrong" not in outcomes
 
 
 def test_only_mp4_files_need_pyav(tmp_path: Path, write_maze, monkeypatch: pytest.MonkeyPatch) -> None:
