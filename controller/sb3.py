@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -83,6 +84,8 @@ class StableBaselines(nn.Module):
         defaults = {name: value for name, value in defaults.items() if name in accepted}
         make = cast(Any, algorithm)
         policy = arguments.pop("policy", _policy(algorithm))
+        if isinstance(train_freq := arguments.get("train_freq"), list):  # YAML and JSON have no tuples
+            arguments["train_freq"] = tuple(train_freq)
         with numpy_seeded_by_torch():
             try:
                 self.algorithm: BaseAlgorithm = make(policy, self.env, **(defaults | arguments))
@@ -250,13 +253,19 @@ def _policy(algorithm: type[BaseAlgorithm]) -> str:
 
 
 def _check_usable(algorithm: BaseAlgorithm, features: int) -> None:
-    """Raise ValueError for an algorithm that needs masks of actions, or a state between its steps."""
+    """Raise ValueError for an algorithm that needs masks of actions, a state between its steps, or single episodes."""
     name = type(algorithm).__name__
     instead = ALGORITHMS[type(algorithm.action_space)]
     if "use_masking" in inspect.signature(algorithm.learn).parameters:
         raise ValueError(
             f"controller.kind = {name} needs masks of valid actions, which M does not predict: use one of "
             f"stable_baselines3, {instead}"
+        )
+    train_freq = getattr(algorithm, "train_freq", None)
+    if isinstance(train_freq, TrainFreq) and train_freq.unit is TrainFrequencyUnit.EPISODE and algorithm.n_envs > 1:
+        raise ValueError(
+            f"controller.kwargs.train_freq = {train_freq.frequency} episodes: {name} counts the episodes of a single "
+            f"dream; give a number of steps, or controller.kwargs.copies 1"
         )
     _, state = algorithm.predict(np.zeros((1, features), np.float32), deterministic=True)
     if state is not None:

@@ -67,7 +67,7 @@ def evaluate(
     settings["evaluate.final_episodes"] = episodes
     settings = {name: value for name, value in settings.items() if value is not None}
     without = ""
-    if env is not None and env != config.env.id:
+    if env is not None and _registered(env) != _registered(config.env.id):
         settings["env.kwargs"] = {}  # the run's arguments are those of its own environment
         if config.env.kwargs and not env_kwargs:
             own = " ".join(f"--env.kwargs.{key} {value}" for key, value in config.env.kwargs.items())
@@ -83,6 +83,11 @@ def evaluate(
     summary |= {"env_steps": step} | ({"references": known} if known else {})
     summary_table(summary)
     return summary
+
+
+def _registered(env: str) -> str:
+    """The id under which Gymnasium knows "Id" or "module:Id"."""
+    return env if env.startswith("remote:") else env.rpartition(":")[2]
 
 
 def envs() -> dict[str, Any]:

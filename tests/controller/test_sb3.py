@@ -135,6 +135,14 @@ def test_callbacks_are_called(chained) -> None:
         (DQN, (2, 3), {}, "DQN cannot take MultiDiscrete actions: PPO, A2C can"),
         (DQN, (), {}, "DQN cannot take Box actions: PPO, A2C, SAC, TD3, DDPG can"),
         (PPO, (2,), {"kwargs": {"n_stepps": 3}}, "n_stepps"),
+        (
+            DQN,
+            (2,),
+            {"kwargs": {"train_freq": [1, "episode"]}},
+            "train_freq = 1 episodes: DQN counts",
+        ),
+        (DQN, (2,), {"kwargs": {"train_freq": [1, "day"]}}, "train_freq"),
+        (PPO, (2,), {"kwargs": {"n_steps": 1}, "copies": 1}, "PPO with controller.kwargs = {'n_steps': 1}: "),
         (PPO, (2,), {"callback": "nowhere:Nothing"}, "controller.kwargs.callback = nowhere:Nothing"),
     ],
 )

@@ -332,6 +332,10 @@ MISTAKES = [
     ("check-env longdream/Recall-v0 --env.kwargs.corridr 3", "cannot be made with {'corridr': 3}"),
     ("check-env longdream/Recall-v0 --env.kwargs 3", "--env.kwargs 3: should be a valid dictionary"),
     ("evaluate runs/short --env CartPole-v1", "CartPole-v1 does not fit this agent: its 'obs' is a vector"),
+    (
+        "evaluate runs/short --env longdream:longdream/Recall-v0 --env.kwargs.corridr 3",
+        "cannot be made with corridor=3, size=16, corridr=3",
+    ),
     ("evaluate runs/short --env NoSuch-v0", "unknown environment 'NoSuch-v0'"),
     ("dream", "needs the folder of a run"),
     ("dream runs/none", "runs/none: there is no such run"),

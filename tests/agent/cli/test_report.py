@@ -144,6 +144,7 @@ def test_errors_have_their_hand_values() -> None:
 
 
 def test_a_run_with_images_becomes_a_video_and_a_picture(images: Path) -> None:
+    pytest.importorskip("av")
     result = json.loads(json.dumps(report.dream(images, context=3, frames=12, console=False)))
     assert {"run", "env", "env_steps", "seed", "denoising_steps", "video", "picture", "fps"} <= result.keys()
     (episode,) = result["episodes"]
@@ -161,6 +162,7 @@ def test_a_run_with_images_becomes_a_video_and_a_picture(images: Path) -> None:
 
 
 def test_a_run_with_vectors_becomes_plots_that_unfold(vectors: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
     result = report.dream(
         vectors, episodes=2, context=2, frames=8, seed=4, out=tmp_path / "new" / "x.mp4", console=False
     )
@@ -297,6 +299,7 @@ def test_the_demo_trains_and_dreams(
 
 
 def test_an_earlier_dream_is_kept(vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("av")
     results = [report.dream(vectors, frames=6, seed=seed) for seed in (0, 1)]
     names = [Path(result[key]).name for result in results for key in ("video", "picture")]
     assert (
