@@ -19,6 +19,9 @@ from longdream.agent.data.video.reader import Damaged, one_line
 from longdream.envs.contract import UserError
 from longdream.envs.images import resize_area
 
+DELAY = 32
+"""Frames after which every frame that was decoded is shown, with a margin: H.264 and H.265 allow 16."""
+
 
 def measure(path: Path) -> tuple[int, tuple[int, int]]:
     """Number of frames that are shown, and their height and width. Only the first frame is decoded.
@@ -39,21 +42,30 @@ def decode(path: Path, start: int, stop: int, size: int) -> np.ndarray:
     if len(times) < stop:
         raise Damaged(f"is cut short: it ends after {len(times)} frames")
     wanted = {time: i for i, time in enumerate(times[start:stop])}
-    frames = _decoded(path, times[start], wanted, size)
-    if len(frames) < len(wanted):  # the first of them may rest on frames before the key frame that was found
-        frames |= _decoded(path, times[0], wanted, size)
+    frames: dict[int, np.ndarray] = {}
+    # files are searched by the time at which frames are decoded, earlier than that at which they are shown: the key
+    # frame that is found may be shown after the first of the frames that are wanted
+    for time in (times[start], times[max(0, start - DELAY)], None):
+        if len(frames) < len(wanted):
+            frames |= _decoded(path, time, wanted, size)
     if len(frames) < len(wanted):
         raise Damaged(f"is damaged: {len(wanted) - len(frames)} of its frames {start} to {stop - 1} cannot be decoded")
     return np.stack([frames[i] for i in range(len(wanted))])
 
 
-def _decoded(path: Path, time: int, wanted: dict[int, int], size: int) -> dict[int, np.ndarray]:
-    """The wanted frames by number, decoded from the key frame before `time` on."""
+def _decoded(path: Path, time: int | None, wanted: dict[int, int], size: int) -> dict[int, np.ndarray]:
+    """The wanted frames by number, decoded from the key frame before `time` on; from the first one for None.
+
+    A decoder fills in what it cannot read, and says so for that frame. Those after it, up to a key frame, build on it.
+    """
     frames: dict[int, np.ndarray] = {}
+    filled_in = False
     with _stream(path) as (container, stream):
-        container.seek(time, stream=stream, backward=True)
+        if time is not None:
+            container.seek(time, stream=stream, backward=True)
         for frame in container.decode(stream):
-            if frame.pts in wanted and not frame.is_corrupt:
+            filled_in = frame.is_corrupt or (filled_in and not frame.key_frame)
+            if frame.pts in wanted and not filled_in:
                 frames[wanted[frame.pts]] = resize_area(_shown(frame), size, size)
             if len(frames) == len(wanted):
                 break
