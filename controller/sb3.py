@@ -1,6 +1,7 @@
-"""Any algorithm of Stable-Baselines3, or of a package built on it such as sb3-contrib, as C.
+"""Algorithms of Stable-Baselines3, or of a package built on it such as sb3-contrib, as C.
 
-It learns in dreams through a VecEnv and acts in reality by its own `predict`.
+They learn in dreams through a VecEnv and act in reality by their own `predict`. Those that need masks of actions, or a
+memory of their own, are refused: dreams have no masks, and C is given M's memory instead.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -59,7 +61,7 @@ class StableBaselines(nn.Module):
         algorithm: the algorithm's class.
 
     Raises:
-        ValueError: the algorithm does not support these actions or arguments.
+        ValueError: the algorithm does not support these actions or arguments, or needs what dreams do not have.
     """
 
     def __init__(
@@ -81,17 +83,23 @@ class StableBaselines(nn.Module):
         defaults = {"gamma": config.gamma, "n_steps": config.horizon, "device": "cpu"}
         defaults = {name: value for name, value in defaults.items() if name in accepted}
         make = cast(Any, algorithm)
+        policy = arguments.pop("policy", _policy(algorithm))
+        if isinstance(train_freq := arguments.get("train_freq"), list):  # YAML and JSON have no tuples
+            arguments["train_freq"] = tuple(train_freq)
         with numpy_seeded_by_torch():
             try:
-                self.algorithm: BaseAlgorithm = make("MlpPolicy", self.env, **(defaults | arguments))
-            except AssertionError as error:
+                self.algorithm: BaseAlgorithm = make(policy, self.env, **(defaults | arguments))
+            except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 kind = type(self.env.action_space)
+                if "as action spaces" in str(error):  # SB3's words
+                    raise ValueError(
+                        f"controller.kind = {algorithm.__name__} cannot take {kind.__name__} actions: "
+                        f"{ALGORITHMS[kind]} can ({_line(error)})"
+                    ) from None
                 raise ValueError(
-                    f"controller.kind = {algorithm.__name__} cannot take {kind.__name__} actions: "
-                    f"{ALGORITHMS[kind]} can ({_line(error)})"
+                    f"controller.kind = {algorithm.__name__} with controller.kwargs = {arguments}: {_line(error)}"
                 ) from None
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"controller.kwargs = {arguments}: {_line(error)}") from None
+            _check_usable(self.algorithm, features)
         self.callback = _callback(self.settings.callback)
 
     def act(self, feat: Tensor, greedy: bool) -> Tensor:
@@ -132,6 +140,8 @@ class DreamVec(VecEnv):
     A dream that has ended is replaced by a new one in the same step, with `terminal_observation` and
     `TimeLimit.truncated` in its info.
     """
+
+    render_mode = None  # SB3 asks for it
 
     def __init__(self, features: int, action_space: spaces.Space, copies: int, horizon: int):
         super().__init__(copies, spaces.Box(-np.inf, np.inf, (features,), np.float32), action_space)
@@ -195,13 +205,13 @@ class DreamVec(VecEnv):
         """Nothing to close."""
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name, None)] * self.num_envs
+        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError(f"{attr_name}: dreams have no attributes to set")
+        raise AttributeError(f"{attr_name}: dreams have no attributes to set")
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        raise NotImplementedError(f"{method_name}: dreams have no methods to call")
+        raise AttributeError(f"{method_name}: dreams have no methods to call")
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
         return [False] * self.num_envs
@@ -234,6 +244,35 @@ def _space(parts: Sequence[int], actions: int) -> spaces.Space:
     if not parts:
         return spaces.Box(-1, 1, (actions,), np.float32)
     return spaces.Discrete(parts[0]) if len(parts) == 1 else spaces.MultiDiscrete(list(parts))
+
+
+def _policy(algorithm: type[BaseAlgorithm]) -> str:
+    """The name of the algorithm's policy for vectors."""
+    known = getattr(algorithm, "policy_aliases", {})
+    return next((name for name in known if name.startswith("Mlp") and "MlpPolicy" not in known), "MlpPolicy")
+
+
+def _check_usable(algorithm: BaseAlgorithm, features: int) -> None:
+    """Raise ValueError for an algorithm that needs masks of actions, a state between its steps, or single episodes."""
+    name = type(algorithm).__name__
+    instead = ALGORITHMS[type(algorithm.action_space)]
+    if "use_masking" in inspect.signature(algorithm.learn).parameters:
+        raise ValueError(
+            f"controller.kind = {name} needs masks of valid actions, which M does not predict: use one of "
+            f"stable_baselines3, {instead}"
+        )
+    train_freq = getattr(algorithm, "train_freq", None)
+    if isinstance(train_freq, TrainFreq) and train_freq.unit is TrainFrequencyUnit.EPISODE and algorithm.n_envs > 1:
+        raise ValueError(
+            f"controller.kwargs.train_freq = {train_freq.frequency} episodes: {name} counts the episodes of a single "
+            f"dream; give a number of steps, or controller.kwargs.copies 1"
+        )
+    _, state = algorithm.predict(np.zeros((1, features), np.float32), deterministic=True)
+    if state is not None:
+        raise ValueError(
+            f"controller.kind = {name} keeps a state between its steps, and C is given M's memory instead: use one of "
+            f"stable_baselines3, {instead}"
+        )
 
 
 def _callback(name: str) -> Any:

@@ -34,46 +34,20 @@ ROLLOUT = 2048
 SHOW = ("train/return", "evaluate/return_mean")
 
 
-def baseline(
-    env: str = "longdream/Recall-v0",
-    algo: str = "stable_baselines3:PPO",
-    steps: int = 20_000,
-    seed: int = 0,
-    name: str | None = None,
-    copies: int = 8,
-    env_kwargs: dict[str, Any] | None = None,
-    kwargs: dict[str, Any] | None = None,
-    evaluate_every: int = 2_000,
-    episodes: int = 50,
-    final_episodes: int = 200,
+def train(
+    env: str,
+    algo: str,
+    steps: int,
+    seed: int,
+    name: str | None,
+    copies: int,
+    env_kwargs: dict[str, Any] | None,
+    kwargs: dict[str, Any] | None,
+    evaluate_every: int,
+    episodes: int,
+    final_episodes: int,
 ) -> dict[str, Any]:
-    """Train a model-free algorithm in the real environment, with the logs and evaluations of `longdream train`.
-
-    Observations and actions are those of an agent. The run's folder contains metrics.jsonl, tensorboard/, summary.json
-    and controller.zip in SB3's own format, which is saved every minute. The run cannot be resumed.
-
-    examples
-      longdream baseline --env CartPole-v1 --steps 25000
-      longdream baseline --env longdream/Recall-v0 --env.kwargs.corridor 12 --algo sb3_contrib:RecurrentPPO
-      longdream baseline --env Pendulum-v1 --algo stable_baselines3:SAC --kwargs.learning_rate 1e-3
-
-    Args:
-        env: id of the environment, or module:Id.
-        algo: the algorithm, package:Class; RecurrentPPO needs the package sb3-contrib.
-        steps: real steps, over all copies.
-        seed: random seed.
-        name: name of the folder below runs/ (default: ALGORITHM-sSEED-1, or -2, ...).
-        copies: number of environments in parallel.
-        env_kwargs: its arguments, one by one as --env.kwargs.corridor 12, or all as JSON.
-        kwargs: arguments of the algorithm, in the same forms; "policy" is the policy.
-        evaluate_every: real steps between evaluations; 0 for none before the end.
-        episodes: episodes per evaluation.
-        final_episodes: episodes in the last evaluation.
-
-    Raises:
-        UserError: there is no such environment or algorithm, the algorithm cannot take the actions, or the folder is in
-            use.
-    """
+    """Train in the real environment; the summary. Arguments and errors: `longdream.agent.cli.baseline`."""
     for key, value in (
         ("steps", steps),
         ("copies", copies),
@@ -123,7 +97,7 @@ def find(name: str) -> type[BaseAlgorithm]:
     """The algorithm `package:Class`.
 
     Raises:
-        UserError: there is no such algorithm.
+        UserError: there is no such algorithm, or it needs masks of actions.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -134,6 +108,8 @@ def find(name: str) -> type[BaseAlgorithm]:
         raise UserError(f"--algo {name}: {error}; give package:Class, as stable_baselines3:PPO") from None
     if not (isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm)):
         raise UserError(f"--algo {name} is no algorithm of Stable-Baselines3")
+    if "use_masking" in inspect.signature(algorithm.learn).parameters:
+        raise UserError(f"--algo {name} needs masks of valid actions, which are not passed on here: use one without")
     return algorithm
 
 
@@ -156,6 +132,8 @@ class RealVec(VecEnv):
     """Copies of a real environment with SB3's autoreset: an episode that ends is reset in the same step. Each copy is a
     separate World, since the copies of one World are reset one step later."""
 
+    render_mode = None  # SB3 asks for it
+
     def __init__(self, config: EnvConfig, seed: int, signals: Signals):
         self.id = config.id
         self.worlds: list[WatchedWorld] = []
@@ -165,6 +143,7 @@ class RealVec(VecEnv):
                 seeds = np.random.SeedSequence((seed, i)).generate_state(1)
                 self.worlds.append(make_world(WatchedWorld, single, 1, int(seeds[0]), signals))
                 self.worlds[-1].signals = signals
+                self.worlds[-1].label = ""  # the logger shows the progress of all copies
         except BaseException:
             self.close()
             raise
@@ -211,13 +190,13 @@ class RealVec(VecEnv):
             world.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name, None)] * self.num_envs
+        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError(f"{attr_name}: real environments have no attributes to set from here")
+        raise AttributeError(f"{attr_name}: real environments have no attributes to set from here")
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        raise NotImplementedError(f"{method_name}: real environments have no methods to call from here")
+        raise AttributeError(f"{method_name}: real environments have no methods to call from here")
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
         return [False] * self.num_envs

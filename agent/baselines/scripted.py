@@ -14,7 +14,6 @@ import gymnasium as gym
 import numpy as np
 
 from longdream.agent.data import npz_episodes as offline
-from longdream.agent.evaluation.rollout import Returns
 from longdream.envs.contract import UserError
 from longdream.envs.make import derive_seed, find
 from longdream.envs.memory_maze import policies
@@ -36,6 +35,8 @@ def evaluate(
     Raises:
         UserError: the environment cannot be made, or lacks the probes that the policy needs.
     """
+    from longdream.agent.evaluation.rollout import Returns  # imported here: it brings torch
+
     returns = np.zeros(episodes)
     lengths = np.zeros(episodes)
     with closing(_Players(policy, env, env_kwargs or {}, episodes, seed, copies)) as players:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from longdream.envs.contract import UserError
+
 
 def evaluate(
     run_folder: Path,
@@ -29,7 +31,8 @@ def evaluate(
 
     Args:
         run_folder: of the run, or the name of a scripted policy.
-        env: another environment, with the same observations and actions (default: the run's own).
+        env: another environment, with the same observations and actions (default: the run's own). It is made with the
+            arguments that --env.kwargs gives, not with the run's.
         env_kwargs: its arguments, one by one as --env.kwargs.corridor 24, or all as JSON.
         episodes: how many (default: the run's evaluate.final_episodes; 10 for a scripted policy).
         seed: of the episodes (default: the run's, for those of its own evaluation).
@@ -48,6 +51,9 @@ def evaluate(
     from longdream.agent.run.folder import load_agent
     from longdream.envs.memory_maze.sizes import references
 
+    for flag, value, least in (("episodes", episodes, 1), ("seed", seed, 0)):
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
     if str(run_folder) in ("oracle", "navigator", "random"):
         from longdream.agent.baselines import scripted
 
@@ -60,19 +66,28 @@ def evaluate(
     settings: dict[str, Any] = {"env.id": env, "env.workers": workers, "seed": seed, "evaluate.greedy": greedy}
     settings["evaluate.final_episodes"] = episodes
     settings = {name: value for name, value in settings.items() if value is not None}
-    if env is not None and env != config.env.id:
+    without = ""
+    if env is not None and _registered(env) != _registered(config.env.id):
         settings["env.kwargs"] = {}  # the run's arguments are those of its own environment
+        if config.env.kwargs and not env_kwargs:
+            own = " ".join(f"--env.kwargs.{key} {value}" for key, value in config.env.kwargs.items())
+            without = f", without what the run's own environment was given: {own}"
     for key, value in (env_kwargs or {}).items():
         settings[f"env.kwargs.{key}"] = value
     config = options.update(config, settings)
     check(config)
     episodes = config.evaluate.final_episodes
-    print(f"playing {episodes} episodes of {config.env.id}", file=sys.stderr)
+    print(f"playing {episodes} episodes of {config.env.id}{without}", file=sys.stderr)
     summary = evaluate_agent(agent, config.env, episodes, config.seed, config.evaluate)
     known = references(config.env.id, config.env.kwargs)
     summary |= {"env_steps": step} | ({"references": known} if known else {})
     summary_table(summary)
     return summary
+
+
+def _registered(env: str) -> str:
+    """The id under which Gymnasium knows "Id" or "module:Id"."""
+    return env if env.startswith("remote:") else env.rpartition(":")[2]
 
 
 def envs() -> dict[str, Any]:

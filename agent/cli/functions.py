@@ -10,6 +10,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from longdream.agent.config import flags
 from longdream.envs.contract import UserError
 
+WORDS = {"run_folder": "the folder of a run, runs/NAME", "env": "the name of an environment, ID or module:ID"}
+"""What words mean, for the message that one is missing."""
+
 
 def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[str]) -> dict[str, Any] | None:
     """Call a function with parameters from the command line; None where help was asked for and given.
@@ -47,7 +50,8 @@ def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[
         _help(program, function, parameters)
         return None
     if len(words) < len(needed):
-        raise UserError(f"{program} needs {needed[len(words)].replace('run_folder', 'the folder of a run, runs/NAME')}")
+        word = needed[len(words)]
+        raise UserError(f"{program} needs {WORDS.get(word, word)}")
     if len(words) > len(needed):
         raise UserError(f"unexpected {words[len(needed)]!r}: see {program} --help")
     given = {name: flags.read(name, word, hints[name]) for name, word in zip(needed, words, strict=True)}

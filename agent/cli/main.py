@@ -23,7 +23,7 @@ COMMANDS = {
     "check-env": "doctor:check_env",
     "dream": "report:dream",
     "demo": "report:demo",
-    "baseline": "..baselines.sb3:baseline",
+    "baseline": "baseline:baseline",
     "collect": "..baselines.scripted:collect",
 }
 """Module, beside this one, and function of each command that is a function; imported when it is called."""

@@ -7,21 +7,20 @@ import sys
 from contextlib import closing
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from longdream.agent.config import options
-from longdream.agent.config.checks import check
-from longdream.agent.config.schema import Config
-from longdream.agent.evaluation.comparison import Comparison, compare
-from longdream.agent.evaluation.plots import film, save_film, save_picture, sheet, stack
-from longdream.agent.evaluation.rollout import EVALUATION_SEED
-from longdream.agent.evaluation.tables import number, summary_table
-from longdream.agent.run.folder import load_agent, unused
-from longdream.agent.train.trainer import OnlineTrainer
 from longdream.envs.contract import UserError
 from longdream.envs.make import World
 
+# what brings torch and matplotlib is imported in the functions, so that --help is quick
+if TYPE_CHECKING:
+    from longdream.agent.config.schema import Config
+    from longdream.agent.evaluation.comparison import Comparison
+
 Device = Literal["auto", "cpu", "cuda"]
+STEPS = 4
+"""Denoising steps of a dream that is shown, if the run's own are fewer. One step gives a mean of what may come, which
+looks like a smear."""
 
 
 # -- dream against reality --------------------------------------------------------------------------------------------
@@ -51,10 +50,11 @@ def dream(
         frames: maximum number of frames of an episode
         seed: selects the episodes
         temperature: randomness of the dream; 1 as learned
-        steps: denoising steps per frame (default: the run's forcing.steps). With continuous latents, one step gives the
-            mean of the possible futures; several steps sample one of them
+        steps: denoising steps per frame (default: 4, or the run's forcing.steps if that is more). With continuous
+            latents, one step gives the mean of the possible futures; several steps sample one of them
         fps: frames per second (default: chosen by the length of the episodes)
-        out: the video, .mp4 or .gif; the picture is written beside it (default: videos/dream.mp4 in the run)
+        out: the video, .mp4 or .gif; the picture is written beside it (default: videos/dream.mp4 in the run, then
+            dream-2.mp4, ...)
         device: where to compute (default: as in the run)
 
     Returns:
@@ -64,6 +64,11 @@ def dream(
         UserError: a value is out of its range, there is no such run, nothing has been saved in it yet, or an episode is
             not longer than the context.
     """
+    from longdream.agent.evaluation.comparison import compare
+    from longdream.agent.evaluation.plots import film, save_film, save_picture, sheet, stack
+    from longdream.agent.evaluation.rollout import EVALUATION_SEED
+    from longdream.agent.run.folder import load_agent
+
     least = {"episodes": (episodes, 1), "seed": (seed, 0), "temperature": (temperature, 0)}
     least |= {"steps": (steps, 1)} if steps is not None else {}
     for flag, (value, minimum) in least.items():
@@ -71,10 +76,12 @@ def dream(
             raise UserError(f"--{flag} {value}: must be at least {minimum}")
     if fps is not None and not 0 < fps <= 120:
         raise UserError(f"--fps {fps:g}: must be more than 0 and at most 120")
-    video = out or Path(run_folder) / "videos" / "dream.mp4"
+    video = out or _unused(Path(run_folder) / "videos")
     if video.suffix not in (".mp4", ".gif"):
         raise UserError(f"--out {video}: videos are written as .mp4 or .gif")
+    replaced = video.exists()
     agent, config, _, trained = load_agent(run_folder, device)
+    steps = steps or _steps(agent.model.objective, config.forcing.steps)
     env = config.env
     comparisons = []
     for i in range(seed, seed + episodes):
@@ -87,13 +94,10 @@ def dream(
     save_film(video, (picture for comparison in comparisons for picture in film(comparison, title)), fps)
     picture = video.with_suffix(".png")
     save_picture(picture, stack([sheet(comparison, title) for comparison in comparisons]))
-    steps = steps or config.forcing.steps
     if console:
         for i, comparison in enumerate(comparisons):
             print(_sentence(i, comparison))
-        if steps == 1:
-            print("(One denoising step: continuous latents are then the mean of what may come; see --steps.)")
-        print(f"video    {video}\npicture  {picture}")
+        print(f"video    {video}{' (replaced)' if replaced else ''}\npicture  {picture}")
     return {
         "run": str(run_folder),
         "env": env.id,
@@ -108,7 +112,24 @@ def dream(
     }
 
 
+def _unused(folder: Path) -> Path:
+    """The first of dream.mp4, dream-2.mp4, ... in the folder that is not there; .gif where mp4 cannot be written."""
+    from longdream.agent.evaluation.plots import film_path
+
+    names = (film_path(folder / ("dream.mp4" if i == 1 else f"dream-{i}.mp4")) for i in count(1))
+    return next(name for name in names if not name.exists() and not name.with_suffix(".png").exists())
+
+
+def _steps(objective: Any, own: int) -> int:
+    """Denoising steps per frame: at least STEPS where the objective denoises in steps, otherwise the run's own."""
+    from longdream.worldmodel.objectives.base import Forcing
+
+    return max(STEPS, own) if isinstance(objective, Forcing) else own
+
+
 def _sentence(i: int, comparison: Comparison) -> str:
+    from longdream.agent.evaluation.tables import number
+
     dreamt = slice(comparison.context, None)
     parts = [f"episode {i}: {len(comparison)} frames, return {number(comparison.reward.sum())}"]
     for key, spec in comparison.spec.obs.items():
@@ -139,6 +160,12 @@ def demo(preset: str = "quickstart", name: str = "demo", seed: int = 0, device: 
     Raises:
         UserError: there is no such preset, or a value cannot be used. Other errors as in Trainer.train.
     """
+    from longdream.agent.config import options
+    from longdream.agent.config.checks import check
+    from longdream.agent.evaluation.tables import summary_table
+    from longdream.agent.run.folder import unused
+    from longdream.agent.train.trainer import OnlineTrainer
+
     config = options.load(preset)
     config = dataclasses.replace(config, seed=seed, device=device or config.device)
     check(config)

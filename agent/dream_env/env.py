@@ -47,7 +47,14 @@ Start = Literal["replay", "initial", "observation"]
 POOL = 1024
 
 
-class DreamVecEnv(gym.vector.VectorEnv):
+class _NamesItsAdapter(type):
+    """Stable-Baselines3 takes no vector environment of Gymnasium, and its error shows the class: as here."""
+
+    def __repr__(cls) -> str:
+        return f"{super().__repr__()} (Stable-Baselines3 takes longdream.sb3_env(run, num_envs) instead)"
+
+
+class DreamVecEnv(gym.vector.VectorEnv, metaclass=_NamesItsAdapter):
     """A batch of num_envs dreams.
 
     At each step M samples the next frame given the action. The reward is M's expected reward. The dream terminates with

@@ -58,14 +58,16 @@ def check_held_out(recordings: list[Recording], config: VideoConfig) -> None:
 @torch.no_grad()
 def evaluate_open_loop(
     learner: Learner, library: Library, recordings: list[Recording], clips: int, drawn: int, signals: Signals
-) -> OpenLoop:
+) -> OpenLoop | None:
     """Evaluate on `clips` clips, always the same ones of these recordings. The random state of training is unchanged.
+
+    None if none of them can be read: a damaged file does not end a run.
 
     Args:
         drawn: number of clips to return for pictures.
 
     Raises:
-        UserError: none of the clips can be read. Interrupted: a signal was received.
+        Interrupted: a signal was received.
     """
     config = learner.config.video
     seed = learner.config.seed
@@ -97,7 +99,7 @@ def evaluate_open_loop(
             for b in range(min(len(rows), drawn - len(examples))):
                 examples.append(_comparison(learner, {name: images[b] for name, images in frames.items()}))
     if not count:
-        raise UserError(f"none of the held-out recordings in {library.root} can be read")
+        return None
     return OpenLoop({way: total / count for way, total in totals.items()}, count, examples)
 
 

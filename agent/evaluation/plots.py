@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -288,13 +289,18 @@ def _ink(text: str, size: int) -> np.ndarray:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
+def film_path(path: Path) -> Path:
+    """`path`, or the same as a .gif where PyAV, which writes mp4 files, is not installed."""
+    return path if find_spec("av") else path.with_suffix(".gif")
+
+
 def save_film(path: Path, frames: Iterable[Picture], fps: float) -> int:
     """Write frames as H.264 in yuv420p, which every player supports, or as a GIF. Returns the number of frames.
 
     All frames have the same, even size.
 
     Raises:
-        UserError: the name ends in neither .mp4 nor .gif.
+        UserError: the name ends in neither .mp4 nor .gif, or PyAV is needed and not installed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
@@ -303,6 +309,8 @@ def save_film(path: Path, frames: Iterable[Picture], fps: float) -> int:
         return len(pictures)
     if path.suffix != ".mp4":
         raise UserError(f"{path}: videos are written as .mp4 or .gif")
+    if not find_spec("av"):
+        raise UserError(f"writing {path} needs PyAV: pip install av, or name a .gif")
     count = 0
     with iio.imopen(path, "w", plugin="pyav") as file:
         file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")

@@ -11,9 +11,10 @@ import numpy as np
 
 from longdream.agent.config.schema import EnvConfig, EvaluateConfig
 from longdream.agent.core.agent import Agent
+from longdream.agent.dream_env.spaces import action_space
 from longdream.agent.evaluation.rollout import EVALUATION_SEED, Returns, Who, rollout
 from longdream.agent.run.signals import Signals
-from longdream.envs.contract import EnvSpec, Row, UserError
+from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, Row, UserError
 from longdream.envs.make import World
 
 W = TypeVar("W", bound=World)
@@ -29,7 +30,7 @@ class WatchedWorld(World):
 
     signals: Signals | None = None
     label = "evaluating"
-    """Printed before the numbers."""
+    """Printed before the numbers. Without one nothing is printed, as where a logger shows the progress."""
 
     def reset(self) -> Row:
         self.steps = 0
@@ -43,7 +44,7 @@ class WatchedWorld(World):
         row = super().step(action)
         self.steps += int((~row.is_first).sum())
         self.ended += int((row.terminated | row.truncated).sum())
-        if time.monotonic() - self.printed_at > QUIET_S:
+        if self.label and time.monotonic() - self.printed_at > QUIET_S:
             print(f"{self.label}: {self.steps:,} steps, {self.ended} episodes ended", file=sys.stderr)
             self.printed_at = time.monotonic()
         return row
@@ -78,9 +79,18 @@ def play(
 
 
 def make_world(kind: type[W], env: EnvConfig, copies: int, seed: int, signals: Signals | None = None) -> W:
-    """A world whose worker processes ignore Ctrl-C, so that they end when the program ends them."""
-    with signals.hidden() if signals else nullcontext():
-        return kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s)
+    """A world whose worker processes ignore Ctrl-C, so that they end when the program ends them.
+
+    Raises:
+        UserError: it cannot be made; the message has the environment's name as it was given.
+    """
+    try:
+        with signals.hidden() if signals else nullcontext():
+            return kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s)
+    except UserError as error:
+        if env.id in str(error):
+            raise
+        raise UserError(f"{env.id}: {error}") from error
 
 
 def evaluate_agent(
@@ -108,5 +118,17 @@ def _difference(spec: EnvSpec, known: EnvSpec) -> str:
         return f"it shows {', '.join(spec.obs)}, the agent knows {', '.join(known.obs)}"
     for key, obs in spec.obs.items():
         if obs != (other := known.obs[key]):
-            return f"its {key!r} is a {obs.kind} of shape {obs.shape}, the agent knows a {other.kind} of {other.shape}"
-    return "its actions are others than those that the agent was trained with"
+            return f"its {key!r} is {_shown(obs)}, the agent knows {_shown(other)}"
+    return f"its actions are {_space(spec.action)}, the agent was trained with {_space(known.action)}"
+
+
+def _shown(obs: ObsSpec) -> str:
+    """An observation in words; values that distinguish it from others of its kind are among them."""
+    if obs.kind == "discrete":
+        return f"one of {obs.n} values from {obs.start} on"
+    return f"{'an' if obs.kind[0] in 'aeiou' else 'a'} {obs.kind} of shape {obs.shape}"
+
+
+def _space(action: ActionSpec) -> str:
+    """Actions as Gymnasium writes their space."""
+    return str(action_space(action))

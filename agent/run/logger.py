@@ -205,6 +205,8 @@ def _form(key: str, value: Value) -> str:
     """A metric as it appears on the console's line."""
     if key in RATES and isinstance(value, float):
         return RATES[key].format(f"{value:.0%}" if key == "time/gpu" else compact(value))
+    if isinstance(value, float) and 1000 <= abs(value) < 1e15:  # three digits would be shown as 1e+03
+        return f"{key} {value:,.0f}"
     return f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
 
 

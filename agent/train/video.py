@@ -18,7 +18,7 @@ from longdream.agent.data.video.library import open_library
 from longdream.agent.data.video.loader import Loader, Place, check_lengths
 from longdream.agent.data.video.transfer import Transfer
 from longdream.agent.evaluation.open_loop import OpenLoop, check_held_out, evaluate_open_loop
-from longdream.agent.evaluation.plots import film, save_film, save_picture, sheet
+from longdream.agent.evaluation.plots import film, film_path, save_film, save_picture, sheet
 from longdream.agent.evaluation.plots import stack as stacked
 from longdream.agent.run import folder as run_folder
 from longdream.agent.run.signals import Signals
@@ -207,7 +207,8 @@ class VideoTrainer(Trainer):
         evaluations = self.config.evaluate.times if self.held_out else 0
         metrics: dict[str, Any] = {}
         if self.is_due("evaluated", evaluations + 1, before_the_end=True):
-            metrics = {f"held_out/{key}": value for key, value in self._evaluate(0).means().items()}
+            result = self._evaluate(0)
+            metrics = {f"held_out/{key}": value for key, value in result.means().items()} if result else {}
             self.count["evaluated"] = self.progress
         if not self.is_due("logged", LINES) and not metrics:
             return
@@ -237,27 +238,31 @@ class VideoTrainer(Trainer):
         summary: dict[str, Any] = {"data": config.video.data, "layout": library.layout, "seed": config.seed}
         summary |= {"recordings": len(self.learned), "held_out": len(self.held_out), "frames": self.count["frames"]}
         summary |= {"parameters": sum(p.numel() for p in self.learner.model.dynamics.parameters())}
+        result: OpenLoop | None = None
         if self.held_out:
             clips = config.video.held_out_clips
             self.logger.note(f"evaluating on {clips} clips of {len(self.held_out)} held-out recordings")
             result = self._evaluate(DRAWN)
+        if result:
             summary |= result.means() | {"context": config.video.context, "clips": result.clips}
             summary["curves"] = {way: [round(float(v), 3) for v in curve] for way, curve in result.psnr.items()}
             self.logger.write(self.progress, {f"final/{key}": value for key, value in result.means().items()})
             summary |= self._draw(result)
         return self.conclude(summary | {"damaged": len(library.damaged)})
 
-    def _evaluate(self, drawn: int) -> OpenLoop:
+    def _evaluate(self, drawn: int) -> OpenLoop | None:
         clips = self.config.video.held_out_clips
         result = evaluate_open_loop(self.learner, self.library, self.held_out, clips, drawn, self.signals)
         self._report_damaged()
+        if result is None:
+            self.logger.note("warning: none of the held-out recordings can be read: nothing is evaluated")
         return result
 
     def _draw(self, result: OpenLoop) -> dict[str, str]:
         """Held-out clips beside the dreams of them, as video and as picture: where these are."""
         context = self.config.video.context
         title = f"{self.library.layout}, held out   {context} frames, then a dream under the same actions"
-        video = self.folder / "videos" / "held-out.mp4"
+        video = film_path(self.folder / "videos" / "held-out.mp4")
         save_film(video, (frame for clip in result.drawn for frame in film(clip, title)), fps=10)
         save_picture(video.with_suffix(".png"), stacked([sheet(clip, title) for clip in result.drawn]))
         return {"video": str(video), "picture": str(video.with_suffix(".png"))}

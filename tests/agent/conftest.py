@@ -149,6 +149,7 @@ def shades() -> Callable[..., np.ndarray]:
 
 @pytest.fixture
 def write_mp4() -> Callable[[Path, np.ndarray], None]:
+    pytest.importorskip("av")
     return _write_mp4
 
 

@@ -135,6 +135,14 @@ def test_callbacks_are_called(chained) -> None:
         (DQN, (2, 3), {}, "DQN cannot take MultiDiscrete actions: PPO, A2C can"),
         (DQN, (), {}, "DQN cannot take Box actions: PPO, A2C, SAC, TD3, DDPG can"),
         (PPO, (2,), {"kwargs": {"n_stepps": 3}}, "n_stepps"),
+        (
+            DQN,
+            (2,),
+            {"kwargs": {"train_freq": [1, "episode"]}},
+            "train_freq = 1 episodes: DQN counts",
+        ),
+        (DQN, (2,), {"kwargs": {"train_freq": [1, "day"]}}, "train_freq"),
+        (PPO, (2,), {"kwargs": {"n_steps": 1}, "copies": 1}, "PPO with controller.kwargs = {'n_steps': 1}: "),
         (PPO, (2,), {"callback": "nowhere:Nothing"}, "controller.kwargs.callback = nowhere:Nothing"),
     ],
 )
@@ -156,3 +164,48 @@ def test_what_takes_which_actions_is_said_truly() -> None:
             except ValueError:
                 able = False
             assert able == (algorithm.__name__ in names.split(", ")), (space, algorithm)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("TRPO", (2,)), ("QRDQN", (2,)), ("ARS", ()), ("TQC", ()), ("CrossQ", ())])
+def test_algorithms_of_sb3_contrib_learn(places, name: str, parts: tuple[int, ...]) -> None:
+    algorithm = getattr(pytest.importorskip("sb3_contrib"), name)
+
+    def step(place: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return -action.square().sum(-1), torch.ones(len(place)), place
+
+    agent = build(5, algorithm, parts, max(1, sum(parts)))
+    metrics = improve(agent, places(5, step), 5, 2)
+    assert np.isfinite(metrics[-1]["return"].item()) and agent.act(torch.eye(5), True).shape == (5, max(1, sum(parts)))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        (
+            "MaskablePPO",
+            "MaskablePPO needs masks of valid actions, which M does not predict: use one of",
+        ),
+        ("RecurrentPPO", "RecurrentPPO keeps a state between its steps, and C is given M's memory instead: use one of"),
+        ("TQC", "TQC cannot take Discrete actions: PPO, A2C, DQN can"),
+    ],
+)
+def test_algorithms_of_sb3_contrib_that_do_not_fit(name: str, problem: str) -> None:
+    algorithm = getattr(pytest.importorskip("sb3_contrib"), name)
+    with pytest.raises(ValueError, match=problem) as caught:
+        build(5, algorithm)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_policy_than_the_default_one(chained) -> None:
+    algorithm = pytest.importorskip("sb3_contrib").ARS
+    agent = build(5, algorithm, kwargs={"policy": "LinearPolicy"})
+    assert "Linear" in type(agent.algorithm.policy).__name__
+    with pytest.raises(ValueError, match=r"PPO with controller\.kwargs.*Policy NoPolicy unknown"):
+        build(5, PPO, kwargs={"policy": "NoPolicy"})
+
+
+def test_dreams_have_no_attributes_of_environments() -> None:
+    env = DreamVec(3, _space((2,), 2), copies=4, horizon=3)
+    assert env.get_attr("render_mode", [0, 2]) == [None, None] and not env.has_attr("action_masks")
+    with pytest.raises(AttributeError, match="action_masks: dreams have no methods to call"):
+        env.env_method("action_masks")

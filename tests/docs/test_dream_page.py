@@ -20,7 +20,7 @@ def test_the_examples_of_the_pages_run(tmp_path: Path, monkeypatch: pytest.Monke
     few = ["--evaluate.final_episodes", "4", "--name", "quickstart-s0-1"]
     assert cli.main(["train", "tiny", *short, *few]) == 0
     (tmp_path / "runs" / "demo").symlink_to("quickstart-s0-1")
-    assert len(blocks("docs/dream.md")) == 5 and len(blocks("README.md")) == 1
+    assert len(blocks("docs/dream.md")) == 6 and len(blocks("README.md")) == 1
     here: dict = {}
     for block in blocks("docs/dream.md"):
         smaller = {"20_000": "128", "corridor=12, doors=2": "corridor=3, size=16"}  # it was trained in that corridor
@@ -28,6 +28,7 @@ def test_the_examples_of_the_pages_run(tmp_path: Path, monkeypatch: pytest.Monke
             block = block.replace(text, other)
         exec(block, here)
     assert here["obs"].shape == here["dream"].observation_space.shape
+    assert here["learner"].num_timesteps == 64 * 16
     assert 0 <= here["total"] <= 200 and here["model"].num_timesteps == 128
     assert [path.stat().st_size > 500 for path in (tmp_path / "dreamt").glob("*.mp4")] == [True]
     exec(blocks("README.md")[0], here)

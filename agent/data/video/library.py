@@ -66,6 +66,8 @@ def open_library(root: Path, layout: str = "auto", condition: Condition = "actio
     Raises:
         UserError: there is no such folder or layout, no recording can be read, or frames differ in size.
     """
+    if root.is_file():
+        raise UserError(f"{root} is a file: --data names the folder of recordings, such as {root.parent}")
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder; --data names a folder of recordings")
     name, files = _recognise(root, layout)

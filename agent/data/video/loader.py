@@ -79,7 +79,7 @@ class Loader:
         self.bring = bring
         self.lengths = [recording.length for recording in recordings]
         self.place = place or Place()
-        self._damaged = set(library.damaged)  # as the reading thread knows them: it is batches ahead
+        self._damaged = dict(library.damaged)  # as the reading thread knows them: it is batches ahead
         self._orders: tuple[tuple[int, int, int], np.ndarray] = ((-1, 0, 0), np.empty(0))
         self._queue: queue.Queue[Loaded | BaseException] = queue.Queue(AHEAD)
         self._stop = threading.Event()
@@ -148,9 +148,13 @@ class Loader:
             while isinstance(rows_or_error, str):  # another clip of the epoch replaces it
                 if (name := self.recordings[recording].name) not in self._damaged:
                     damaged[name] = rows_or_error
-                    self._damaged.add(name)
+                    self._damaged[name] = rows_or_error
                 if tries == order.size // 2:
-                    raise UserError(f"{self.library.root}: no recording of {clip} rows is left that can be read")
+                    name, why = next(iter(self._damaged.items()))
+                    raise UserError(
+                        f"{self.library.root}: no recording of {clip} rows is left that can be read; of "
+                        f"{len(self._damaged)}, {name} {why}"
+                    )
                 tries += 1
                 later = ((place.position + 1) * batch + i + tries) % (order.size // 2)
                 recording, start = map(int, order.reshape(-1, 2)[later])
@@ -175,7 +179,7 @@ class Loader:
         """The rows of the clip, or what is wrong with its file."""
         recording = self.recordings[number]
         if recording.name in self._damaged:
-            return self.library.damaged.get(recording.name, "")
+            return self._damaged[recording.name]
         try:
             return read_clip(self.library, recording, start, clip, self.size)
         except Damaged as error:

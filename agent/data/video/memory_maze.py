@@ -10,9 +10,8 @@ import numpy as np
 
 from longdream.agent.data import npz_episodes as offline
 from longdream.agent.data.video import npz
-from longdream.agent.data.video.actions import box, discrete
+from longdream.agent.data.video.actions import box, discrete, finite
 from longdream.agent.data.video.reader import Condition, Damaged, Recording
-from longdream.envs.contract import UserError
 from longdream.envs.images import resize_area
 
 ACTIONS = 6
@@ -58,13 +57,13 @@ class MemoryMaze:
         return np.concatenate([actions, np.zeros((stop - start - len(actions), self.action.size), np.float32)])
 
     def rewards(self, recording: Recording, start: int, stop: int) -> np.ndarray:
-        return npz.rows(recording.path, "reward", start, stop).astype(np.float32)
+        return finite(npz.rows(recording.path, "reward", start, stop), start)
 
     def _taken(self, recording: Recording, start: int, stop: int) -> np.ndarray:
         taken = npz.rows(recording.path, "action", start, stop).astype(np.float32)
         wrong = np.flatnonzero((np.sort(taken, 1) != [0, 0, 0, 0, 0, 1]).any(1))
         if len(wrong):
-            raise UserError(f"{recording.path}: 'action' is no one-hot in row {start + wrong[0]}")
+            raise Damaged(f"has an 'action' that is no one-hot, in row {start + wrong[0]}")
         return taken
 
     def _poses(self, recording: Recording, start: int, stop: int) -> np.ndarray:
@@ -72,7 +71,7 @@ class MemoryMaze:
         position = 2 * npz.rows(recording.path, "agent_pos", start, stop) / width - 1
         heading = npz.rows(recording.path, "agent_dir", start, stop)
         if not (np.abs(np.concatenate([position, heading], 1)) <= 1.01).all():  # also true of NaN
-            raise UserError(f"{recording.path}: a pose in rows {start} to {stop - 1} lies outside the maze")
+            raise Damaged(f"has a pose in rows {start} to {stop - 1} that lies outside the maze")
         return pose_code(position, heading)
 
 

@@ -6,6 +6,8 @@ and in the game.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -13,12 +15,18 @@ from typing import ClassVar
 import numpy as np
 
 from longdream.agent.data.video import mp4, npz
-from longdream.agent.data.video.actions import actions_only, of_space
-from longdream.agent.data.video.reader import Condition, Damaged, Recording
+from longdream.agent.data.video.actions import actions_only, finite, of_space
+from longdream.agent.data.video.found import beside, files_below
+from longdream.agent.data.video.reader import Condition, Damaged, Recording, one_line
 from longdream.envs.contract import UserError
 from longdream.envs.minerl.actions import ActionSet, action_set
 from longdream.envs.minerl.controls import CONTROLS, HUMAN
 from longdream.envs.minerl.recordings import ticks_of_jsonl, ticks_of_rendered
+
+# whatever a file of foreign origin makes of numbers and tables (UserError and UnicodeDecodeError are ValueErrors)
+FAULTS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, RecursionError)
+BUTTONS = re.compile(r'"(?:buttons|newButtons)"\s*:\s*\[[^\]]*\]')
+TICK = re.compile(r'"tick"\s*:\s*(\d+)')
 
 
 class Ticks:
@@ -40,8 +48,15 @@ class Ticks:
         self.action = of_space(chosen.space)
         self.numbers = lru_cache(maxsize=256)(self._numbers)
 
+    def encoded(self, ticks: dict[str, np.ndarray]) -> np.ndarray:
+        """Ticks as actions of the set, `(N,)` or `(N, factors)`. Raises UserError where the camera is not finite."""
+        wrong = np.flatnonzero(~np.isfinite(ticks["camera"]).reshape(len(ticks["camera"]), -1).all(1))
+        if len(wrong):
+            raise UserError(f"the camera of tick {wrong[0]} is not finite")
+        return self.set.encode(ticks)
+
     def _numbers(self, path: Path) -> np.ndarray:
-        """The actions `(N,)` or `(N, factors)` of a recording."""
+        """The actions `(N,)` or `(N, factors)` of a recording. Raises Damaged."""
         raise NotImplementedError
 
 
@@ -67,14 +82,28 @@ class MineRL(Ticks):
 
     @classmethod
     def find(cls, root: Path) -> list[Path]:
-        return sorted(path for path in root.rglob("recording.mp4") if path.with_name("rendered.npz").exists())
+        files = [path for path in files_below(root, ".mp4") if path.name.lower() == "recording.mp4"]
+        return files if any(path.with_name("rendered.npz").exists() for path in files) else []
 
     def head(self, path: Path) -> tuple[int, tuple[int, int]]:
         frames, size = mp4.measure(path)
-        entries = npz.entries(path.with_name("rendered.npz"))
+        rendered = path.with_name("rendered.npz")
+        if not rendered.exists():
+            raise Damaged("has no rendered.npz beside it, as others have")
+        try:
+            entries = npz.entries(rendered)
+        except Damaged as error:
+            raise Damaged(f"lies beside a rendered.npz that {error}") from None
         if "action$camera" not in entries or "reward" not in entries:
             raise Damaged("lies beside a rendered.npz without action$camera or reward")
-        (ticks, *_), _ = entries["action$camera"]
+        camera, _ = entries["action$camera"]
+        rewards, kind = entries["reward"]
+        if len(camera) != 2 or camera[1] != 2 or rewards != camera[:1] or kind.kind not in "buif":
+            raise Damaged(
+                f"lies beside a rendered.npz with action$camera of shape {camera} and reward of shape {rewards} and "
+                f"type {kind}, not (N, 2) and (N,) numbers"
+            )
+        ticks = camera[0]
         if frames <= ticks:
             raise Damaged(f"has {frames} frames and {ticks} actions: there must be one frame more")
         return ticks + 1, size
@@ -85,21 +114,23 @@ class MineRL(Ticks):
 
     def rewards(self, recording: Recording, start: int, stop: int) -> np.ndarray:
         rewards = npz.rows(recording.path.with_name("rendered.npz"), "reward", max(start - 1, 0), stop - 1)
-        return np.concatenate([np.zeros(stop - start - len(rewards)), rewards]).astype(np.float32)
+        return np.concatenate([np.zeros(stop - start - len(rewards), np.float32), finite(rewards, max(start, 1))])
 
     def _numbers(self, path: Path) -> np.ndarray:
         rendered = path.with_name("rendered.npz")
         keys = [key for key in npz.entries(rendered) if key.startswith("action$")]
         try:
-            return self.set.encode(ticks_of_rendered({key: npz.rows(rendered, key) for key in keys}))
-        except UserError as error:
-            raise Damaged(f"lies beside a rendered.npz that cannot be used ({error})") from None
+            return self.encoded(ticks_of_rendered({key: npz.rows(rendered, key) for key in keys}))
+        except Damaged as error:
+            raise Damaged(f"lies beside a rendered.npz that {error}") from None
+        except FAULTS as error:
+            raise Damaged(f"lies beside a rendered.npz that cannot be used ({_why(error)})") from None
 
 
 class Vpt(Ticks):
     """`ID.mp4` beside `ID.jsonl`, of the contractors of Video PreTraining (Baker et al. 2022, arXiv 2206.11795).
 
-    Each line is the action at one frame. Surplus frames or lines are ignored. There are no rewards."""
+    Each line is the action at one frame. Surplus frames or lines at the end are ignored. There are no rewards."""
 
     what: ClassVar[str] = "ID.mp4, each beside an ID.jsonl (Video PreTraining)"
     rewarded: ClassVar[bool] = False
@@ -110,12 +141,16 @@ class Vpt(Ticks):
 
     @classmethod
     def find(cls, root: Path) -> list[Path]:
-        return sorted(path for path in root.rglob("*.mp4") if path.with_suffix(".jsonl").exists())
+        files = files_below(root, ".mp4")
+        return files if any(beside(path, ".jsonl") for path in files) else []
 
     def head(self, path: Path) -> tuple[int, tuple[int, int]]:
         frames, size = mp4.measure(path)
-        with open(path.with_suffix(".jsonl"), "rb") as file:
-            lines = sum(bool(line.strip()) for line in file)
+        try:
+            with open(_ticks_of(path), "rb") as file:
+                lines = sum(bool(line.strip()) for line in file)
+        except OSError as error:
+            raise Damaged(f"lies beside a jsonl file that cannot be read ({error.strerror})") from None
         if not lines:
             raise Damaged("lies beside an empty jsonl file")
         return min(frames, lines), size
@@ -124,8 +159,44 @@ class Vpt(Ticks):
         return np.zeros(stop - start, np.float32)
 
     def _numbers(self, path: Path) -> np.ndarray:
+        frames, _ = mp4.measure(path)
         try:
-            with open(path.with_suffix(".jsonl"), encoding="utf-8") as file:
-                return self.set.encode(ticks_of_jsonl(file))
-        except (UserError, UnicodeDecodeError, OSError) as error:
-            raise Damaged(f"lies beside a jsonl file that cannot be used ({error})") from None
+            with open(_ticks_of(path), encoding="utf-8-sig") as file:  # (some editors begin a file with a mark)
+                lines = [line for line in file if line.strip()]
+            if len(lines) < frames:
+                _check_ticks(lines)
+            return self.encoded(ticks_of_jsonl(_whole_buttons(lines)))
+        except FAULTS as error:
+            raise Damaged(f"lies beside a jsonl file that cannot be used ({_why(error)})") from None
+
+
+def _ticks_of(path: Path) -> Path:
+    """The jsonl file of a video. Raises Damaged if there is none."""
+    file = beside(path, ".jsonl")
+    if file is None:
+        raise Damaged(f"has no {path.with_suffix('.jsonl').name} beside it, as others have")
+    return file
+
+
+def _whole_buttons(lines: Iterable[str]) -> Iterator[str]:
+    """Lines whose buttons are whole numbers: pandas writes them as 0.0."""
+    for line in lines:
+        yield BUTTONS.sub(lambda match: re.sub(r"\.0+(?=\s*[,\]])", "", match[0]), line)
+
+
+def _check_ticks(lines: list[str]) -> None:
+    """Raise UserError if lines are missing between others, as their tick numbers say: later actions would be shifted.
+
+    Only asked where there are fewer lines than frames.
+    """
+    before: int | None = None
+    for number, line in enumerate(lines):
+        match = TICK.search(line)
+        tick = int(match[1]) if match else None
+        if tick is not None and before is not None and tick > before + 1:
+            raise UserError(f"line {number + 1} is tick {tick}, after tick {before}: lines are missing between them")
+        before = tick
+
+
+def _why(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else one_line(error)

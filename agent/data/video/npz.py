@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from longdream.agent.data.video.found import files_below
 from longdream.agent.data.video.reader import Damaged, one_line
 
-FAULTS = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError, NotImplementedError)
+Entries = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 def files_with(root: Path, keys: tuple[str, ...]) -> list[Path]:
-    """All NPZ files below `root`, sorted, if the first readable one has entries of these names; otherwise none."""
-    files = sorted(root.rglob("*.npz"))
+    """All NPZ files below `root`, sorted, if one of them has entries of these names; otherwise none."""
+    files = files_below(root, ".npz")
     for path in files:
         with suppress(Damaged):
-            return files if set(keys) <= entries(path).keys() else []
+            if set(keys) <= entries(path).keys():
+                return files
     return []
 
 
-def entries(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def entries(path: Path) -> Entries:
     """Shape and type of every entry. Raises Damaged."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise Damaged(f"cannot be read ({error.strerror})") from None
+    return _entries(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1 << 14)  # the layouts before the one that fits look at the same files
+def _entries(path: Path, changed: int, size: int) -> Entries:
     with _archive(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(".npy")]
         return {name.removesuffix(".npy"): _header(archive.open(name))[:2] for name in names}
@@ -62,7 +73,9 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except FAULTS as error:
+    except (Damaged, MemoryError):
+        raise
+    except Exception as error:  # zipfile, its decompressors and numpy raise a dozen kinds for bytes that are no archive
         raise Damaged(f"is damaged or no NPZ file ({one_line(error)})") from error
 
 

@@ -43,8 +43,7 @@ class Rows(Protocol):
         """Encoded actions chosen from these rows, float32 `(n, A)`; zeros in the last row if its action is unknown.
 
         Raises:
-            Damaged: the file cannot be read.
-            UserError: an action is invalid.
+            Damaged: the file cannot be read, or an action is invalid.
         """
         ...
 

@@ -36,7 +36,7 @@ class Teco:
         missing = ((), np.dtype("V"))
         video, video_type = entries.get("video", missing)
         actions, actions_type = entries.get("actions", missing)
-        if len(video) != 4 or video[3] != 3 or video_type != np.uint8:
+        if len(video) != 4 or video[3] != 3 or video_type != np.uint8 or not all(video[1:]):
             raise Damaged(f"has 'video' of shape {video} and type {video_type}, not (T, height, width, 3) uint8")
         if actions != video[:1] or actions_type.kind not in "iu":
             raise Damaged(f"has 'actions' of shape {actions} and type {actions_type}, not ({video[0]},) whole numbers")
@@ -48,7 +48,7 @@ class Teco:
 
     def actions(self, recording: Recording, start: int, stop: int) -> np.ndarray:
         numbers = npz.rows(recording.path, "actions", start + 1, min(stop + 1, recording.length))
-        actions = one_hots(recording.path, numbers, start + 1, self.action.size)
+        actions = one_hots(numbers, start + 1, self.action.size)
         return np.concatenate([actions, np.zeros((stop - start - len(actions), self.action.size), np.float32)])
 
     def rewards(self, recording: Recording, start: int, stop: int) -> np.ndarray:

@@ -86,6 +86,14 @@ def test_memory_boxes_and_several_observations(tmp_path: Path, monkeypatch, caps
         assert json.loads(capsys.readouterr().out)["episodes"] == 2
 
 
+def test_masks_of_actions_are_not_passed_on(tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("sb3_contrib")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["baseline", "--algo", "sb3_contrib:MaskablePPO"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "--algo sb3_contrib:MaskablePPO needs masks of valid actions" in said and not list(tmp_path.glob("runs/*"))
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

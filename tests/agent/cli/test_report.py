@@ -144,6 +144,7 @@ def test_errors_have_their_hand_values() -> None:
 
 
 def test_a_run_with_images_becomes_a_video_and_a_picture(images: Path) -> None:
+    pytest.importorskip("av")
     result = json.loads(json.dumps(report.dream(images, context=3, frames=12, console=False)))
     assert {"run", "env", "env_steps", "seed", "denoising_steps", "video", "picture", "fps"} <= result.keys()
     (episode,) = result["episodes"]
@@ -161,6 +162,7 @@ def test_a_run_with_images_becomes_a_video_and_a_picture(images: Path) -> None:
 
 
 def test_a_run_with_vectors_becomes_plots_that_unfold(vectors: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
     result = report.dream(
         vectors, episodes=2, context=2, frames=8, seed=4, out=tmp_path / "new" / "x.mp4", console=False
     )
@@ -291,3 +293,29 @@ def test_the_demo_trains_and_dreams(
     out = capsys.readouterr().out
     assert all(str(summary[key]) in out for key in ("run", "video", "picture"))
     assert "without long memory" in out and "longdream dream runs/demo-2" in out
+
+
+# -- what a new user sees ---------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_dream_is_kept(vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("av")
+    results = [report.dream(vectors, frames=6, seed=seed) for seed in (0, 1)]
+    names = [Path(result[key]).name for result in results for key in ("video", "picture")]
+    assert (
+        names == ["dream.mp4", "dream.png", "dream-2.mp4", "dream-2.png"] and "replaced" not in capsys.readouterr().out
+    )
+    assert all(Path(result["video"]).exists() for result in results)
+    for _ in range(2):  # a name that was given is taken, and it is said
+        report.dream(vectors, frames=6, out=tmp_path / "x.gif")
+    assert capsys.readouterr().out.count(f"{tmp_path / 'x.gif'} (replaced)") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [({}, 4), ({"forcing__steps": 8}, 8), ({"forcing__objective": "mask"}, 4), ({"forcing__objective": "teacher"}, 1)],
+)
+def test_a_dream_is_shown_in_several_denoising_steps(settings: dict, shown: int) -> None:
+    config = tiny(**settings)
+    world = World(config.env.id, 1, 0, config.env.kwargs)
+    assert report._steps(Agent(config, world.spec).model.objective, config.forcing.steps) == shown

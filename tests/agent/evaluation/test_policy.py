@@ -2,13 +2,17 @@
 
 import re
 from contextlib import closing
+from pathlib import Path
 
+import numpy as np
 import pytest
+from gymnasium import spaces
 
 from longdream.agent.config import options
-from longdream.agent.config.schema import EvaluateConfig
+from longdream.agent.config.schema import EnvConfig, EvaluateConfig
 from longdream.agent.core.agent import Agent
 from longdream.agent.evaluation import policy
+from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, UserError, env_spec
 from longdream.envs.make import World
 
 
@@ -26,3 +30,43 @@ def test_a_long_evaluation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, c
     ]
     steps, ended = zip(*[(int(line[1].replace(",", "")), int(line[2])) for line in said if line], strict=True)
     assert len(steps) == len(said) > 4 and list(steps) == sorted(steps) and steps[0] <= 2 and ended[-1] >= 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        (EnvSpec({"obs": ObsSpec("image", (8, 8, 3))}, ActionSpec((3,))), "'obs' is an image of shape (8, 8, 3), the"),
+        (EnvSpec({"obs": ObsSpec("discrete", (), 5, 1)}, ActionSpec((3,))), "'obs' is one of 5 values from 1 on, the"),
+        (
+            env_spec(spaces.Box(-1, 1, (2,)), spaces.Discrete(4, start=1)),
+            "its actions are Discrete(4, start=1), the agent was trained with Discrete(3)",
+        ),
+        (
+            env_spec(spaces.Box(-1, 1, (2,)), spaces.Box(-2, 2, (1,))),
+            "its actions are Box(-2.0, 2.0, (1,), float32), the agent was trained with Discrete(3)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told(spec: EnvSpec, problem: str) -> None:
+    known = env_spec(spaces.Box(-1, 1, (2,)), spaces.Discrete(3))
+    assert problem in policy._difference(spec, known)
+
+
+def test_a_world_without_a_label_is_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(policy, "QUIET_S", -1.0)
+    for label in ("", "named"):
+        with closing(policy.WatchedWorld("longdream/Counting-v0", 1, 0)) as world:
+            world.label = label
+            world.reset()
+            world.step(world.random_action(np.random.default_rng(0)))
+        assert capsys.readouterr().err == ("named: 1 steps, 0 episodes ended\n" if label else "")
+
+
+def test_an_environment_is_named_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "import gymnasium as gym\nfrom gymnasium import spaces\n\n\nclass Words(gym.Env):\n"
+    code += "    observation_space = spaces.Discrete(2)\n    action_space = spaces.Text(5)\n\n\n"
+    code += "gym.register('Words-v0', entry_point=Words)\n"
+    (tmp_path / "of_words.py").write_text(code)
+    with pytest.raises(UserError, match=r"^of_words:Words-v0: the action space is a Text space"):
+        policy.make_world(World, EnvConfig(id="of_words:Words-v0"), 1, 0)

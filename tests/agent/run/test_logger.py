@@ -150,6 +150,13 @@ def test_rates_are_short_and_stand_in_the_order_asked_for(tmp_path, capsys):
     assert "step 1  return 2  time/rows_per_s None" in capsys.readouterr().err
 
 
+def test_large_numbers_are_written_out(tmp_path, capsys):
+    values = {"a": 1000.0, "b": -12345.6, "c": 999.4, "d": 0.1234, "e": 7, "f": 3e17}
+    with Logger(tmp_path, show=tuple(values), every=0) as logger:
+        logger.write(1, values)
+    assert "a 1,000  b -12,346  c 999  d 0.123  e 7  f 3e+17" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0"), (0.1234, "0.123"), (999.4, "999"), (999.6, "1k"), (101_234.5, "101k"), (2.5e6, "2.5M"), (7e9, "7G")],

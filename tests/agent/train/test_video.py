@@ -15,6 +15,7 @@ import torch
 from longdream.agent.cli import main as cli
 from longdream.agent.config import checks, options
 from longdream.agent.config.schema import Config
+from longdream.agent.data.video.library import open_library
 from longdream.agent.evaluation.tables import summary_table
 from longdream.agent.run import checkpoint
 from longdream.agent.run import folder as run_folder
@@ -283,3 +284,13 @@ def test_a_damaged_file_is_named_once(mazes: Path, tmp_path: Path, capfd: pytest
     summary = VideoTrainer.train(tiny(mazes), tmp_path / "run")
     assert capfd.readouterr().err.count(f"warning: {mazes}/episode-0.npz is damaged or no NPZ file") == 1
     assert summary["damaged"] == 1 and all(line.get("count/damaged", 1) == 1 for line in record(tmp_path / "run"))
+
+
+def test_held_out_recordings_that_are_damaged_end_no_run(mazes: Path, tmp_path: Path, capfd) -> None:
+    (held_out,) = open_library(mazes).held_out(train_video.HELD_OUT)[1]
+    episode = dict(np.load(held_out.path))
+    np.savez(held_out.path, **episode | {"action": np.ones((12, 6))})
+    summary = VideoTrainer.train(tiny(mazes), tmp_path / "run")
+    assert summary["updates"] == 11 and summary["damaged"] == 1 and "psnr_open_loop" not in summary
+    assert f"{held_out.name} has an 'action' that is no one-hot" in (told := capfd.readouterr().err)
+    assert "warning: none of the held-out recordings can be read: nothing is evaluated" in told

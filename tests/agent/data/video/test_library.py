@@ -1,11 +1,14 @@
 """A folder of recordings: its layout is recognised or named, what is wrong with it is said, a share is held out."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from longdream.agent.data.video.library import LAYOUTS, open_library
+from longdream.agent.data.video.loader import read_clip
+from longdream.agent.data.video.reader import Damaged
 from longdream.envs.contract import UserError
 
 
@@ -13,6 +16,8 @@ def test_a_folder_that_is_not_recognised(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         open_library(tmp_path / "none")
     (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"notes\.txt is a file: --data names the folder of recordings, such as"):
+        open_library(tmp_path / "notes.txt")
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     with pytest.raises(UserError) as caught:
         open_library(tmp_path)
@@ -37,6 +42,7 @@ def test_frames_of_mixed_size(tmp_path: Path, shades, write_mp4) -> None:
 
 
 def test_nothing_that_can_be_read(tmp_path: Path) -> None:
+    pytest.importorskip("av")
     (tmp_path / "a.mp4").write_bytes(b"no video")
     with pytest.raises(UserError, match=r"none of the 1 recordings in .* can be read: a\.mp4 is damaged or no video"):
         open_library(tmp_path)
@@ -54,3 +60,43 @@ def test_a_share_is_held_out(mazes: Path) -> None:
         path.unlink()
     with pytest.raises(UserError, match="holds one recording"):
         open_library(mazes).held_out(0.1)
+
+
+def test_folders_as_people_have_them(tmp_path: Path, shades, write_maze, write_mp4) -> None:
+    """Linked folders, names in capitals, what macOS leaves, and files of statistics that come first by name."""
+    write_maze(tmp_path / "elsewhere" / "a.npz")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (data / "linked-again").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (data / "circle").symlink_to(data, target_is_directory=True)
+    write_maze(data / "deep" / "B.NPZ")
+    write_maze(data / "__MACOSX" / "c.npz")
+    (data / "deep" / "._B.NPZ").write_bytes(b"\0\5\x16\7")
+    np.savez(data / "_stats.npz", mean=np.zeros(3))
+    (data / "gone.npz").symlink_to(tmp_path / "nothing.npz")
+    library = open_library(data)
+    assert library.layout == "memory-maze"
+    assert [recording.name for recording in library.recordings] == ["deep/B.NPZ", "linked/a.npz"]
+    assert "has no image" in library.damaged.pop("_stats.npz") and "cannot be read" in library.damaged.pop("gone.npz")
+    assert not library.damaged
+    write_mp4(tmp_path / "films" / "a.mp4", shades(9))
+    (tmp_path / "films" / "a.mp4").rename(tmp_path / "films" / "A.MP4")
+    np.save(tmp_path / "films" / "A.npy", np.arange(9) % 3)
+    (tmp_path / "films" / "A.npy").rename(tmp_path / "films" / "A.NPY")
+    assert open_library(tmp_path / "films").reader.action.parts == (3,)
+
+
+def test_bytes_of_any_kind_damage_only_their_file(mazes: Path) -> None:
+    whole = (mazes / "episode-1.npz").read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        data = bytearray(whole)
+        for at in rng.integers(len(data) - 1500, len(data), 6) if i % 2 else rng.integers(0, 400, 6):
+            data[at] = rng.integers(256)
+        (mazes / "episode-1.npz").write_bytes(data)
+        library = open_library(mazes)
+        assert len(library.recordings) + len(library.damaged) == 6 and set(library.damaged) <= {"episode-1.npz"}
+        for recording in library.recordings[:2]:
+            with suppress(Damaged):
+                read_clip(library, recording, 0, 12, 16)

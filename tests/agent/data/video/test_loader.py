@@ -146,7 +146,10 @@ def test_damaged_files_are_named_once_and_skipped(mazes: Path, carry: bool) -> N
 def test_nothing_left(tmp_path: Path, write_maze) -> None:
     write_maze(tmp_path / "a.npz")
     spoil(tmp_path / "a.npz")
-    with loader(tmp_path) as clips, pytest.raises(UserError, match="no recording of 4 rows is left that can be read"):
+    with (
+        loader(tmp_path) as clips,
+        pytest.raises(UserError, match=r"recording of 4 rows is left that can be read; of 1, a\.npz is damaged"),
+    ):
         for _ in range(5):
             clips.next()
 
@@ -163,11 +166,24 @@ def test_recordings_that_are_too_short(tmp_path: Path, write_maze) -> None:
 
 
 def test_an_error_in_the_reading_thread_is_told(mazes: Path) -> None:
-    episode = dict(np.load(mazes / "episode-1.npz"))
-    np.savez(mazes / "episode-1.npz", **episode | {"action": np.ones((12, 6))})
-    with loader(mazes) as clips, pytest.raises(UserError, match=r"episode-1\.npz: 'action' is no one-hot"):
+    def plan(update: int) -> tuple[int, int]:
+        if update == 3:
+            raise UserError("no plan")
+        return 4, 3
+
+    with loader(mazes, plan) as clips, pytest.raises(UserError, match="no plan"):
         for _ in range(7):
             clips.next()
+
+
+@pytest.mark.parametrize("wrong", [{"action": np.ones((12, 6))}, {"reward": np.full(12, np.nan, np.float32)}])
+def test_what_one_file_says_wrongly_ends_no_run(mazes: Path, wrong: dict[str, np.ndarray]) -> None:
+    episode = dict(np.load(mazes / "episode-1.npz"))
+    np.savez(mazes / "episode-1.npz", **episode | wrong)
+    with loader(mazes) as clips:
+        for _ in range(7):
+            clips.next()
+        assert list(clips.library.damaged) == ["episode-1.npz"]
 
 
 def test_a_place_is_small(mazes: Path) -> None:

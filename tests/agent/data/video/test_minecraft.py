@@ -84,3 +84,76 @@ def test_a_broken_line_damages_the_recording(tmp_path: Path, write_mp4, shades) 
     library = open_library(tmp_path)
     with pytest.raises(Damaged, match="line 4 is no tick"):
         read_clip(library, library.recordings[0], 0, 2, 16)
+
+
+def test_lines_as_others_write_them(tmp_path: Path, write_mp4, shades) -> None:
+    """A mark of byte order, buttons as floats, blank lines and a last line without an end are read."""
+    write_mp4(tmp_path / "a.mp4", shades(6))
+    lines = [line(("w",)), line((), (0,)).replace("[0]", "[0.0]"), "", line(("w",)), line((), (0,)), line(), line()]
+    (tmp_path / "a.JSONL").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    library = open_library(tmp_path)
+    names = action_set("flat", HUMAN, "ObtainDiamondShovel").names[0]
+    taken = read_clip(library, library.recordings[0], 0, 5, 16)["action"].argmax(1)
+    assert [names[i] for i in taken] == ["forward", "attack", "forward", "attack", "noop"]
+
+
+def with_tick(number: int) -> str:
+    return json.dumps(json.loads(line()) | {"tick": number, "serverTick": 7})
+
+
+BAD = {
+    "no such file": (None, "has no b.jsonl beside it"),
+    "empty": ([], "empty jsonl file"),
+    "lines are missing": ([with_tick(i) for i in (0, 1, 4, 5)], "line 3 is tick 4, after tick 1: lines are missing"),
+    "a camera that is no number": ([line(dx=float("nan"))] * 6, "the camera of tick 0 is not finite"),
+    "a number beyond floats": ([line().replace('"dx": 0.0', '"dx": 1' + 400 * "0")] * 6, "OverflowError"),
+    "buttons that are none": ([line().replace('"buttons": []', '"buttons": null')] * 6, "line 1 is no tick"),
+    "lists": (["[]"] * 6, "line 1 is no tick"),
+}
+
+
+@pytest.mark.parametrize(("lines", "why"), BAD.values(), ids=BAD)
+def test_one_bad_file_of_ticks_is_left_out(tmp_path: Path, write_mp4, shades, lines: Any, why: str) -> None:
+    for name in "abc":
+        write_mp4(tmp_path / f"{name}.mp4", shades(6))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([line()] * 6))
+    (tmp_path / "b.jsonl").unlink()
+    if lines is not None:
+        (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    library = open_library(tmp_path)
+    told = dict(library.damaged)
+    for recording in library.recordings:
+        try:
+            read_clip(library, recording, 0, 2, 16)
+        except Damaged as error:
+            told[recording.name] = str(error)
+    assert list(told) == ["b.mp4"] and why in told["b.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"reward": np.zeros((5, 1))}, "reward of shape (5, 1)"),
+        ({"action$camera": np.zeros(())}, "action$camera of shape ()"),
+        ({"action$camera": np.full((5, 2), np.inf)}, "the camera of tick 0 is not finite"),
+        ({"reward": np.full(5, np.nan)}, "has reward nan"),
+        (None, "has no rendered.npz beside it"),
+    ],
+)
+def test_one_bad_stream_is_left_out(tmp_path: Path, write_mp4, shades, wrong: Any, why: str) -> None:
+    folder = tmp_path / "MineRLTreechop-v0"
+    for name in ("one", "two"):
+        stream(folder / name, write_mp4, shades(6), TICKS)
+    rendered = folder / "one" / "rendered.npz"
+    if wrong is None:
+        rendered.unlink()
+    else:
+        np.savez(rendered, **dict(np.load(rendered)) | wrong)
+    library = open_library(tmp_path)
+    told = dict(library.damaged)
+    for recording in library.recordings:
+        try:
+            read_clip(library, recording, 0, 4, 16)
+        except Damaged as error:
+            told[recording.name] = str(error)
+    assert list(told) == ["MineRLTreechop-v0/one/recording.mp4"] and why in next(iter(told.values()))

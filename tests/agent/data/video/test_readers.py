@@ -1,5 +1,8 @@
 """A reader per layout: rows are what the files say, and what they cannot say is refused."""
 
+import os
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,9 @@ from longdream.agent.data.video.library import Library, open_library
 from longdream.agent.data.video.loader import read_clip
 from longdream.agent.data.video.memory_maze import POSE, pose_code
 from longdream.agent.data.video.reader import Damaged
+from longdream.agent.evaluation.plots import film_path, save_film
 from longdream.envs.contract import UserError
+from longdream.envs.images import resize_area
 
 
 def only(library: Library, start: int, clip: int, size: int = 32) -> dict[str, np.ndarray]:
@@ -122,10 +127,10 @@ def test_memory_maze_files_that_are_none(tmp_path: Path, write_maze) -> None:
     assert "'reward' has shape (3,), not (12)" in library.damaged["b.npz"]
     assert "has no targets_pos" in library.damaged["c.npz"] and "BadZipFile" in library.damaged["d.npz"]
     np.savez(tmp_path / "a.npz", **episode | {"action": np.ones((12, 6))})
-    with pytest.raises(UserError, match=r"a\.npz: 'action' is no one-hot in row 2"):
+    with pytest.raises(Damaged, match=r"has an 'action' that is no one-hot, in row 2"):
         only(open_library(tmp_path), 2, 4)
     np.savez(tmp_path / "a.npz", **episode | {"agent_pos": np.full((12, 2), 99.0)})
-    with pytest.raises(UserError, match=r"a\.npz: a pose in rows 2 to 6 lies outside the maze"):
+    with pytest.raises(Damaged, match=r"has a pose in rows 2 to 6 that lies outside the maze"):
         only(open_library(tmp_path, condition="pose"), 2, 4)
 
 
@@ -142,7 +147,7 @@ def test_teco(tmp_path: Path) -> None:
     assert rows["image"].shape == (4, 16, 16, 3) and rows["action"].argmax(1).tolist() == [3, 0, 1, 2]
     assert rows["before"].argmax() == 2 and not rows["reward"].any()
     np.savez(tmp_path / "a.npz", video=frames, actions=np.arange(10) % 5)
-    with pytest.raises(UserError, match=r"a\.npz: action 4 in row 4 is out of range: there are 4, 0 to 3"):
+    with pytest.raises(Damaged, match=r"has action 4 in row 4, which is out of range: there are 4, 0 to 3"):
         only(open_library(tmp_path), 0, 6)
     with pytest.raises(UserError, match="has no poses"):
         open_library(tmp_path, condition="pose")
@@ -173,22 +178,188 @@ def test_videos_with_actions(tmp_path: Path, shades, write_mp4) -> None:
     rows = only(library, 2, 4)
     assert rows["action"].argmax(1).tolist() == [2, 3, 4, 0] and rows["before"].argmax() == 1
     np.save(tmp_path / "a.npy", np.arange(12) % 5 - 1)
-    with pytest.raises(UserError, match=r"a\.npy: action -1 in row 5 is out of range"):
-        only(open_library(tmp_path), 2, 4)
+    assert "whose action -1 in row 0 is out of range" in open_library(tmp_path).damaged["a.mp4"]
     np.save(tmp_path / "a.npy", np.zeros((12, 2)))
     with pytest.raises(UserError, match=r"b\.mp4 are not of the same kind as those of .*a\.mp4"):
         open_library(tmp_path)
     np.save(tmp_path / "b.npy", np.linspace(0, 1.5, 14).reshape(7, 2))  # one less than there are frames
     library = open_library(tmp_path)
     assert library.reader.action.parts == () and library.reader.action.size == 2
-    with pytest.raises(UserError, match=r"b\.npy: the action in row 4 is out of range: numbers must lie in -1 to 1"):
-        read_clip(library, library.recordings[1], 3, 4, 32)
-    np.save(tmp_path / "b.npy", np.zeros((5, 2)))
-    with pytest.raises(UserError, match=r"b\.mp4 has 8 frames and 5 actions"):
-        open_library(tmp_path)
-    np.save(tmp_path / "b.npy", np.array(["left"] * 8))
-    with pytest.raises(UserError, match=r"b\.npy holds <U4 of shape \(8,\): actions are whole numbers"):
-        open_library(tmp_path)
+    assert "is out of range: numbers must lie in -1 to 1" in library.damaged["b.mp4"]
+    np.save(tmp_path / "b.npy", np.linspace(0, 1, 14).reshape(7, 2))
+    rows = read_clip(open_library(tmp_path), open_library(tmp_path).recordings[1], 3, 4, 32)
+    np.testing.assert_allclose(rows["action"][:, 0], np.arange(3, 7) * 2 / 13, rtol=1e-6)
     (tmp_path / "b.npy").unlink()
     with pytest.raises(UserError, match=r"b\.npy is missing, .*a\.npy is there"):
         open_library(tmp_path)
+
+
+BAD = {
+    "fewer actions than frames": (np.zeros((5, 2)), "has 8 frames and 5 actions"),
+    "words": (np.array(["left"] * 8), r"b\.npy, which holds <U4 of shape \(8,\): actions are whole numbers"),
+    "another kind": (np.zeros(8, int), "lies beside actions of whole numbers, others have of 2 float numbers each"),
+    "objects": (np.array([None] * 8), "pickled objects, or another format"),
+    "not a number": (np.full((8, 2), np.nan), "in row 0 is out of range"),
+    "cut short": (None, "b.npy, which is no NPY file of actions"),
+    "missing": ("missing", "has no b.npy beside it, as others have"),
+    "a folder": ("folder", "has no b.npy beside it, as others have"),
+}
+
+
+@pytest.mark.parametrize(("actions", "why"), BAD.values(), ids=BAD)
+def test_one_bad_file_of_actions_is_left_out(tmp_path: Path, shades, write_mp4, actions, why: str) -> None:
+    for name in "abc":
+        write_mp4(tmp_path / f"{name}.mp4", shades(8))
+        np.save(tmp_path / f"{name}.npy", np.full((8, 2), 0.5))
+    bad = tmp_path / "b.npy"
+    if isinstance(actions, np.ndarray):
+        np.save(bad, actions)
+    elif actions is None:
+        bad.write_bytes(bad.read_bytes()[:-20])
+    else:
+        bad.unlink()
+        if actions == "folder":
+            bad.mkdir()
+    library = open_library(tmp_path)
+    assert [recording.name for recording in library.recordings] == ["a.mp4", "c.mp4"]
+    assert list(library.damaged) == ["b.mp4"] and re.search(why, library.damaged["b.mp4"])
+    assert library.reader.action.size == 2
+
+
+def test_a_number_that_is_no_action_costs_no_memory(tmp_path: Path, shades, write_mp4) -> None:
+    for name, largest in (("a", 2), ("b", 2_000_000_000), ("c", 1)):
+        write_mp4(tmp_path / f"{name}.mp4", shades(8))
+        np.save(tmp_path / f"{name}.npy", np.array([0] * 7 + [largest]))
+    library = open_library(tmp_path)
+    assert library.reader.action.parts == (3,) and "action 2000000000 in row 7" in library.damaged["b.mp4"]
+
+
+@pytest.mark.parametrize("actions", [np.array([0, 1] * 4)[:, None], np.array([False, True] * 4)])
+def test_whole_numbers_as_others_save_them(tmp_path: Path, shades, write_mp4, actions: np.ndarray) -> None:
+    write_mp4(tmp_path / "a.mp4", shades(8))
+    np.save(tmp_path / "a.npy", actions)
+    library = open_library(tmp_path)
+    assert library.reader.action.parts == (2,) and only(library, 0, 4)["action"].argmax(1).tolist() == [0, 1, 0, 1]
+
+
+# -- videos as cameras and editors leave them -------------------------------------------------------------------------
+
+
+def write_turned(path: Path, frames: np.ndarray, degrees: float, mirrored: bool = False) -> None:
+    """An mp4 whose header says by how many degrees, against the clock, a player turns it."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.width = frames.shape[2]
+        stream.height = frames.shape[1]
+        stream.pix_fmt = "yuv420p"
+        stream.set_display_rotation(degrees, hflip=mirrored)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("quarters", [0, 1, 2, 3])
+def test_a_video_is_turned_as_a_player_turns_it(tmp_path: Path, quarters: int, mirrored: bool) -> None:
+    frames = np.zeros((4, 32, 64, 3), np.uint8)
+    frames[:, :16, :32] = 250  # a corner is white, another one grey
+    frames[:, 16:, :32] = 100
+    write_turned(tmp_path / "a.mp4", frames, 90 * quarters, mirrored)
+    shown = np.rot90(frames, quarters, (1, 2))
+    if mirrored:  # after the turn; ffmpeg shows these files in the same way
+        shown = shown[:, :, ::-1]
+    assert mp4.measure(tmp_path / "a.mp4") == (4, shown.shape[1:3])
+    decoded = mp4.decode(tmp_path / "a.mp4", 1, 3, 32)
+    assert np.abs(decoded.astype(int) - resize_area(shown[1:3], 32, 32)).mean() < 3
+
+
+def cut_at_its_start(path: Path, frames: int) -> None:
+    """Lets an edit list begin `frames` of the 20 frames a second later, as cutting without encoding again does."""
+    data = bytearray(path.read_bytes())
+    scale = int.from_bytes(data[(at := data.index(b"mdhd") + 16) : at + 4], "big")
+    at = data.index(b"elst") + 8  # behind the name, version and flags; then the number of edits
+    assert data[at - 4] == 0 and int.from_bytes(data[at : at + 4], "big") == 1
+    begun = int.from_bytes(data[at + 8 : at + 12], "big") + frames * scale // 20
+    data[at + 8 : at + 12] = begun.to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 20, 33])
+def test_frames_that_are_cut_off_are_not_there(tmp_path: Path, shades, write_mp4, cut: int) -> None:
+    frames = shades(50)
+    write_mp4(tmp_path / "a.mp4", frames)
+    cut_at_its_start(tmp_path / "a.mp4", cut)
+    assert mp4.measure(tmp_path / "a.mp4") == (50 - cut, (32, 32))
+    for start, stop in ((0, 1), (0, 50 - cut), (3, 9), (49 - cut, 50 - cut)):
+        decoded = mp4.decode(tmp_path / "a.mp4", start, stop, 32)
+        assert np.abs(decoded.astype(int) - frames[cut:][start:stop]).max() <= 2, (start, stop)
+
+
+def test_a_video_in_fragments(tmp_path: Path, shades) -> None:
+    """As cameras and browsers record: the header does not count frames, and searching finds later fragments."""
+    av = pytest.importorskip("av")
+    frames = shades(40)
+    flags = {"movflags": "frag_keyframe+empty_moov"}
+    with av.open(str(tmp_path / "a.mp4"), "w", options=flags) as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "8", "bf": "2", "crf": "1"})
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))))
+        container.mux(stream.encode())
+    assert mp4.measure(tmp_path / "a.mp4") == (40, (32, 32))
+    for start in range(0, 36, 3):
+        decoded = mp4.decode(tmp_path / "a.mp4", start, start + 4, 32)
+        assert np.abs(decoded.astype(int) - frames[start : start + 4]).max() <= 2, start
+
+
+def test_a_video_without_pictures(tmp_path: Path, shades, write_mp4) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 44100
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    write_mp4(tmp_path / "b.mp4", shades(5))
+    assert open_library(tmp_path).damaged == {"a.mp4": "holds no video"}
+
+
+def test_frames_that_were_damaged_are_not_learned_from(tmp_path: Path, write_mp4) -> None:
+    """What the decoder had to fill in is refused, and what builds on it; from the next key frame on all is well."""
+    av = pytest.importorskip("av")
+    path = tmp_path / "a.mp4"
+    frames = np.random.default_rng(0).integers(256, size=(8, 32, 32, 3)).astype(np.uint8).repeat(5, 0)
+    write_mp4(path, frames)
+    whole = path.read_bytes()
+    true = mp4.decode(path, 0, 40, 16)
+    refused = 0
+    for at in range(whole.index(b"mdat") + 900, len(whole) - 5000, 1500):
+        path.write_bytes(whole[:at] + bytes(40) + whole[at + 40 :])
+        os.utime(path, ns=(at, at))  # what was cached of another version is not used
+        with av.open(str(path)) as container:
+            told = [(frame.is_corrupt, bool(frame.key_frame)) for frame in container.decode(video=0)]
+        bad = [i for i, (corrupt, _) in enumerate(told) if corrupt]
+        keys = [i for i, (_, key) in enumerate(told) if key]
+        if not bad or len(told) < 40:
+            continue
+        for first in (bad[0], bad[0] + 1):
+            with pytest.raises(Damaged, match="cannot be decoded"):
+                mp4.decode(path, first, first + 2, 16)
+            refused += 1
+        if after := [key for key in keys if key > bad[-1]]:
+            np.testing.assert_array_equal(mp4.decode(path, after[0], 40, 16), true[after[0] :])
+    assert refused
+
+
+def test_only_mp4_files_need_pyav(tmp_path: Path, write_maze, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    write_maze(tmp_path / "maze" / "a.npz")
+    assert only(open_library(tmp_path / "maze"), 0, 4)["image"].shape == (4, 32, 32, 3)
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    with pytest.raises(UserError, match=r"reading .*a\.mp4 needs PyAV: pip install av"):
+        open_library(tmp_path, "mp4")
+    assert film_path(tmp_path / "dream.mp4") == tmp_path / "dream.gif"
+    with pytest.raises(UserError, match=r"writing .*dream\.mp4 needs PyAV: pip install av, or name a \.gif"):
+        save_film(tmp_path / "dream.mp4", [], 5)

@@ -1,0 +1,102 @@
+"""Dreams for Stable-Baselines3, whose algorithms take a VecEnv of their own and no vector environment of Gymnasium."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+
+from longdream.agent.core.agent import Agent
+from longdream.agent.dream_env.env import DreamVecEnv
+from longdream.envs.contract import UserError
+
+
+def sb3_env(run: str | Path | Agent, num_envs: int = 64, **arguments: Any) -> VecEnv:
+    """Dreams of a run as a VecEnv of Stable-Baselines3: `PPO("MlpPolicy", longdream.sb3_env("runs/NAME"))`.
+
+    Returns and lengths of dreams are in SB3's own log.
+
+    Args:
+        run: the folder of a run, or an Agent. num_envs: number of dreams.
+        arguments: others of `DreamVecEnv`, such as horizon, start and temperature.
+
+    Raises:
+        UserError: an argument is out of its range, there is no such run, or its checkpoint cannot be used.
+    """
+    if "autoreset_mode" in arguments:
+        raise UserError("autoreset_mode: Stable-Baselines3 has one of its own; leave it out")
+    return VecMonitor(DreamsForSb3(DreamVecEnv(num_envs, run, autoreset_mode=AutoresetMode.SAME_STEP, **arguments)))
+
+
+class DreamsForSb3(VecEnv):
+    """Dreams with SAME_STEP autoreset as a VecEnv. Discrete actions and observations count from 0, as SB3 expects.
+
+    The last observation of a dream that has ended is `terminal_observation` in its info, and `TimeLimit.truncated` says
+    whether it ended at the horizon.
+    """
+
+    def __init__(self, dreams: DreamVecEnv):
+        self.dreams = dreams
+        observation = dreams.single_observation_space
+        if isinstance(observation, spaces.Dict):
+            observation = spaces.Dict({key: _from_0(space) for key, space in observation.items()})
+        super().__init__(dreams.num_envs, _from_0(observation), _from_0(dreams.single_action_space))
+
+    def reset(self) -> Any:
+        obs, _ = self.dreams.reset(seed=self._seeds[0], options=self._options[0])
+        self._reset_seeds()
+        self._reset_options()
+        return self._seen(obs)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        native = self.dreams.single_action_space
+        start = getattr(native, "start", 0)
+        shape = (self.num_envs, *(native.shape or ()))
+        self.actions = np.asarray(actions).reshape(shape) + start
+
+    def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        obs, reward, terminated, truncated, given = self.dreams.step(self.actions)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        over = terminated | truncated
+        for i in np.flatnonzero(over):
+            last = self._seen(given["final_obs"][i])
+            infos[i] = {"terminal_observation": last, "TimeLimit.truncated": bool(truncated[i])}
+        return self._seen(obs), reward.astype(np.float32), over, infos
+
+    def _seen(self, obs: Any) -> Any:
+        """An observation or a batch of them, with discrete values from 0."""
+        space = self.dreams.single_observation_space
+        if isinstance(space, spaces.Dict):
+            return {key: value - getattr(space[key], "start", 0) for key, value in obs.items()}
+        return obs - space.start if isinstance(space, spaces.Discrete) else obs
+
+    def get_images(self) -> list[np.ndarray | None]:
+        return list(self.dreams.render() or [None] * self.num_envs)
+
+    def close(self) -> None:
+        self.dreams.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self.dreams, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise AttributeError(f"{attr_name}: dreams have no attributes of single copies to set")
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        raise AttributeError(f"{method_name}: dreams have no methods of single copies to call")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False] * len(list(self._get_indices(indices)))
+
+
+def _from_0(space: spaces.Space) -> spaces.Space:
+    """The same space with discrete values from 0, and several of them in one row."""
+    if isinstance(space, spaces.Discrete):
+        return spaces.Discrete(int(space.n))
+    if isinstance(space, spaces.MultiDiscrete):
+        return spaces.MultiDiscrete(space.nvec.ravel())
+    return space

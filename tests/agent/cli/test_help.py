@@ -1,0 +1,26 @@
+"""Help is quick: it imports none of what takes seconds."""
+
+import subprocess
+import sys
+
+import pytest
+
+LINES = {
+    "evaluate --help": "usage: longdream evaluate RUN_FOLDER",
+    "doctor --help": "usage: longdream doctor",
+    "check-env --help": "usage: longdream check-env ENV",
+    "dream --help": "--steps INT",
+    "demo --help": "usage: longdream demo",
+    "baseline --help": "--evaluate_every INT",
+    "collect --help": "--policy oracle|navigator|random",
+    "bench --help": "world-model  Train M with each mixer",
+}
+
+
+@pytest.mark.parametrize(("line", "part"), LINES.items(), ids=LINES)
+def test_help_imports_nothing_heavy(line: str, part: str) -> None:
+    heavy = ["torch", "matplotlib", "stable_baselines3", "mujoco", "numba", "tensorboard"]
+    code = f"import sys\nfrom longdream.agent.cli.main import main\ncode = main({line.split()})\n"
+    code += f"print('heavy:', *[name for name in {heavy} if name in sys.modules])\nsys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert part in done.stdout and done.stdout.endswith("heavy:\n") and not done.stderr
