@@ -254,7 +254,7 @@ def test_close_ends_every_copy_and_can_be_repeated(faulty, make_world, mode, tmp
 def test_close_in_the_middle_of_a_call(faulty, make_world):
     world = make_world(faulty, 2, 0, mode="async")
     world.reset()
-    world.vector.step_async(np.array([2, 0]))  # as an interrupt from the keyboard leaves it
+    world.vector.send("step", [{"action": 2}, {"action": 0}])  # as an interrupt from the keyboard leaves it
     world.close()
     assert not any(process.is_alive() for process in world.vector.processes)
 
