@@ -146,6 +146,7 @@ class World:
             native = None if limit else _native(registration, num_envs, kwargs)
             self.native = native is not None
             self.vector: VectorEnv = native or self._single_copies(registration, kwargs, limit, mode)
+        self.max_episode_steps = limit or registration.max_episode_steps or 0  # 0: no limit is known
         self.single_observation_space = self.vector.single_observation_space
         self.single_action_space = self.vector.single_action_space
         try:
@@ -248,6 +249,9 @@ class World:
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from where get_state was called. ``row`` is again the row that was current then."""
         copies = state["copies"]
+        if self.native == isinstance(copies, list):
+            form = "as single copies" if self.native else "in its vector form"
+            raise UserError(f"{self.env_id} was saved {form}: leave env.kwargs.max_episode_steps as it was then")
         if self.native:
             self._ask("set_state", self.timeout_s, state=copies)
         else:

@@ -66,6 +66,11 @@ def _check_agent(config: Config) -> None:
             f"forcing.prefix = {config.forcing.prefix}: an agent's dreams begin at clean frames, of which some clips "
             f"have none then; set it to 1"
         )
+    if replay.keep == "device" and config.env.kwargs.get("max_episode_steps") is not None:
+        raise UserError(
+            "env.kwargs.max_episode_steps makes single copies of the environment, which make no tensors: omit it, or"
+            " set replay.keep to disk"
+        )
     if config.heads.dreamt and config.controller.horizon < 2:
         raise UserError(
             f"heads.dreamt = {config.heads.dreamt}: the heads learn from the second dreamt step on; set"

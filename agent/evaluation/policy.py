@@ -13,7 +13,7 @@ from longdream.agent.config.schema import EnvConfig, EvaluateConfig
 from longdream.agent.core.agent import Agent
 from longdream.agent.evaluation.rollout import EVALUATION_SEED, Returns, Who, rollout
 from longdream.agent.run.signals import Signals
-from longdream.envs.contract import EnvSpec, Row, UserError
+from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, Row, UserError
 from longdream.envs.make import World
 
 W = TypeVar("W", bound=World)
@@ -21,6 +21,9 @@ W = TypeVar("W", bound=World)
 DEFAULTS = EvaluateConfig()
 QUIET_S = 20.0
 """Seconds after which an evaluation prints its progress."""
+LONG = 1_000
+"""Steps of a copy without an end after which that line names the fix."""
+ENDLESS = " (if none ever does: --env.kwargs.max_episode_steps N)"
 LABELS: dict[Who, str] = {"agent": "the agent", "without_memory": "it without memory", "random": "random actions"}
 
 
@@ -44,7 +47,9 @@ class WatchedWorld(World):
         self.steps += int((~row.is_first).sum())
         self.ended += int((row.terminated | row.truncated).sum())
         if time.monotonic() - self.printed_at > QUIET_S:
-            print(f"{self.label}: {self.steps:,} steps, {self.ended} episodes ended", file=sys.stderr)
+            long = self.steps > LONG * self.num_envs and not self.ended and not self.max_episode_steps
+            hint = ENDLESS if long else ""
+            print(f"{self.label}: {self.steps:,} steps, {self.ended} episodes ended{hint}", file=sys.stderr)
             self.printed_at = time.monotonic()
         return row
 
@@ -72,15 +77,42 @@ def play(
     with closing(make_world(WatchedWorld, env, copies, seed + EVALUATION_SEED, signals)) as world:
         world.signals = signals
         world.label = f"evaluating {LABELS[who]}, {episodes} episodes"
-        if world.spec != agent.spec:
-            raise UserError(f"{env.id} does not fit this agent: {_difference(world.spec, agent.spec)}")
+        check_fit(world, agent.spec)
         return rollout(agent, world, episodes, seed, who, settings.greedy)
 
 
-def make_world(kind: type[W], env: EnvConfig, copies: int, seed: int, signals: Signals | None = None) -> W:
-    """A world whose worker processes ignore Ctrl-C, so that they end when the program ends them."""
+def make_world(
+    kind: type[W],
+    env: EnvConfig,
+    copies: int,
+    seed: int,
+    signals: Signals | None = None,
+    saved: dict[str, Any] | None = None,
+) -> W:
+    """A world whose worker processes ignore Ctrl-C, so that they end when the program ends them.
+
+    Args:
+        saved: the checkpoint whose agent goes on in it, if any.
+
+    Raises:
+        UserError: the environment cannot be made, or is not as it was when the checkpoint was saved.
+    """
     with signals.hidden() if signals else nullcontext():
-        return kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s)
+        world = kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s)
+    if saved is not None:
+        check_fit(world, EnvSpec.from_json(saved["spec"]))
+    return world
+
+
+def check_fit(world: World, known: EnvSpec) -> None:
+    """Close a world whose observations and actions are not those that an agent knows.
+
+    Raises:
+        UserError: they are not; it says which differs and how.
+    """
+    if world.spec != known:
+        world.close()
+        raise UserError(f"{world.env_id} does not fit this agent: {_difference(world.spec, known)}")
 
 
 def evaluate_agent(
@@ -107,6 +139,27 @@ def _difference(spec: EnvSpec, known: EnvSpec) -> str:
     if spec.obs.keys() != known.obs.keys():
         return f"it shows {', '.join(spec.obs)}, the agent knows {', '.join(known.obs)}"
     for key, obs in spec.obs.items():
-        if obs != (other := known.obs[key]):
-            return f"its {key!r} is a {obs.kind} of shape {obs.shape}, the agent knows a {other.kind} of {other.shape}"
-    return "its actions are others than those that the agent was trained with"
+        if obs != known.obs[key]:
+            return f"its {key!r} is {_of_obs(obs)}, the agent knows {_of_obs(known.obs[key])}"
+    return f"its actions are {_of_action(spec.action)}, the agent knows {_of_action(known.action)}"
+
+
+def _of_obs(obs: ObsSpec) -> str:
+    if obs.kind == "discrete":
+        return f"one of {obs.n} values from {obs.start}"
+    return f"{'an' if obs.kind == 'image' else 'a'} {obs.kind} of shape {obs.shape}"
+
+
+def _of_action(action: ActionSpec) -> str:
+    native = action.native
+    if action.parts:
+        counts = " x ".join(map(str, action.parts))
+        return f"one of {counts} from {native['start']} ({native['dtype']})"
+    return (
+        f"a Box of shape {tuple(native['shape'])} from {_bounds(action.low)} to {_bounds(action.high)}"
+        f" ({native['dtype']})"
+    )
+
+
+def _bounds(values: tuple[float, ...]) -> str:
+    return f"{values[0]:g}" if len(set(values)) == 1 else str([round(value, 6) for value in values[:8]])

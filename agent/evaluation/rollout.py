@@ -9,10 +9,13 @@ import numpy as np
 
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import own_randomness
+from longdream.envs.contract import EnvError
 from longdream.envs.make import World
 
 EVALUATION_SEED = 1_000_003
 """Added to a run's seed, so that evaluation episodes differ from those of training."""
+LONGEST_EPISODE = 20_000
+"""Steps after which an episode counts as endless, where the environment has no longer time limit."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class Returns:
         return asdict(self) | {"return_ci95": list(self.return_ci95)}
 
 
+def endless(env_id: str, steps: int) -> EnvError:
+    """The error of an evaluation that waits for the end of an episode which has gone on for so many steps."""
+    return EnvError(
+        f"an episode of {env_id} has not ended within {steps:,} steps, and an evaluation plays whole episodes: limit"
+        " them with --env.kwargs.max_episode_steps N (a larger N, if they are meant to be longer)"
+    )
+
+
 Who = Literal["agent", "without_memory", "random"]
 
 
@@ -50,6 +61,9 @@ def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "ag
     Args:
         who: the agent; the agent with M's long memory erased before every step; or uniform random actions.
         greedy: whether the agent takes its most probable actions instead of sampling them.
+
+    Raises:
+        EnvError: the environment failed, or an episode does not end.
     """
     rng = np.random.default_rng(seed)
     quota = np.array([episodes // world.num_envs + (i < episodes % world.num_envs) for i in range(world.num_envs)])
@@ -58,6 +72,7 @@ def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "ag
     lengths = []
     total = np.zeros(world.num_envs)
     length = np.zeros(world.num_envs)
+    longest = max(LONGEST_EPISODE, world.max_episode_steps)
     with own_randomness(seed, agent.device):
         row = world.reset()
         carry = agent.initial(world.num_envs)
@@ -70,6 +85,8 @@ def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "ag
                     lengths.append(length[i])
                 done[i] += 1
                 total[i] = length[i] = 0
+            if length[done < quota].max(initial=0) >= longest:
+                raise endless(world.env_id, longest)
             if who == "random":
                 action = world.random_action(rng)
             else:
