@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+_IMPORTED_IN = os.getpid()
 RANDOM = "random numbers of torch"
 
 
@@ -28,6 +29,11 @@ def stops_the_program(error: BaseException) -> bool:
     if last is None:
         return True
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] != "RAISE_VARARGS"
+
+
+def forked() -> bool:
+    """Whether this process was forked from one that had imported this module, and may have used threads of torch."""
+    return os.getpid() != _IMPORTED_IN
 
 
 class _Environments:
