@@ -21,7 +21,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.utils.env_checker import data_equivalence
 
 from longdream.envs.contract import EnvError, UserError, env_spec
-from longdream.envs.copies import cannot_make, one_line
+from longdream.envs.copies import for_gym_make, one_line
 from longdream.envs.make import World, find
 from longdream.envs.process import stops_the_program
 from longdream.envs.text import without_text
@@ -50,7 +50,7 @@ def check(env_id: str, kwargs: dict[str, Any] | None = None, steps: int = 300) -
         UserError: the environment is not registered, or cannot be made.
     """
     registration = find(env_id)
-    kwargs = kwargs or {}
+    kwargs = for_gym_make(registration, kwargs or {})
     report = Report()
     if registration.entry_point is None:
         report.notes.append("it has a vector form only: the checks of single environments are left out")
@@ -62,7 +62,7 @@ def check(env_id: str, kwargs: dict[str, Any] | None = None, steps: int = 300) -
         except BaseException as error:
             if stops_the_program(error):
                 raise
-            raise cannot_make(env_id, kwargs, error) from error
+            raise UserError(f"{env_id} cannot be made with {kwargs or 'no arguments'}: {one_line(error)}") from error
         try:
             if _spaces(envs[0], report):
                 initial_spaces = copy.deepcopy((envs[0].observation_space, envs[0].action_space))

@@ -73,7 +73,8 @@ class Copy(gym.Wrapper):
             )
 
     def get_state(self) -> dict[str, Any]:
-        return {"root": self.root, "episode": self.episode, "actions": np.array(self.actions)}
+        state = {"root": self.root, "episode": self.episode, "actions": np.array(self.actions)}
+        return {**state, "ended": self.ended}
 
     def set_state(self, states: list[dict[str, Any]]) -> None:
         """Replay this copy's episode up to the step at which its state was saved."""
@@ -81,11 +82,12 @@ class Copy(gym.Wrapper):
         self.root = state["root"]
         self._begin(state["episode"])
         for action in state["actions"]:
-            # (the limit may be lower than when the state was saved: then the next step is the last)
             _, _, terminated, truncated, info = self._step(action)
-            self.ended = terminated or truncated or len(self.actions) == self.limit
+            self.ended = terminated or truncated
             if FAULTS in info:
                 raise self._error("failed while its episode was run again")
+        # the limit may be another than it was: if the episode is longer already, it ends with the next step
+        self.ended = state.get("ended", self.ended)
 
     def _step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.actions.append(np.copy(action))
@@ -173,6 +175,12 @@ def split_limit(kwargs: dict[str, Any]) -> tuple[dict[str, Any], int]:
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise UserError(f"env.kwargs.{LIMIT} = {limit!r}: must be a number of steps, at least 1")
     return rest, limit
+
+
+def for_gym_make(registration: Registration, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for `gym.make`, whose `max_episode_steps` replaces the registration's limit: here both hold."""
+    rest, limit = split_limit(kwargs)
+    return {**rest, LIMIT: min(limit, registration.max_episode_steps or limit)} if limit else rest
 
 
 def cannot_make(env_id: str, kwargs: dict[str, Any], error: BaseException) -> UserError:

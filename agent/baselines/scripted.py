@@ -19,7 +19,7 @@ from gymnasium.vector.async_vector_env import AsyncState
 from longdream.agent.data import npz_episodes as offline
 from longdream.agent.evaluation.rollout import LONGEST_EPISODE, Returns, endless
 from longdream.envs.contract import EnvError, UserError
-from longdream.envs.copies import LIMIT, cannot_make, derive_seed, one_line
+from longdream.envs.copies import LIMIT, cannot_make, derive_seed, for_gym_make, one_line
 from longdream.envs.make import find
 from longdream.envs.memory_maze import policies
 from longdream.envs.memory_maze.sizes import references
@@ -158,6 +158,7 @@ class _Players:
         self.seed = seed
         self.offset = offset
         registration = find(env)
+        kwargs = for_gym_make(registration, kwargs)
         native = registration.vector_entry_point is not None and LIMIT not in kwargs
         limit = kwargs.get(LIMIT) or registration.max_episode_steps or 0
         self.longest = max(LONGEST_EPISODE, limit)
