@@ -21,7 +21,9 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.utils.env_checker import data_equivalence
 
 from longdream.envs.contract import EnvError, UserError, env_spec
+from longdream.envs.copies import for_gym_make, one_line
 from longdream.envs.make import World, find
+from longdream.envs.process import stops_the_program
 from longdream.envs.text import without_text
 
 SEED = 7
@@ -48,7 +50,7 @@ def check(env_id: str, kwargs: dict[str, Any] | None = None, steps: int = 300) -
         UserError: the environment is not registered, or cannot be made.
     """
     registration = find(env_id)
-    kwargs = kwargs or {}
+    kwargs = for_gym_make(registration, kwargs or {})
     report = Report()
     if registration.entry_point is None:
         report.notes.append("it has a vector form only: the checks of single environments are left out")
@@ -57,8 +59,10 @@ def check(env_id: str, kwargs: dict[str, Any] | None = None, steps: int = 300) -
             envs = [without_text(gym.make(registration, disable_env_checker=True, **kwargs)) for _ in range(2)]
         except UserError:
             raise
-        except Exception as error:
-            raise UserError(f"{env_id} cannot be made with {kwargs or 'no arguments'}: {_one_line(error)}") from error
+        except BaseException as error:
+            if stops_the_program(error):
+                raise
+            raise UserError(f"{env_id} cannot be made with {kwargs or 'no arguments'}: {one_line(error)}") from error
         try:
             if _spaces(envs[0], report):
                 initial_spaces = copy.deepcopy((envs[0].observation_space, envs[0].action_space))
@@ -68,11 +72,12 @@ def check(env_id: str, kwargs: dict[str, Any] | None = None, steps: int = 300) -
                 _constant(envs[0], initial_spaces, report)
                 if not report.problems:
                     _infos(registration, kwargs, min(steps, 60), report)
-        except Exception as error:  # an exception of the environment is a finding of the check, not a failure of it
-            report.problem(f"reset or step raised {_one_line(error)} ({_where(error)})")
+        except BaseException as error:  # (SystemExit too) it is a finding of the check, not a failure of it
+            if stops_the_program(error):
+                raise
+            report.problem(f"reset or step raised {one_line(error)} ({_where(error)})")
         finally:
-            for env in envs:
-                env.close()
+            _close(envs, report)
     if not report.problems:
         _world(env_id, kwargs, min(steps, 60), report)
     return report
@@ -96,8 +101,10 @@ def _gymnasium(env: gym.Env, report: Report) -> None:
         warnings.simplefilter("always")
         try:
             gymnasium_check(env.unwrapped, skip_render_check=True)
-        except Exception as error:
-            report.problem(f"Gymnasium's check_env: {_one_line(error)}; see gymnasium.farama.org, 'Make your own env'")
+        except BaseException as error:
+            if stops_the_program(error):
+                raise
+            report.problem(f"Gymnasium's check_env: {one_line(error)}; see gymnasium.farama.org, 'Make your own env'")
     for warning in caught:
         text = " ".join(str(warning.message).replace("\x1b[33m", "").replace("\x1b[0m", "").split())
         if "WARN" in text and "unwrapped" not in text:
@@ -148,8 +155,8 @@ def _rows(env: gym.Env, steps: int, report: Report) -> bool:
         return False
     if not ended:
         report.notes.append(
-            f"no episode ended within {steps} steps: if none ever does, give it a time limit (register it with"
-            " max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit), which truncates and does not terminate"
+            f"no episode ended within {steps} steps: if none ever does, give it a time limit, which truncates and does"
+            " not terminate: register it with max_episode_steps, or set --env.kwargs.max_episode_steps"
         )
     report.passed.append(f"{steps} rows, {ended} ends of episodes")
     return True
@@ -223,9 +230,11 @@ def _infos(registration: Registration, kwargs: dict[str, Any], steps: int, repor
             both.reset(seed=SEED)
             for _ in range(steps):
                 both.step(both.action_space.sample())
-    except Exception as error:
+    except BaseException as error:
+        if stops_the_program(error):
+            raise
         report.notes.append(
-            f"two copies in Gymnasium's SyncVectorEnv raised {_one_line(error)} (training here is not affected): give"
+            f"two copies in Gymnasium's SyncVectorEnv raised {one_line(error)} (training here is not affected): give"
             " every entry of info one type and shape that never change, and leave out entries without a value"
         )
 
@@ -269,10 +278,16 @@ def _world(env_id: str, kwargs: dict[str, Any], steps: int, report: Report) -> N
     report.passed.append("two copies side by side, continued exactly from a saved state")
 
 
+def _close(envs: list[gym.Env], report: Report) -> None:
+    for env in envs:
+        try:
+            env.close()
+        except BaseException as error:
+            if stops_the_program(error):
+                raise
+            report.problem(f"close raised {one_line(error)} ({_where(error)})")
+
+
 def _where(error: BaseException) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{last.filename}, line {last.lineno}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

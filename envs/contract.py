@@ -118,6 +118,10 @@ class ActionSpec:
             scaled = 2.0 * (values.reshape(len(values), -1).astype(np.float64) - low) / value_range - 1.0
             return np.where(high > low, scaled, 0.0).astype(np.float32)
         choice = values.reshape(len(values), -1).astype(np.int64) - np.array(self.native["start"]).reshape(-1)
+        return self._one_hot(choice)
+
+    def _one_hot(self, choice: np.ndarray) -> np.ndarray:
+        """The index of each categorical factor, (n, factors), as (n, A) float32."""
         encoded = np.zeros((len(choice), self.size), np.float32)
         offset = np.cumsum((0, *self.parts[:-1]))
         np.put_along_axis(encoded, choice + offset, 1.0, axis=1)
@@ -144,7 +148,8 @@ class ActionSpec:
         """Draw n encoded actions uniformly at random: (n, A) float32."""
         if not self.parts:
             return rng.uniform(-1.0, 1.0, (n, self.size)).astype(np.float32)
-        return np.concatenate([np.eye(k, dtype=np.float32)[rng.integers(k, size=n)] for k in self.parts], axis=1)
+        choice = np.stack([rng.integers(k, size=n) for k in self.parts], axis=1)
+        return self._one_hot(choice)
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,13 @@ def env_spec(observation_space: spaces.Space, action_space: spaces.Space) -> Env
     if isinstance(observation_space, spaces.Dict):
         if not observation_space.spaces:
             raise UserError("the observation Dict is empty: an environment must show at least one key")
-        obs = {key: _obs_spec(str(key), space) for key, space in observation_space.spaces.items()}
+        for key in observation_space.spaces:
+            if not isinstance(key, str):
+                raise UserError(
+                    f"the observation Dict has the key {key!r}, a {type(key).__name__}: name its entries by strings,"
+                    f" such as {str(key)!r}"
+                )
+        obs = {key: _obs_spec(key, space) for key, space in observation_space.spaces.items()}
     else:
         obs = {"obs": _obs_spec("obs", observation_space)}
     return EnvSpec(obs, _action_spec(action_space))

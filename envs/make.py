@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import multiprocessing
 import os
 import sys
 import traceback
 import warnings
 from functools import partial
-from multiprocessing.connection import wait
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import logger
 from gymnasium.envs.registration import EnvSpec as Registration
 from gymnasium.envs.registration import load_env_creator
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.vector.async_vector_env import AsyncState
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from longdream.envs.contract import EnvError, Row, UserError, env_spec
+from longdream.envs.copies import (
+    Misfit,
+    cannot_make,
+    conform,
+    derive_seed,
+    make_copy,
+    name_workers,
+    one_line,
+    split_limit,
+)
 from longdream.envs.memory_maze.sizes import SIZES
 from longdream.envs.minerl.controls import CONTROLS
+from longdream.envs.process import environments_turn, stops_the_program
 from longdream.envs.remote import FAULTS, registration
-from longdream.envs.text import without_text
+from longdream.envs.workers import Workers
 
 REPLAYED_STEPS_PER_TIMEOUT = 100  # restoring a copy replays its episode; the time limit grows by one timeout_s per this
 
@@ -68,9 +75,12 @@ def find(env_id: str) -> Registration:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         try:
-            importlib.import_module(module)
-        except Exception as error:
-            raise UserError(f"cannot import module {module!r} of environment {env_id!r}: {_one_line(error)}") from error
+            with environments_turn():
+                importlib.import_module(module)
+        except BaseException as error:
+            if stops_the_program(error):
+                raise
+            raise UserError(f"cannot import module {module!r} of environment {env_id!r}: {one_line(error)}") from error
     if name in gym.registry:
         return gym.registry[name]
     by_lower = {known.lower(): known for known in gym.registry}
@@ -99,14 +109,16 @@ class World:
         env_id: a registered id, "module:Id", or "remote:PYTHON:ENV".
         num_envs: number of copies.
         seed: root of all seeds, not negative.
-        kwargs: arguments of the environment.
+        kwargs: arguments of the environment. Any environment takes `max_episode_steps`, after which its episodes are
+            truncated; its own limit, where that is shorter, also holds. The copies are then single ones.
         mode: "sync" or "async".
-        timeout_s: time limit in seconds for a step or a reset of a copy that runs in its own process.
+        timeout_s: time limit in seconds for a copy that runs in its own process: to be made, to step, to reset, to
+            close.
 
     Raises:
         UserError: the environment does not exist, cannot be made, or has a space that is not supported.
-        EnvError: (also in every method) a copy raised an exception, did not answer in time (async only), or its process
-            died. The world is then closed.
+        EnvError: (also in every method) a copy raised an exception, returned what its spaces do not announce, did not
+            answer in time (async only), or its process died. The world is then closed.
     """
 
     def __init__(
@@ -129,10 +141,12 @@ class World:
         self.seed = seed
         self.timeout_s = timeout_s
         registration = find(env_id)
-        kwargs = kwargs or {}
-        native = _native(registration, num_envs, kwargs)
-        self.native = native is not None
-        self.vector: VectorEnv = native or self._single_copies(registration, kwargs, mode)
+        kwargs, limit = split_limit(kwargs or {})
+        with environments_turn():
+            native = None if limit else _native(registration, num_envs, kwargs)
+            self.native = native is not None
+            self.vector: VectorEnv = native or self._single_copies(registration, kwargs, limit, mode)
+        self.max_episode_steps = limit or registration.max_episode_steps or 0  # 0: no limit is known
         self.single_observation_space = self.vector.single_observation_space
         self.single_action_space = self.vector.single_action_space
         try:
@@ -151,7 +165,7 @@ class World:
         obs, info = self._ask("reset", self.timeout_s, seed=seeds)
         self.faults += int(np.sum(info.get(FAULTS, 0)))
         self.row = Row(
-            self.spec.pack_obs(obs),
+            self._pack(obs, "reset"),
             is_first=np.ones(self.num_envs, np.bool_),
             reward=np.zeros(self.num_envs, np.float32),
             terminated=np.zeros(self.num_envs, np.bool_),
@@ -172,14 +186,35 @@ class World:
         obs, reward, terminated, truncated, info = self._ask("step", self.timeout_s, actions=native)
         self.faults += int(np.sum(info.get(FAULTS, 0)))
         self.row = Row(
-            self.spec.pack_obs(obs),
+            self._pack(obs, "step"),
             self.row.terminated | self.row.truncated,
-            np.asarray(reward, np.float32),
-            np.asarray(terminated, np.bool_),
-            np.asarray(truncated, np.bool_),
+            self._each("reward", reward, np.float32),
+            self._each("terminated", terminated, np.bool_),
+            self._each("truncated", truncated, np.bool_),
         )
         self._check_finite(self.row)
         return self.row
+
+    def _pack(self, obs: Any, name: str) -> dict[str, np.ndarray]:
+        """Observations as they are stored. Raises EnvError for those that their space does not announce."""
+        if self.native:  # a single copy has checked its own
+            try:
+                obs = conform(obs, self.single_observation_space, (self.num_envs,))
+            except Misfit as misfit:
+                self.close()
+                raise EnvError(f"environment {self.env_id} returned {misfit} (in {name})") from None
+        return self.spec.pack_obs(obs)
+
+    def _each(self, name: str, values: Any, dtype: type) -> np.ndarray:
+        """Rewards or flags of all copies, (n,)."""
+        array = np.asarray(values)
+        if array.shape != (self.num_envs,) or array.dtype.kind not in "fiub":
+            self.close()
+            raise EnvError(
+                f"environment {self.env_id} returned {name} as {array.dtype} of shape {array.shape}: return an array of"
+                f" one value for each of {self.num_envs} copies"
+            )
+        return array.astype(dtype, copy=False)
 
     def _check_finite(self, row: Row) -> None:
         """Raise EnvError for an observation that is not finite: it would stay in the world model's state.
@@ -191,7 +226,7 @@ class World:
             bad = np.flatnonzero(~np.isfinite(values.reshape(self.num_envs, -1)).all(1))
             if len(bad):
                 self.close()
-                workers = _workers(bad.tolist())
+                workers = name_workers(bad.tolist())
                 message = f"environment {workers} of {self.env_id} returned an observation {name!r} that is not finite"
                 raise EnvError(message, int(bad[0]))
 
@@ -214,6 +249,9 @@ class World:
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from where get_state was called. ``row`` is again the row that was current then."""
         copies = state["copies"]
+        if self.native == isinstance(copies, list):
+            form = "as single copies" if self.native else "in its vector form"
+            raise UserError(f"{self.env_id} was saved {form}: leave env.kwargs.max_episode_steps as it was then")
         if self.native:
             self._ask("set_state", self.timeout_s, state=copies)
         else:
@@ -229,158 +267,51 @@ class World:
         return None if self.vector.render_mode is None else self._ask("render", self.timeout_s)[i]
 
     def close(self) -> None:
-        """Close every copy. Repeated calls have no effect."""
-        if isinstance(self.vector, AsyncVectorEnv) and self.vector._state is not AsyncState.DEFAULT:
-            self._end()  # a call was interrupted
-        self.vector.close()
-
-    def _single_copies(self, registration: Registration, kwargs: dict[str, Any], mode: str) -> VectorEnv:
-        if registration.entry_point is None:
-            raise UserError(
-                f"{self.env_id} has only a vector form, and not one with NEXT_STEP autoreset and get_state/set_state:"
-                " give it an entry_point for single environments"
-            )
-        makers = [partial(_make_copy, self.env_id, registration, kwargs, i) for i in range(self.num_envs)]
-        if mode == "sync":
-            return SyncVectorEnv(makers)
+        """Close every copy. Repeated calls have no effect. In worker processes it takes `timeout_s` at most."""
         try:
-            return AsyncVectorEnv(makers, context="forkserver")
-        except (EOFError, OSError) as error:
-            raise EnvError(
-                f"an environment worker of {self.env_id} died at its start, for a reason shown above"
-            ) from error
+            with environments_turn():
+                self.vector.close()
+        except BaseException as error:  # only a warning: an error in close must not hide an earlier one
+            if stops_the_program(error):
+                raise
+            warnings.warn(f"environment {self.env_id} raised in close: {one_line(error)}", stacklevel=2)
+
+    def _single_copies(self, registration: Registration, kwargs: dict[str, Any], limit: int, mode: str) -> VectorEnv:
+        if registration.entry_point is None:
+            lack = "and not one with NEXT_STEP autoreset and get_state/set_state"
+            if limit:
+                lack = "which takes no max_episode_steps"
+            raise UserError(
+                f"{self.env_id} has only a vector form, {lack}: give it an entry_point for single environments"
+            )
+        makers = [partial(make_copy, self.env_id, registration, kwargs, limit, i) for i in range(self.num_envs)]
+        return SyncVectorEnv(makers) if mode == "sync" else Workers(makers, self.env_id, self.timeout_s)
 
     def _ask(self, name: str, timeout_s: float, **kwargs: Any) -> Any:
         """Call a method of the vector environment, or of every copy. Every failure is raised as an EnvError."""
+        vector = self.vector
         try:
-            if isinstance(self.vector, AsyncVectorEnv):
-                return self._ask_workers(self.vector, name, timeout_s, **kwargs)
-            if isinstance(self.vector, SyncVectorEnv) and name not in ("reset", "step"):
-                return self.vector.call(name, **kwargs)
-            return getattr(self.vector, name)(**kwargs)
-        except EnvError as error:
+            if isinstance(vector, Workers):
+                return vector.call_within(timeout_s, name, **kwargs)
+            with environments_turn():
+                if isinstance(vector, SyncVectorEnv) and name not in ("reset", "step"):
+                    return vector.call(name, **kwargs)
+                return getattr(vector, name)(**kwargs)
+        except EnvError:
             self._end()
-            # Gymnasium raises a worker's error as type(error)(error), so the EnvError may be nested
-            raise (error.message if isinstance(error.message, EnvError) else error) from None
-        except Exception as error:
+            raise
+        except BaseException as error:  # SystemExit too: an environment does not end the program
+            if stops_the_program(error):
+                raise
             self._end()
-            message = f"environment {self.env_id} raised in {name}: {_one_line(error)}"
+            message = f"environment {self.env_id} raised in {name}: {one_line(error)}"
             raise EnvError(message, trace=traceback.format_exc()) from None
 
-    def _ask_workers(self, vector: AsyncVectorEnv, name: str, timeout_s: float, **kwargs: Any) -> Any:
-        # Silence Gymnasium's logger: it logs a worker's traceback with %-formatting, which fails on a "%" in the text,
-        # and our EnvError already contains it.
-        level = logger.min_level
-        logger.min_level = logger.ERROR + 1
-        try:
-            if name in ("reset", "step"):
-                getattr(vector, f"{name}_async")(**kwargs)
-                return getattr(vector, f"{name}_wait")(timeout=timeout_s)
-            vector.call_async(name, **kwargs)
-            return vector.call_wait(timeout=timeout_s)
-        except (EOFError, OSError):
-            wait([process.sentinel for process in vector.processes], timeout=1.0)  # the pipe closes before the process
-            dead = [i for i, process in enumerate(vector.processes) if not process.is_alive()]
-            message = f"environment {_workers(dead)} of {self.env_id} died in {name}"
-            raise EnvError(message, min(dead, default=None)) from None
-        except multiprocessing.TimeoutError:
-            silent = [i for i, pipe in enumerate(vector.parent_pipes) if not pipe.poll(0)]
-            message = f"environment {_workers(silent)} of {self.env_id} gave no answer to {name} within {timeout_s:g} s"
-            raise EnvError(message, min(silent, default=None)) from None
-        finally:
-            logger.min_level = level
-
     def _end(self) -> None:
-        """Terminate every copy without waiting for an answer."""
-        if isinstance(self.vector, AsyncVectorEnv) and not self.vector.closed:
-            for process in self.vector.processes:
-                process.kill()  # a worker that hangs may ignore SIGTERM
-            self.vector._state = AsyncState.DEFAULT  # otherwise close would wait for the pending call
-            self.vector.close(terminate=True)
-        self.vector.close()
-
-
-class Copy(gym.Wrapper):
-    """One copy of an environment.
-
-    It seeds every episode from (root seed, index, episode). It records the episode's actions so that the episode can be
-    replayed. If the environment raises, the EnvError names this copy.
-
-    ``reset`` with a seed takes the seed as the root and starts at episode 0. After the end of an episode, ``step``
-    ignores the action and begins the next episode, as NEXT_STEP autoreset does.
-    """
-
-    def __init__(self, env: gym.Env, env_id: str, index: int) -> None:
-        super().__init__(env)
-        self.env_id = env_id
-        self.index = index
-        self.root = 0
-        self.episode = -1
-        self.actions = []
-        self.ended = False
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        if seed is not None:
-            self.root = seed
-            self.episode = -1
-        return self._begin(self.episode + 1)
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        if self.ended:
-            obs, info = self._begin(self.episode + 1)
-            return obs, 0.0, False, False, info
-        self.actions.append(np.copy(action))
-        obs, reward, terminated, truncated, info = self._run("step", action)
-        self.ended = bool(terminated or truncated)
-        return obs, float(reward), bool(terminated), bool(truncated), _faults(info)
-
-    def render(self) -> Any:
-        return self._run("render")
-
-    def close(self) -> None:
-        try:
-            super().close()
-        except Exception as error:  # only a warning: an error in close must not hide an earlier one
-            warnings.warn(
-                f"environment worker {self.index} of {self.env_id} raised in close: {_one_line(error)}", stacklevel=2
-            )
-
-    def get_state(self) -> dict[str, Any]:
-        return {"root": self.root, "episode": self.episode, "actions": np.array(self.actions)}
-
-    def set_state(self, states: list[dict[str, Any]]) -> None:
-        """Replay this copy's episode up to the step at which its state was saved."""
-        state = states[self.index]
-        self.root = state["root"]
-        self._begin(state["episode"])
-        for action in state["actions"]:
-            if FAULTS in self.step(action)[-1]:
-                message = f"environment worker {self.index} of {self.env_id} failed while its episode was run again"
-                raise EnvError(message, self.index)
-
-    def _begin(self, episode: int) -> tuple[Any, dict[str, Any]]:
-        self.episode = episode
-        self.actions = []
-        self.ended = False
-        obs, info = self._run("reset", seed=derive_seed(self.root, self.index, episode))
-        return obs, _faults(info)
-
-    def _run(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return getattr(self.env, name)(*args, **kwargs)
-        except Exception as error:
-            message = f"environment worker {self.index} of {self.env_id} raised in {name}: {_one_line(error)}"
-            raise EnvError(message, self.index, traceback.format_exc()) from None
-
-
-def _faults(info: dict[str, Any]) -> dict[str, Any]:
-    """Keep only the number of faults of an info: rows contain no infos."""
-    return {FAULTS: info[FAULTS]} if FAULTS in info else {}
-
-
-def derive_seed(root: int, index: int, episode: int) -> int:
-    """A seed below 2**31 for one episode of one copy."""
-    return int(np.random.SeedSequence((root, index, episode)).generate_state(1)[0] >> 1)
+        """End every copy after a failure. Workers are not asked: they may hang."""
+        if isinstance(self.vector, Workers):
+            self.vector.kill()
+        self.close()
 
 
 def _native(registration: Registration, num_envs: int, kwargs: dict[str, Any]) -> VectorEnv | None:
@@ -395,29 +326,7 @@ def _native(registration: Registration, num_envs: int, kwargs: dict[str, Any]) -
         return gym.make_vec(registration, num_envs, "vector_entry_point", **kwargs)
     except UserError:
         raise
-    except Exception as error:
-        raise _cannot_make(registration.id, kwargs, error) from error
-
-
-def _make_copy(env_id: str, registration: Registration, kwargs: dict[str, Any], index: int) -> Copy:
-    try:
-        env = without_text(gym.make(registration, **kwargs))
-    except UserError:
-        raise
-    except Exception as error:
-        raise _cannot_make(env_id, kwargs, error) from error
-    env_spec(env.observation_space, env.action_space)  # raises UserError early if a space is not supported
-    return Copy(env, env_id, index)
-
-
-def _cannot_make(env_id: str, kwargs: dict[str, Any], error: Exception) -> UserError:
-    arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no arguments"
-    return UserError(f"{env_id} cannot be made with {arguments}: {_one_line(error)}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _workers(indices: list[int]) -> str:
-    return f"worker {indices[0]}" if len(indices) == 1 else f"workers {', '.join(map(str, indices))}"
+    except BaseException as error:
+        if stops_the_program(error):
+            raise
+        raise cannot_make(registration.id, kwargs, error) from error

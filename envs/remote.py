@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class RemoteEnv(gym.Env):
                     self._server, *_ = self._start_server()
                     if seed is None:  # seed the new process from our generator, so that runs are reproducible
                         seed = int(self.np_random.integers(2**31))
-                obs, info = self._server.ask("reset", self.reset_timeout_s, seed, options)
+                obs, info = self._server.ask("reset", self.reset_timeout_s, seed, options, read=_read_reset)
             except Fault as fault:
                 self._recover(fault)
             else:
@@ -142,7 +143,7 @@ class RemoteEnv(gym.Env):
             if self._server is None:  # the process died in render
                 self._playing = False
                 return copy.deepcopy(self._obs), 0.0, False, True, self._with_faults({})
-            obs, reward, terminated, truncated, info = self._server.ask("step", self.timeout_s, action)
+            obs, reward, terminated, truncated, info = self._server.ask("step", self.timeout_s, action, read=_read_step)
         except Fault as fault:
             self._playing = False
             self._recover(fault)
@@ -170,9 +171,9 @@ class RemoteEnv(gym.Env):
 
     def _start_server(self) -> tuple[Server, spaces.Space, spaces.Space]:
         server = Server(self.python, self._environ, self.reset_timeout_s)
-        observation_space, action_space = server.ask("make", self.reset_timeout_s, *self._start)
+        made = server.ask("make", self.reset_timeout_s, *self._start, read=_read_spaces)
         server.forget_folder()
-        return server, space_of(observation_space), space_of(action_space)
+        return server, *made
 
     def _recover(self, fault: Fault) -> None:
         """Count a fault and warn of it, or raise EnvError if there were too many. The next reset starts a process."""
@@ -237,14 +238,25 @@ class Server:
                 raise
         self.channel = remote_server.Channel(connection, handle)
 
-    def ask(self, name: str, timeout_s: float, *arguments: Any) -> Any:
-        """Send a request, the call of a method of remote_server.Served, and return its result."""
+    def ask(
+        self, name: str, timeout_s: float, *arguments: Any, read: Callable[[Any], Any] = lambda value: value
+    ) -> Any:
+        """Send a request, the call of a method of remote_server.Served, and return its result.
+
+        Args:
+            timeout_s: for the whole answer.
+            read: turns the result into what is returned; any exception of it means that there was no proper result.
+        """
         if self.channel is None:
             raise Fault(f"was interrupted before {name}", [])
+        deadline = time.monotonic() + timeout_s
         try:
             self.channel.connection.settimeout(timeout_s)
             self.channel.send([name, list(arguments)])
-            answer = self.channel.receive()
+            answer = self._receive(deadline, read)
+        except _Unreadable as error:
+            _, output = self._end()
+            raise Fault(f"gave an answer to {name} that cannot be read ({error})", output) from None
         except TimeoutError:
             _, output = self._end()
             raise Fault(f"gave no answer to {name} within {timeout_s:g} s", output) from None
@@ -259,6 +271,23 @@ class Server:
         output = self.close()
         raise Fault(f"raised in {name}: {answer[1]}", [*output, *answer[2].splitlines()][-LINES:])
 
+    def _receive(self, deadline: float, read: Callable[[Any], Any]) -> tuple[str, ...]:
+        """The answer: ("ok", result) or ("raised", message, traceback). Raises _Unreadable for anything else."""
+        assert self.channel is not None
+        try:
+            kind, *rest = self.channel.receive(deadline - time.monotonic())
+            if kind == "ok":
+                (result,) = rest
+                return kind, read(result)
+            message, trace = rest
+            if kind != "raised" or not isinstance(message, str) or not isinstance(trace, str):
+                raise ValueError(f"an answer {str(kind)[:40]!r}")
+            return kind, message, trace
+        except (EOFError, OSError):
+            raise
+        except Exception as error:  # whatever the other side sends is no failure of this one
+            raise _Unreadable(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from None
+
     def forget_folder(self) -> None:
         """Delete the folder of the socket and the shared memory. Both processes keep them open."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -267,10 +296,10 @@ class Server:
         """Close the environment and end its processes. Returns the last lines of output."""
         if self.channel is None:
             return []
-        with contextlib.suppress(OSError, EOFError):
+        with contextlib.suppress(Exception):  # (an answer that cannot be read is as good as any)
             self.channel.connection.settimeout(CLOSE_S)
             self.channel.send(["close", []])
-            self.channel.receive()
+            self.channel.receive(CLOSE_S)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(CLOSE_S)
         return self._end()[1]
@@ -303,6 +332,25 @@ class Server:
             output, _ = self.process.communicate()
         self.forget_folder()
         return self.process.returncode, output.decode(errors="replace").splitlines()[-LINES:]
+
+
+class _Unreadable(Exception):
+    """The other side sent what is no answer."""
+
+
+def _read_spaces(described: Any) -> tuple[spaces.Space, spaces.Space]:
+    observation_space, action_space = described
+    return space_of(observation_space), space_of(action_space)
+
+
+def _read_reset(result: Any) -> tuple[Any, dict[str, Any]]:
+    obs, info = result
+    return obs, {**info}
+
+
+def _read_step(result: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+    obs, reward, terminated, truncated, info = result
+    return obs, reward, bool(terminated), bool(truncated), {**info}
 
 
 def _describe_exit(code: int) -> str:

@@ -162,6 +162,7 @@ except ImportError as error:
 # -- messages ----------------------------------------------------------------------------------------------------------
 
 LENGTH = struct.Struct("<I")
+LONGEST = 1 << 26  # bytes of a message's text, in which there are no arrays
 KINDS = "biufcSUmM"  # dtype kinds whose arrays are plain bytes; an array of objects would hold pointers
 ENCODE = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
 
@@ -180,16 +181,31 @@ class Channel:
         self.used = 0
 
     def send(self, message):
-        """Send a message. Raises TypeError for a value of another type, and OSError."""
+        """Send a message. Raises TypeError for a value of another type or a text that is too long, and OSError."""
         self.used = 0
         text = ENCODE(self._pack(message)).encode()
+        if len(text) > LONGEST:
+            raise TypeError(f"a message of {len(text)} bytes cannot travel between interpreters: use arrays")
         self.connection.sendall(LENGTH.pack(len(text)) + text)
 
-    def receive(self) -> Any:
-        """Wait for a message. Raises EOFError if the other process is gone, and OSError."""
-        data = self._receive_bytes()
-        while len(data) < LENGTH.size or len(data) < LENGTH.size + LENGTH.unpack_from(data)[0]:
+    def receive(self, timeout_s=None) -> Any:
+        """Wait for a message, however it is split, for `timeout_s` altogether.
+
+        Raises EOFError if the other process is gone, OSError (a timeout too), and any other exception for bytes that
+        are no message: one that is too long, no JSON, or refers to memory that is not there."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        data = bytearray()
+        size = LENGTH.size
+        while len(data) < size:
+            if deadline is not None:
+                self.connection.settimeout(max(deadline - time.monotonic(), 1e-3))
             data += self._receive_bytes()
+            if deadline is not None and len(data) < size and time.monotonic() > deadline:
+                raise socket.timeout
+            if size == LENGTH.size and len(data) >= size:
+                size += LENGTH.unpack_from(data)[0]
+                if size > LONGEST + LENGTH.size:
+                    raise ValueError(f"it would be {size} bytes long")
         return self._unpack(json.loads(data[LENGTH.size :].decode()))
 
     def close(self):
@@ -250,8 +266,14 @@ class Channel:
         dtype = np.dtype(kind)
         if dtype.kind not in KINDS:
             raise ValueError(f"an array of dtype {dtype} in a message")
-        if start + dtype.itemsize * int(np.prod(shape, dtype=np.int64)) > len(self.memory):
-            self.memory = mmap.mmap(self.handle, os.fstat(self.handle).st_size)  # the other process enlarged the file
+        end = start + dtype.itemsize
+        for length in shape:
+            end = start + (end - start) * length
+        size = os.fstat(self.handle).st_size
+        if start < 0 or min(shape, default=0) < 0 or end > size:  # reading there would end this process
+            raise ValueError("an array outside the shared memory")
+        if end > len(self.memory):
+            self.memory = mmap.mmap(self.handle, size)  # the other process enlarged the file
         return np.ndarray(shape, dtype, self.memory, start).copy()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -12,15 +13,23 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector import AsyncVectorEnv
+from gymnasium.vector.async_vector_env import AsyncState
 
 from longdream.agent.data import npz_episodes as offline
-from longdream.envs.contract import UserError
-from longdream.envs.make import derive_seed, find
+from longdream.agent.evaluation.limits import LONGEST_EPISODE, endless
+from longdream.envs.contract import EnvError, UserError
+from longdream.envs.copies import LIMIT, cannot_make, derive_seed, for_gym_make, one_line
+from longdream.envs.make import find
 from longdream.envs.memory_maze import policies
 from longdream.envs.memory_maze.sizes import references
+from longdream.envs.process import environments_turn, stops_the_program
 
 Name = Literal["oracle", "navigator", "random"]
 NAMES: tuple[Name, ...] = ("oracle", "navigator", "random")
+
+TIMEOUT_S = 300.0
+"""Seconds that an environment in a process of its own has for a step or a reset."""
 
 Watch = Callable[[np.ndarray, np.ndarray | None, np.ndarray, dict[str, Any]], None]
 """Called after every step with observations (n, ...), the actions before them (None after a reset), rewards (n,) and
@@ -151,21 +160,29 @@ class _Players:
         self.seed = seed
         self.offset = offset
         registration = find(env)
-        native = registration.vector_entry_point is not None
+        kwargs = for_gym_make(registration, kwargs)
+        native = registration.vector_entry_point is not None and LIMIT not in kwargs
+        limit = kwargs.get(LIMIT) or registration.max_episode_steps or 0
+        self.longest = max(LONGEST_EPISODE, limit)
         self.n = min(episodes, copies or (64 if native else os.cpu_count() or 1))
         if probes or name != "random":
             kwargs = {**kwargs, "probes": True}
         mode = "vector_entry_point" if native else "async" if self.n > 1 else "sync"
         vector_kwargs = {"context": "forkserver"} if mode == "async" else {}
         try:
-            if mode == "async":  # a wrong argument raises its error in this process, not in a worker
-                gym.make(registration, **kwargs).close()
-            self.vector: Any = gym.make_vec(registration, self.n, mode, vector_kwargs, **kwargs)
+            with environments_turn():
+                if mode == "async":  # a wrong argument raises its error in this process, not in a worker
+                    gym.make(registration, **kwargs).close()
+                self.vector: Any = gym.make_vec(registration, self.n, mode, vector_kwargs, **kwargs)
         except UserError:
             raise
         except TypeError as error:
             hint = f"a scripted policy plays in Memory Maze, which tells it the maze ({' '.join(str(error).split())})"
             raise UserError(f"{env} cannot be made with {kwargs}: {hint}") from error
+        except BaseException as error:
+            if stops_the_program(error):
+                raise
+            raise cannot_make(env, kwargs, error) from error
         space = self.vector.single_action_space
         if not isinstance(space, gym.spaces.Discrete):
             self.close()
@@ -183,7 +200,7 @@ class _Players:
         """
         numbers = [self.offset + start + i for i in range(self.n)]
         seeds: Any = [derive_seed(self.seed, 0, number) for number in numbers]
-        obs, info = self.vector.reset(seed=seeds)
+        obs, info = self._ask("reset", seed=seeds)
         rng = np.random.default_rng((self.seed, numbers[0]))
         policy: policies.Policy = policies.Oracle()
         if self.name != "oracle":
@@ -199,8 +216,10 @@ class _Players:
                 watch(obs, action, reward, info)
             if not running.any() or (limit is not None and length.max() >= limit):
                 return total, length
+            if limit is None and length[running].max() >= self.longest:
+                raise endless(self.env, self.longest)
             action = policy.act(info)
-            obs, reward, terminated, truncated, info = self.vector.step(action)
+            obs, reward, terminated, truncated, info = self._ask("step", actions=action)
             total += np.where(running, reward, 0.0)  # copies that have ended are still stepped, but not counted
             length += running
             running &= ~(terminated | truncated)
@@ -208,7 +227,34 @@ class _Players:
             self._print_progress(numbers, int(length.max()))
 
     def close(self) -> None:
-        self.vector.close()
+        with environments_turn():
+            self.vector.close()
+
+    def _ask(self, name: str, **kwargs: Any) -> Any:
+        """`reset` or `step` of the environment.
+
+        Raises:
+            EnvError: it raised, or its process died or did not answer within TIMEOUT_S.
+        """
+        vector = self.vector
+        try:
+            if isinstance(vector, AsyncVectorEnv):
+                getattr(vector, f"{name}_async")(**kwargs)
+                return getattr(vector, f"{name}_wait")(timeout=TIMEOUT_S)
+            with environments_turn():
+                return getattr(vector, name)(**kwargs)
+        except BaseException as error:
+            if isinstance(vector, AsyncVectorEnv):
+                for process in vector.processes:
+                    process.kill()
+                vector._state = AsyncState.DEFAULT  # otherwise close would wait for the pending call
+                vector.close(terminate=True)
+            if stops_the_program(error):
+                raise
+            if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
+                raise EnvError(f"an environment worker of {self.env} died in {name}") from None
+            message = f"environment {self.env} raised in {name}: {one_line(error)}"
+            raise EnvError(message, trace=traceback.format_exc()) from None
 
     def _print_progress(self, numbers: list[int], step: int) -> None:
         """Print a line of progress: on a terminal every 0.5 s, updated in place; elsewhere every 10 s."""

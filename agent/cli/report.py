@@ -66,6 +66,7 @@ def dream(
     """
     from longdream.agent.evaluation.comparison import compare
     from longdream.agent.evaluation.plots import film, save_film, save_picture, sheet, stack
+    from longdream.agent.evaluation.policy import check_fit
     from longdream.agent.evaluation.rollout import EVALUATION_SEED
     from longdream.agent.run.folder import load_agent
 
@@ -87,6 +88,7 @@ def dream(
     for i in range(seed, seed + episodes):
         arguments = (env.id, 1, config.seed + EVALUATION_SEED + i, env.kwargs, env.workers, env.timeout_s)
         with closing(World(*arguments)) as world:
+            check_fit(world, agent.spec)
             comparisons.append(compare(agent, world, context, frames, i, temperature, steps))
     fps = fps or min(max(max(map(len, comparisons)) / 10, 2.0), 15.0)
     shown = f"{context} frames" if context > 1 else "1 frame"

@@ -66,6 +66,11 @@ def _check_agent(config: Config) -> None:
             f"forcing.prefix = {config.forcing.prefix}: an agent's dreams begin at clean frames, of which some clips "
             f"have none then; set it to 1"
         )
+    if replay.keep == "device" and config.env.kwargs.get("max_episode_steps") is not None:
+        raise UserError(
+            "env.kwargs.max_episode_steps makes single copies of the environment, which make no tensors: omit it, or"
+            " set replay.keep to disk"
+        )
     if replay.episode_start_fraction + replay.priority_fraction > 1:
         raise UserError(
             f"replay.episode_start_fraction = {replay.episode_start_fraction} and replay.priority_fraction = "

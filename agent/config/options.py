@@ -171,7 +171,10 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
 
 def setting(name: str) -> Setting:
     """What the field of this dotted name, or the dict field of which it names an entry, says of itself."""
-    return fields()[entry(name)[0]]
+    field, key = entry(name)
+    # a time limit is no part of what the environment shows: it may change, above all where a run has shown the need
+    ends = (field, key) == ("env.kwargs", "max_episode_steps")
+    return dataclasses.replace(fields()[field], on_resume=True) if ends else fields()[field]
 
 
 def entry(name: str) -> tuple[str, str]:

@@ -28,13 +28,13 @@ class EnvConfig:
     id: str = "longdream/Recall-v0"
     """A registered Gymnasium id, or `module:Id`."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the environment."""
+    """Arguments of the environment. Any has `max_episode_steps`: steps after which an episode is truncated."""
     copies: Annotated[int, AT_LEAST_1] = 8
     """How many copies run side by side."""
     workers: Literal["sync", "async"] = "sync"
     """Copies in this process, or in one process each (slow environments)."""
     timeout_s: Annotated[float, POSITIVE] = 60.0
-    """Seconds after which a worker that has not finished a step is given up."""
+    """Seconds after which a worker is given up that has not been made, or not finished a step, a reset or its end."""
 
 
 @dataclass(frozen=True)
@@ -202,5 +202,8 @@ class Config:
 
     @property
     def evaluation_env(self) -> EnvConfig:
-        """The environment to evaluate in."""
-        return replace(self.env, id=self.evaluate.env, kwargs={}) if self.evaluate.env else self.env
+        """The environment to evaluate in. A limit of episodes holds in any."""
+        if not self.evaluate.env:
+            return self.env
+        kwargs = {key: value for key, value in self.env.kwargs.items() if key == "max_episode_steps"}
+        return replace(self.env, id=self.evaluate.env, kwargs=kwargs)

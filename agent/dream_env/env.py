@@ -40,6 +40,7 @@ from longdream.agent.dream_env.starts import (
 )
 from longdream.agent.dream_env.transfer import Actions, OnTheWay, fetched, index
 from longdream.envs.contract import OneCopy, UserError
+from longdream.envs.process import forked
 
 Observation = Literal["latent", "feature", "image"]
 Start = Literal["replay", "initial", "observation"]
@@ -111,6 +112,8 @@ class DreamVecEnv(gym.vector.VectorEnv, metaclass=_NamesItsAdapter):
         render_mode: str | None = None,
     ) -> None:
         _check(num_envs, checkpoint, observation, temperature, steps, horizon, start, context, pool, device)
+        if forked():
+            _settle_in_fork(device)
         mode = read_mode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self.same_step = mode is AutoresetMode.SAME_STEP
@@ -361,6 +364,22 @@ def read_mode(mode: AutoresetMode | str) -> AutoresetMode:
     if word not in known:
         raise UserError(f"autoreset_mode = {mode!r}: use AutoresetMode.NEXT_STEP or AutoresetMode.SAME_STEP")
     return known[word]
+
+
+def _settle_in_fork(device: Device | None) -> None:
+    """Prepare a forked process, such as a worker of AsyncVectorEnv, for torch.
+
+    Its threads are not forked: with more than one, torch would wait for them for ever.
+
+    Raises:
+        UserError: it would dream on a GPU that its parent uses already, which CUDA does not allow.
+    """
+    torch.set_num_threads(1)
+    if device != "cpu" and torch.cuda._is_in_bad_fork():
+        raise UserError(
+            "this process was forked from one that uses the GPU, so it cannot: start it with context='forkserver', make"
+            " the dreams in one process with vectorization_mode='vector_entry_point', or give device='cpu'"
+        )
 
 
 def _check(

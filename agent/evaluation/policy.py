@@ -22,6 +22,9 @@ W = TypeVar("W", bound=World)
 DEFAULTS = EvaluateConfig()
 QUIET_S = 20.0
 """Seconds after which an evaluation prints its progress."""
+LONG = 1_000
+"""Steps of a copy without an end after which that line names the fix."""
+ENDLESS = " (if none ever does: --env.kwargs.max_episode_steps N)"
 LABELS: dict[Who, str] = {"agent": "the agent", "without_memory": "it without memory", "random": "random actions"}
 
 
@@ -45,7 +48,9 @@ class WatchedWorld(World):
         self.steps += int((~row.is_first).sum())
         self.ended += int((row.terminated | row.truncated).sum())
         if self.label and time.monotonic() - self.printed_at > QUIET_S:
-            print(f"{self.label}: {self.steps:,} steps, {self.ended} episodes ended", file=sys.stderr)
+            long = self.steps > LONG * self.num_envs and not self.ended and not self.max_episode_steps
+            hint = ENDLESS if long else ""
+            print(f"{self.label}: {self.steps:,} steps, {self.ended} episodes ended{hint}", file=sys.stderr)
             self.printed_at = time.monotonic()
         return row
 
@@ -73,24 +78,48 @@ def play(
     with closing(make_world(WatchedWorld, env, copies, seed + EVALUATION_SEED, signals)) as world:
         world.signals = signals
         world.label = f"evaluating {LABELS[who]}, {episodes} episodes"
-        if world.spec != agent.spec:
-            raise UserError(f"{env.id} does not fit this agent: {_difference(world.spec, agent.spec)}")
+        check_fit(world, agent.spec)
         return rollout(agent, world, episodes, seed, who, settings.greedy)
 
 
-def make_world(kind: type[W], env: EnvConfig, copies: int, seed: int, signals: Signals | None = None) -> W:
+def make_world(
+    kind: type[W],
+    env: EnvConfig,
+    copies: int,
+    seed: int,
+    signals: Signals | None = None,
+    saved: dict[str, Any] | None = None,
+) -> W:
     """A world whose worker processes ignore Ctrl-C, so that they end when the program ends them.
 
+    Args:
+        saved: the checkpoint whose agent goes on in it, if any.
+
     Raises:
-        UserError: it cannot be made; the message has the environment's name as it was given.
+        UserError: the environment cannot be made, or is not as it was when the checkpoint was saved; the message has
+            its name as it was given.
     """
     try:
         with signals.hidden() if signals else nullcontext():
-            return kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s)
+            world = kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s)
     except UserError as error:
         if env.id in str(error):
             raise
         raise UserError(f"{env.id}: {error}") from error
+    if saved is not None:
+        check_fit(world, EnvSpec.from_json(saved["spec"]))
+    return world
+
+
+def check_fit(world: World, known: EnvSpec) -> None:
+    """Close a world whose observations and actions are not those that an agent knows.
+
+    Raises:
+        UserError: they are not; it says which differs and how.
+    """
+    if world.spec != known:
+        world.close()
+        raise UserError(f"{world.env_id} does not fit this agent: {_difference(world.spec, known)}")
 
 
 def evaluate_agent(

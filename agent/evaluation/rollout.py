@@ -9,6 +9,7 @@ import numpy as np
 
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import own_randomness
+from longdream.agent.evaluation.limits import LONGEST_EPISODE, endless
 from longdream.envs.make import World
 
 EVALUATION_SEED = 1_000_003
@@ -50,6 +51,9 @@ def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "ag
     Args:
         who: the agent; the agent with M's long memory erased before every step; or uniform random actions.
         greedy: whether the agent takes its most probable actions instead of sampling them.
+
+    Raises:
+        EnvError: the environment failed, or an episode does not end.
     """
     rng = np.random.default_rng(seed)
     quota = np.array([episodes // world.num_envs + (i < episodes % world.num_envs) for i in range(world.num_envs)])
@@ -58,6 +62,7 @@ def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "ag
     lengths = []
     total = np.zeros(world.num_envs)
     length = np.zeros(world.num_envs)
+    longest = max(LONGEST_EPISODE, world.max_episode_steps)
     with own_randomness(seed, agent.device):
         row = world.reset()
         carry = agent.initial(world.num_envs)
@@ -70,6 +75,8 @@ def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "ag
                     lengths.append(length[i])
                 done[i] += 1
                 total[i] = length[i] = 0
+            if length[done < quota].max(initial=0) >= longest:
+                raise endless(world.env_id, longest)
             if who == "random":
                 action = world.random_action(rng)
             else:

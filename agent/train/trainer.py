@@ -269,7 +269,7 @@ class OnlineTrainer(Timed, Trainer):
             seed = int(np.random.SeedSequence((seed, lost)).generate_state(1)[0])
         on_device = config.replay.keep == "device"
         env = _making_tensors(config) if on_device else config.env
-        self.world = make_world(World, env, env.copies, seed, signals)
+        self.world = make_world(World, env, env.copies, seed, signals, saved)
         self.world_is_lost = False
         stack.callback(self.world.close)
         self.learner = self.agent = Agent(config, self.world.spec)

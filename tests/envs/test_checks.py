@@ -1,6 +1,7 @@
 """`check-env` reports no problem in correct environments, and each problem in an environment that has it."""
 
 import re
+import sys
 import time
 from typing import Any
 
@@ -45,6 +46,10 @@ class RandomWalk(gym.Env):
         self.t += 1
         if self.fault == "raises" and self.t == 3:
             raise RuntimeError("at step 3")
+        if self.fault == "exits" and self.t == 3:
+            sys.exit()
+        if self.fault == "interrupts" and self.t == 3:
+            raise KeyboardInterrupt
         noise = 0 if self.fault == "ignores seed" else self.np_random.normal()
         self.place += [action - 1, noise + 0.01 * self.played * (self.fault == "history")]
         reward: Any = float(self.place[0])
@@ -53,6 +58,10 @@ class RandomWalk(gym.Env):
         over: Any = self.t == 8 and self.fault != "endless"
         info = {"near": np.zeros(self.np_random.integers(1, 9))} if self.fault == "info" else {}
         return self._observe(), reward, 1 * over if self.fault == "flag" else over, False, info
+
+    def close(self) -> None:
+        if self.fault == "exits in close":
+            sys.exit(0)
 
     def _observe(self) -> Any:
         place = self.place.astype(np.float64 if self.fault == "dtype" else np.float32)
@@ -95,6 +104,9 @@ def test_memory_maze_has_no_problems() -> None:
         ("flag", "returned terminated = 0: return a bool"),
         ("unseeded", "draw everything random from self.np_random"),
         ("raises", "reset or step raised RuntimeError: at step 3 .*test_checks.py, line|Gymnasium"),
+        ("exits", "reset or step raised SystemExit .*test_checks.py, line|Gymnasium"),
+        ("interrupts", "reset or step raised KeyboardInterrupt .*test_checks.py, line|Gymnasium"),
+        ("exits in close", "close raised SystemExit: 0 .*test_checks.py, line"),
         ("history", "after an episode was played|differ at row"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import longdream.envs as envs
 from longdream.envs import World
 from longdream.envs.contract import EnvError, UserError
+from longdream.envs.copies import for_gym_make
 from longdream.envs.counting import CountingVecEnv
 from longdream.envs.make import derive_seed
 from longdream.envs.recall import RecallVecEnv
@@ -126,6 +127,52 @@ def test_time_limit_of_the_registration_truncates(make_world):
         (row.terminated[0], row.truncated[0]) for row in (world.step(world.random_action(rng)) for _ in range(201))
     ]
     assert flags[199] == (False, True) and flags.count((False, False)) == 200
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize(("env_id", "kwargs"), [("Pendulum-v1", {}), ("longdream/Recall-v0", {"corridor": 9})])
+def test_any_environment_takes_a_time_limit_which_truncates(make_world, env_id, kwargs, mode):
+    world = make_world(env_id, 2, 0, {"max_episode_steps": 3, **kwargs}, mode=mode)
+    assert world.max_episode_steps == 3
+    world.reset()
+    rows = [world.step(world.random_action(np.random.default_rng(0))) for _ in range(8)]
+    assert [bool(row.truncated[0]) for row in rows] == [False, False, True, False] * 2
+    assert not any(row.terminated.any() for row in rows) and [i for i in range(8) if rows[i].is_first[0]] == [3, 7]
+
+
+def test_the_shorter_of_two_time_limits_holds(make_world):
+    world = make_world("Pendulum-v1", 1, 0, {"max_episode_steps": 300})
+    world.reset()
+    rows = [world.step(world.random_action(np.random.default_rng(0))) for _ in range(201)]
+    assert [i for i, row in enumerate(rows) if row.truncated[0]] == [199]
+    registration = gym.spec("Pendulum-v1")
+    assert for_gym_make(registration, {"max_episode_steps": 300, "g": 9}) == {"max_episode_steps": 200, "g": 9}
+    assert for_gym_make(registration, {"g": 9}) == {"g": 9}
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5])
+def test_an_episode_as_long_as_a_new_limit_ends_with_the_next_step(make_world, steps):
+    world = make_world("Pendulum-v1", 1, 0)
+    world.reset()
+    for _ in range(steps):
+        world.step(np.zeros((1, 1), np.float32))
+    limited = make_world("Pendulum-v1", 1, 0, {"max_episode_steps": 4})
+    limited.reset()
+    limited.set_state(world.get_state())
+    assert_same(limited.row, world.row)
+    row = limited.step(np.zeros((1, 1), np.float32))
+    assert row.truncated[0] and not row.is_first[0]
+    assert limited.step(np.zeros((1, 1), np.float32)).is_first[0]
+
+
+def test_a_state_at_a_time_limit_continues_exactly(make_world):
+    world, other = (make_world("Pendulum-v1", 1, 0, {"max_episode_steps": 4}) for _ in range(2))
+    world.reset()
+    for _ in range(4):
+        row = world.step(np.zeros((1, 1), np.float32))
+    assert row.truncated[0]
+    other.set_state(world.get_state())
+    assert_same(other.step(np.zeros((1, 1), np.float32)), world.step(np.zeros((1, 1), np.float32)))
 
 
 def test_reset_starts_over_and_copies_differ(make_world):
@@ -254,7 +301,7 @@ def test_close_ends_every_copy_and_can_be_repeated(faulty, make_world, mode, tmp
 def test_close_in_the_middle_of_a_call(faulty, make_world):
     world = make_world(faulty, 2, 0, mode="async")
     world.reset()
-    world.vector.step_async(np.array([2, 0]))  # as an interrupt from the keyboard leaves it
+    world.vector.send("step", [{"action": 2}, {"action": 0}])  # as an interrupt from the keyboard leaves it
     world.close()
     assert not any(process.is_alive() for process in world.vector.processes)
 

@@ -83,3 +83,5 @@ def test_where_an_agent_is_evaluated() -> None:
     assert config.evaluation_env == config.env
     elsewhere = options.update(config, {"evaluate.env": "CartPole-v1"})
     assert elsewhere.evaluation_env == EnvConfig("CartPole-v1")
+    limited = options.update(elsewhere, {"env.kwargs.max_episode_steps": 9, "env.kwargs.corridor": 3})
+    assert limited.evaluation_env == EnvConfig("CartPole-v1", {"max_episode_steps": 9})

@@ -30,6 +30,7 @@ def test_a_long_evaluation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, c
     ]
     steps, ended = zip(*[(int(line[1].replace(",", "")), int(line[2])) for line in said if line], strict=True)
     assert len(steps) == len(said) > 4 and list(steps) == sorted(steps) and steps[0] <= 2 and ended[-1] >= 4
+    assert policy.ENDLESS not in "".join(line[0] for line in said if line)
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,14 @@ def test_an_environment_is_named_as_it_was_given(tmp_path: Path, monkeypatch: py
     (tmp_path / "of_words.py").write_text(code)
     with pytest.raises(UserError, match=r"^of_words:Words-v0: the action space is a Text space"):
         policy.make_world(World, EnvConfig(id="of_words:Words-v0"), 1, 0)
+
+
+def test_where_no_episode_ends_it_names_the_fix(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(policy, "QUIET_S", 0.0)
+    monkeypatch.setattr(policy, "LONG", 2)
+    with closing(policy.WatchedWorld("longdream/Recall-v0", 2, 0, {"corridor": 9})) as world:
+        world.reset()
+        for _ in range(4):
+            world.step(world.random_action(np.random.default_rng(0)))
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert "max_episode_steps" not in first and last.endswith("(if none ever does: --env.kwargs.max_episode_steps N)")

@@ -1,0 +1,298 @@
+"""One copy of an environment: seeds, exact continuation, its time limit, and checks of everything that it returns."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec as Registration
+
+from longdream.envs.contract import EnvError, UserError, env_spec
+from longdream.envs.process import stops_the_program
+from longdream.envs.remote import FAULTS
+from longdream.envs.text import without_text
+
+LIMIT = "max_episode_steps"
+"""Argument of every environment: the steps after which an episode is truncated."""
+
+
+class Copy(gym.Wrapper):
+    """One copy of an environment.
+
+    It seeds every episode from (root seed, index, episode). It records the episode's actions so that the episode can be
+    replayed. If the environment raises, or returns what its spaces do not announce, the EnvError names this copy.
+
+    ``reset`` with a seed takes the seed as the root and starts at episode 0. After the end of an episode, ``step``
+    ignores the action and begins the next episode, as NEXT_STEP autoreset does.
+
+    Args:
+        limit: steps after which an episode is truncated; 0 for none but the environment's own.
+    """
+
+    def __init__(self, env: gym.Env, env_id: str, index: int, limit: int = 0) -> None:
+        super().__init__(env)
+        self.env_id = env_id
+        self.index = index
+        self.limit = limit
+        self.root = 0
+        self.episode = -1
+        self.actions = []
+        self.ended = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self.root = seed
+            self.episode = -1
+        return self._begin(self.episode + 1)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.ended:
+            obs, info = self._begin(self.episode + 1)
+            return obs, 0.0, False, False, info
+        obs, reward, terminated, truncated, info = self._step(action)
+        if self.limit and len(self.actions) >= self.limit and not terminated:
+            truncated = True
+        self.ended = terminated or truncated
+        return obs, reward, terminated, truncated, info
+
+    def render(self) -> Any:
+        return self._run("render")
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except BaseException as error:  # only a warning: an error in close must not hide an earlier one
+            if stops_the_program(error):
+                raise
+            warnings.warn(
+                f"environment worker {self.index} of {self.env_id} raised in close: {one_line(error)}", stacklevel=2
+            )
+
+    def get_state(self) -> dict[str, Any]:
+        state = {"root": self.root, "episode": self.episode, "actions": np.array(self.actions)}
+        return {**state, "ended": self.ended}
+
+    def set_state(self, states: list[dict[str, Any]]) -> None:
+        """Replay this copy's episode up to the step at which its state was saved."""
+        state = states[self.index]
+        self.root = state["root"]
+        self._begin(state["episode"])
+        for action in state["actions"]:
+            _, _, terminated, truncated, info = self._step(action)
+            self.ended = terminated or truncated
+            if FAULTS in info:
+                raise self._error("failed while its episode was run again")
+        # the limit may be another than it was: if the episode is longer already, it ends with the next step
+        self.ended = state.get("ended", self.ended)
+
+    def _step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.actions.append(np.copy(action))
+        result = self._run("step", action)
+        if not isinstance(result, tuple | list) or len(result) != 5:
+            raise self._error(
+                f"returned {_described(result)} from step: return observation, reward, terminated, truncated, info"
+            )
+        obs, reward, terminated, truncated, info = result
+        obs = self._observation(obs, "step")
+        reward = self._reward(reward)
+        terminated = self._flag("terminated", terminated)
+        truncated = self._flag("truncated", truncated)
+        return obs, reward, terminated, truncated, _faults(info)
+
+    def _begin(self, episode: int) -> tuple[Any, dict[str, Any]]:
+        self.episode = episode
+        self.actions = []
+        self.ended = False
+        result = self._run("reset", seed=derive_seed(self.root, self.index, episode))
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise self._error(f"returned {_described(result)} from reset: return observation, info")
+        obs, info = result
+        return self._observation(obs, "reset"), _faults(info)
+
+    def _run(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(self.env, name)(*args, **kwargs)
+        except BaseException as error:  # SystemExit too: an environment does not end the program
+            if stops_the_program(error):
+                raise
+            raise self._error(f"raised in {name}: {one_line(error)}", traceback.format_exc()) from None
+
+    def _observation(self, obs: Any, where: str) -> Any:
+        """The observation in the type of its space. Raises EnvError where that would change it."""
+        try:
+            return conform(obs, self.observation_space)
+        except Misfit as misfit:
+            raise self._error(f"returned {misfit} (in {where})") from None
+
+    def _reward(self, reward: Any) -> float:
+        value = _array(reward)
+        if value.shape != () or value.dtype.kind not in "fiub":
+            raise self._error(f"returned the reward {_described(reward)}: return one number, float(reward)")
+        return float(value)
+
+    def _flag(self, name: str, flag: Any) -> bool:
+        value = _array(flag)
+        if value.shape != () or value.dtype.kind not in "iub":
+            raise self._error(f"returned {name} = {_described(flag)}: return a bool, bool({name})")
+        return bool(value)
+
+    def _error(self, what: str, trace: str = "") -> EnvError:
+        return EnvError(f"environment worker {self.index} of {self.env_id} {what}", self.index, trace)
+
+
+def make_copy(env_id: str, registration: Registration, kwargs: dict[str, Any], limit: int, index: int) -> Copy:
+    """Make one copy.
+
+    Raises:
+        UserError: the environment cannot be made with these arguments, or has a space that is not supported.
+    """
+    try:
+        env = without_text(gym.make(registration, **kwargs))
+    except UserError:
+        raise
+    except BaseException as error:
+        if stops_the_program(error):
+            raise
+        raise cannot_make(env_id, kwargs, error) from error
+    env_spec(env.observation_space, env.action_space)  # raises UserError early if a space is not supported
+    return Copy(env, env_id, index, limit)
+
+
+def split_limit(kwargs: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The arguments without `max_episode_steps`, and its value; 0 where there is none.
+
+    Raises:
+        UserError: the value is not a positive integer.
+    """
+    rest = {key: value for key, value in kwargs.items() if key != LIMIT}
+    limit = kwargs.get(LIMIT)
+    if limit is None:
+        return rest, 0
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise UserError(f"env.kwargs.{LIMIT} = {limit!r}: must be a number of steps, at least 1")
+    return rest, limit
+
+
+def for_gym_make(registration: Registration, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for `gym.make`, whose `max_episode_steps` replaces the registration's limit: here both hold."""
+    rest, limit = split_limit(kwargs)
+    return {**rest, LIMIT: min(limit, registration.max_episode_steps or limit)} if limit else rest
+
+
+def cannot_make(env_id: str, kwargs: dict[str, Any], error: BaseException) -> UserError:
+    arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no arguments"
+    return UserError(f"{env_id} cannot be made with {arguments}: {one_line(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
+
+
+def name_workers(indices: list[int]) -> str:
+    return f"worker {indices[0]}" if len(indices) == 1 else f"workers {', '.join(map(str, indices))}"
+
+
+def derive_seed(root: int, index: int, episode: int) -> int:
+    """A seed below 2**31 for one episode of one copy."""
+    return int(np.random.SeedSequence((root, index, episode)).generate_state(1)[0] >> 1)
+
+
+# -- what an environment returns --------------------------------------------------------------------------------------
+
+
+class Misfit(Exception):
+    """An observation that its space does not announce. The message names the key, the value and the space."""
+
+
+def conform(obs: Any, space: spaces.Space, batch: tuple[int, ...] = ()) -> Any:
+    """An observation as arrays of the shapes and types of its space, a `Box`, `Discrete` or flat `Dict` of these.
+
+    Types are converted within their kind, as numpy's "same_kind" does, where no integer changes.
+
+    Args:
+        batch: shape before that of the space: `(n,)` for observations of a vector environment.
+
+    Raises:
+        Misfit: a key is missing, a shape or type does not fit, or an integer is outside the space.
+    """
+    if not isinstance(space, spaces.Dict):
+        return _conform("obs", obs, space, batch)
+    if not isinstance(obs, dict):
+        raise Misfit(f"an observation {_described(obs)}, its space is a Dict: return a dict with {_names(space)}")
+    missing = [key for key in space.spaces if key not in obs]
+    if missing:
+        raise Misfit(f"an observation without {missing[0]!r}: return a dict with {_names(space)}")
+    return {key: _conform(key, obs[key], part, batch) for key, part in space.spaces.items()}
+
+
+def _conform(key: str, value: Any, space: spaces.Space, batch: tuple[int, ...]) -> np.ndarray:
+    shape = (*batch, *(space.shape or ()))
+    dtype = space.dtype
+    array = _array(value)
+    if array.shape != shape or dtype is None or not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise Misfit(
+            f"the observation {key!r} as {array.dtype} of shape {array.shape}, its space is {_space(space)}: make one"
+            " fit the other"
+        )
+    if isinstance(space, spaces.Discrete):
+        lowest = int(space.start)
+        highest = lowest + int(space.n) - 1
+        if array.min() < lowest or array.max() > highest:
+            raise Misfit(
+                f"the observation {key!r} = {_outside(array, lowest, highest)}, its space is {_space(space)}, which has"
+                f" {lowest} to {highest}: make one fit the other"
+            )
+    if array.dtype == dtype:
+        return array
+    converted = array.astype(dtype)
+    if array.dtype.kind in "iu" and converted.dtype.kind in "iu" and (converted != array).any():
+        bounds = np.iinfo(converted.dtype)
+        raise Misfit(
+            f"the observation {key!r} = {_outside(array, bounds.min, bounds.max)} as {array.dtype}, its space is"
+            f" {_space(space)}: make one fit the other"
+        )
+    return converted
+
+
+def _outside(array: np.ndarray, lowest: int, highest: int) -> Any:
+    return array[(array < lowest) | (array > highest)].flat[0].item()
+
+
+def _array(value: Any) -> np.ndarray:
+    """`value` as an array; one of objects where numpy cannot make another (lists of unequal lengths, tensors that
+    need gradients)."""
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        return np.asarray(value)
+    except Exception:
+        array = np.empty((), object)
+        array[()] = value
+        return array
+
+
+def _space(space: spaces.Space) -> str:
+    """A space in one short line: the bounds of a Box may fill a page."""
+    return (
+        " ".join(str(space).split())
+        if len(str(space)) < 200
+        else f"{type(space).__name__}({space.shape}, {space.dtype})"
+    )
+
+
+def _names(space: spaces.Dict) -> str:
+    return ", ".join(map(repr, space.spaces))
+
+
+def _described(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 120 else f"{text[:120]}..."
+
+
+def _faults(info: Any) -> dict[str, Any]:
+    """Keep only the number of faults of an info: rows contain no infos."""
+    return {FAULTS: info[FAULTS]} if isinstance(info, dict) and FAULTS in info else {}

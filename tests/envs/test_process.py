@@ -1,0 +1,95 @@
+"""Environments share this process without changing what the rest of it computes and where it writes."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from longdream.envs import World
+from longdream.envs.process import environments_turn
+
+
+class Rude(gym.Env):
+    """Changes the settings of the process in every call, and notes those that it finds."""
+
+    observation_space = gym.spaces.Box(-9, 9, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, folder, found):
+        self.folder = folder
+        self.found = found
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        os.chdir(self.folder)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(1 + torch.get_num_threads() % 2)
+        torch.manual_seed(5)
+        np.seterr(all="raise")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        noise = float(torch.rand(()))
+        self.found.append((os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled(), noise))
+        return np.ones(1, np.float32), 0.0, False, False, {}
+
+
+@pytest.fixture
+def rude(tmp_path) -> Iterator[tuple[World, list]]:
+    gym.register("Rude-v0", entry_point=Rude)
+    (tmp_path / "elsewhere").mkdir()
+    found: list = []
+    before = os.getcwd()
+    world = World("Rude-v0", 1, 0, {"folder": str(tmp_path / "elsewhere"), "found": found})
+    yield world, found
+    world.close()
+    os.chdir(before)
+    gym.registry.pop("Rude-v0")
+
+
+def settings() -> tuple:
+    of_torch = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+    return (os.getcwd(), *of_torch, np.geterr(), signal.getsignal(signal.SIGTERM))
+
+
+def test_what_an_environment_sets_holds_for_environments_alone(rude, tmp_path):
+    world, found = rude
+    state = torch.get_rng_state()
+    ours = settings()
+    world.reset()
+    for _ in range(3):
+        world.step(np.array([[1.0, 0.0]], np.float32))
+    assert settings() == ours
+    assert torch.get_rng_state().equal(state)
+    generator = torch.Generator().manual_seed(5)
+    noise = [float(torch.rand((), generator=generator, dtype=torch.float64)) for _ in range(3)]
+    assert found == [(str(tmp_path / "elsewhere"), torch.float64, False, value) for value in noise]
+
+
+def test_a_folder_of_ours_is_not_changed_back(rude, tmp_path):
+    world, found = rude
+    world.reset()
+    here = tmp_path / "here"
+    here.mkdir()
+    os.chdir(here)
+    world.step(np.array([[1.0, 0.0]], np.float32))
+    assert os.getcwd() == str(here) == found[-1][0]
+
+
+def test_failures_put_everything_back():
+    before = os.getcwd()
+    with pytest.raises(SystemExit), environments_turn():
+        os.chdir("/")
+        sys.exit()
+    assert os.getcwd() == before
+    with environments_turn():
+        assert os.getcwd() == "/"
+        os.chdir(before)
+    assert os.getcwd() == before
