@@ -139,6 +139,13 @@ def read_yaml(flag: str, text: str) -> Any:
         raise UserError(f"--{flag} {text}: cannot be read; write it like '{{\"corridor\": 36}}'") from None
 
 
+def shown(text: Any, limit: int = 200) -> str:
+    """Text of unknown origin as it may stand in a message: one line, without control characters, not long."""
+    line = " ".join(str(text)[: 4 * limit].split())
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    return line if len(line) <= limit else f"{line[:limit]}..."
+
+
 def suggest(word: str, known: Any, otherwise: str = "") -> str:
     """': did you mean ...?' with the closest of `known`, else ': otherwise'."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -24,7 +24,7 @@ from longdream.agent.config import flags, options
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.learner import Learner
-from longdream.agent.run import checkpoint
+from longdream.agent.run import checkpoint, trust
 from longdream.agent.run.checkpoint import CheckpointError
 from longdream.envs.contract import EnvSpec, UserError
 
@@ -90,8 +90,9 @@ def create(folder: Path, config: Config) -> Path:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Write config.yaml, which can be run again as it is."""
+    """Write config.yaml, which can be run again as it is. The run counts as trusted: it is being trained here."""
     write(folder / "config.yaml", "# longdream train config.yaml runs this again.\n" + options.dump(config))
+    trust.remember(folder, config)
 
 
 def _in_use(folder: Path) -> UserError:
@@ -163,7 +164,7 @@ def open_run(folder: Path | str) -> Run:
     """The run in `folder`.
 
     Raises:
-        UserError: there is no run, or its config.yaml cannot be used.
+        UserError: there is no run, its config.yaml cannot be used, or it names code that the user has not consented to.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
@@ -172,7 +173,9 @@ def open_run(folder: Path | str) -> Run:
             runs = [str(path.parent) for path in root.glob("*/config.yaml")]
             raise UserError(f"{folder}: there is no such run" + flags.suggest(str(folder), runs))
         raise UserError(f"{folder} is no run: it holds no config.yaml; give a folder such as runs/quickstart-s1-1")
-    return Run(folder, options.load(str(folder / "config.yaml")))
+    config = options.load(str(folder / "config.yaml"))
+    trust.require(folder, config)
+    return Run(folder, config)
 
 
 def load_agent(

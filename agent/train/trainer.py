@@ -86,7 +86,7 @@ class Trainer:
         Raises:
             UserError: the configuration, the folder or the environment cannot be used; a new folder is not made then.
             EnvError: the environment failed. All is saved but the episodes under way.
-            Interrupted: SIGINT or SIGTERM came. All is saved.
+            Interrupted: SIGINT, SIGTERM or SIGHUP came. All is saved.
             NotFinite, DiskFull: the run cannot go on. The last checkpoint is intact.
         """
         with ExitStack() as stack:
