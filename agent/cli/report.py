@@ -16,6 +16,7 @@ from longdream.agent.evaluation.comparison import Comparison, compare
 from longdream.agent.evaluation.plots import film, save_film, save_picture, sheet, stack
 from longdream.agent.evaluation.rollout import EVALUATION_SEED
 from longdream.agent.evaluation.tables import number, summary_table
+from longdream.agent.run.files import check_own_path
 from longdream.agent.run.folder import load_agent, unused
 from longdream.agent.train.trainer import OnlineTrainer
 from longdream.envs.contract import UserError
@@ -74,6 +75,8 @@ def dream(
     video = out or Path(run_folder) / "videos" / "dream.mp4"
     if video.suffix not in (".mp4", ".gif"):
         raise UserError(f"--out {video}: videos are written as .mp4 or .gif")
+    if out is None:
+        check_own_path(run_folder, video)
     agent, config, _, trained = load_agent(run_folder, device)
     env = config.env
     comparisons = []

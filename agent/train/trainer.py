@@ -26,7 +26,6 @@ from longdream.agent.data.base import ReplayBuffer
 from longdream.agent.data.device_replay import DeviceReplay
 from longdream.agent.data.replay import Replay
 from longdream.agent.evaluation.policy import evaluate_agent, make_world, play
-from longdream.agent.run import checkpoint
 from longdream.agent.run import folder as run_folder
 from longdream.agent.run.logger import Logger
 from longdream.agent.run.metrics import RATES, Averages, Rates, Timed
@@ -98,7 +97,7 @@ class Trainer:
                 stack.enter_context(run_folder.lock(folder))
                 saved = run_folder.newest(folder)
                 summary = run_folder.summary(folder)
-                if saved and summary and summary[cls.UNIT] == saved["progress"] >= cls.total(config):
+                if saved and summary and summary.get(cls.UNIT) == saved["progress"] >= cls.total(config):
                     return summary
             trainer = cls(config, folder, saved, signals, stack)
             if resume:
@@ -118,10 +117,11 @@ class Trainer:
         if saved:
             run_folder.fill(self.learner, saved, self.folder)
             self.averages = Averages(saved["averages"]["sums"], saved["averages"]["numbers"])
-            warnings += self.restore(saved)
-            torch.set_rng_state(saved["random"]["torch"])
-            if self.learner.device.type == "cuda" and saved["random"]["cuda"]:
-                torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+            with run_folder.fitting(self.folder):
+                warnings += self.restore(saved)
+                torch.set_rng_state(saved["random"]["torch"])
+                if self.learner.device.type == "cuda" and saved["random"]["cuda"]:
+                    torch.cuda.set_rng_state_all(saved["random"]["cuda"])
         for warning in warnings:
             logger.note(f"warning: {warning}")
         return self
@@ -155,7 +155,7 @@ class Trainer:
             "count": self.counters(),
         }
         state["random"] = {"torch": torch.get_rng_state(), "cuda": cuda, **state.get("random", {})}
-        checkpoint.save(self.folder / "checkpoints", self.progress, state)
+        run_folder.save(self.folder, self.progress, state, self.config)
         self.saved_at = time.monotonic()
 
     def counters(self) -> dict[str, Any]:
@@ -185,7 +185,8 @@ class Trainer:
         summary = evaluate_agent(agent, config.evaluation_env, episodes, config.seed, config.evaluate, self.signals)
         self.logger.write(self.progress, {f"final/{key}": summary[key] for key in RETURNS if key in summary})
         if isinstance(agent.controller, Exporting):
-            agent.controller.export(self.folder)
+            with self.logger.view("what C exports"):
+                agent.controller.export(self.folder)
         return summary | {"dream_steps": agent.dream_steps}
 
     def rate_scale(self) -> float:

@@ -254,13 +254,16 @@ class VideoTrainer(Trainer):
         return result
 
     def _draw(self, result: OpenLoop) -> dict[str, str]:
-        """Held-out clips beside the dreams of them, as video and as picture: where these are."""
+        """Held-out clips beside the dreams of them, as video and as picture: where these are; nothing if they cannot be
+        written."""
         context = self.config.video.context
         title = f"{self.library.layout}, held out   {context} frames, then a dream under the same actions"
         video = self.folder / "videos" / "held-out.mp4"
-        save_film(video, (frame for clip in result.drawn for frame in film(clip, title)), fps=10)
-        save_picture(video.with_suffix(".png"), stacked([sheet(clip, title) for clip in result.drawn]))
-        return {"video": str(video), "picture": str(video.with_suffix(".png"))}
+        with self.logger.view(str(video)):
+            save_film(video, (frame for clip in result.drawn for frame in film(clip, title)), fps=10)
+            save_picture(video.with_suffix(".png"), stacked([sheet(clip, title) for clip in result.drawn]))
+            return {"video": str(video), "picture": str(video.with_suffix(".png"))}
+        return {}
 
     def _report_damaged(self) -> None:
         for name, why in self.library.damaged.items():
