@@ -82,8 +82,6 @@ def baseline(
     ):
         if value < 1:
             raise UserError(f"--{key} {value} must be at least 1")
-    if seed < 0:
-        raise UserError(f"--seed {seed} must be at least 0")
     kind = find(algo)
     config = EnvConfig(id=env, kwargs=env_kwargs or {}, copies=copies)
     with ExitStack() as stack:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -63,7 +64,7 @@ def unused(name: str | None, label: str, seed: int, root: Path | str = "runs") -
         UserError: the folder exists, or the name is not valid.
     """
     root = Path(root)
-    if name is not None and (not name or name.startswith((".", "-")) or "/" in name or not name.isprintable()):
+    if name is not None and (not name or name.startswith((".", "-")) or re.search(r"[/\x00-\x1f\x7f]", name)):
         raise UserError(f"--name {flags.shown(repr(name))} is no name for a folder: use letters, digits, - and _")
     try:
         if name is None:

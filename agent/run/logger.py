@@ -122,8 +122,9 @@ class Logger:
         warning, `otherwise` is called, and the run goes on."""
         try:
             yield
-        except OSError as error:
-            self.note(f"warning: {what} cannot be written ({error.strerror or error}): the run goes on without")
+        except (OSError, UnicodeError) as error:  # TensorBoard has no files whose names are not UTF-8
+            why = getattr(error, "strerror", None) or error
+            self.note(f"warning: {what} cannot be written ({why}): the run goes on without")
             if otherwise is not None:
                 otherwise()
 

@@ -113,6 +113,20 @@ def test_temporary_names_are_no_way_out(run: Path) -> None:
     assert Path("outside/file").read_text() == "not of the run\n" and not (run / "config.yaml").is_symlink()
 
 
+@pytest.mark.parametrize("name", [".tmp-7", "step_000000000007", "step_000000000999.1"])
+@pytest.mark.parametrize("kind", ["link", "loop", "file", "fifo"])
+def test_names_of_checkpoints_that_are_none_are_cleared_away(run: Path, name: str, kind: str) -> None:
+    outside_file(Path("outside/file"))
+    path = run / "checkpoints" / name
+    if kind == "link":
+        path.symlink_to(Path("outside").resolve())
+    else:
+        {"loop": a_loop, "file": outside_file, "fifo": a_fifo}[kind](path)
+    assert resume(run, "--steps", "104", "--evaluate.save_seconds", "0") == 0
+    assert not os.path.lexists(path)
+    assert Path("outside/file").read_text() == "not of the run\n"
+
+
 def test_a_run_may_be_reached_through_a_link(run: Path) -> None:
     os.symlink(run.resolve(), "other-name")
     assert resume(Path("other-name"), "--steps", "96") == 0
@@ -374,6 +388,9 @@ def test_a_full_disk_under_tensorboard_alone(cramped, capsys: pytest.CaptureFixt
         ["dream", "x" * 300],
         ["baseline", "--env", "CartPole-v1", "--steps", "64", "--name", "x" * 260],
         ["baseline", "--env", "CartPole-v1", "--steps", "64", "--seed", "-1"],
+        ["evaluate", "random", "--seed", "-1"],
+        ["collect", "--env", "longdream/MemoryMaze-9x9-v0", "--out", "o", "--seed", "-1"],
+        ["bench", "act", "--seed", "-1"],
         ["collect", "--env", "longdream/MemoryMaze-9x9-v0", "--out", "x" * 300],
         ["demo", "--name", "x" * 260],
     ],
