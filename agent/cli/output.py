@@ -145,7 +145,10 @@ def explain(error: Exception) -> tuple[int, str] | None:
             return 1, "; ".join([f"disk full: {place} cannot be written ({error.strerror}): free some space", *notes])
         if error.errno in NO_PLACE:
             fix = "choose another place or name, or fix its permissions"
-            return 2, "; ".join([f"{place} cannot be used ({error.strerror}): {fix}", *notes])
+            code = 1 if notes else 2  # a note says how to go on with a run that has begun
+            return code, "; ".join([f"{place} cannot be used ({error.strerror}): {fix}", *notes])
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return 1, "; ".join([f"not enough memory: {_printable(error)[:300]}", *notes])
     return None
 
 

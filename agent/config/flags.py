@@ -14,6 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from longdream.envs.contract import UserError
 from longdream.worldmodel.fields import problem
 
+MAX_INTEGER = 2**53
+"""No setting is larger: nothing has so many steps, bytes or units."""
+
 
 def split(arguments: list[str], hint: Callable[[str], Any]) -> tuple[list[str], dict[str, Any] | None]:
     """Words, and values by flag: `--flag value` or `--flag=value`; None for the flags where help is asked for.
@@ -70,6 +73,8 @@ def read(name: str, value: Any, hint: Any) -> Any:
         parsed = TypeAdapter(hint).validate_python(value)
         if isinstance(parsed, float) and not math.isfinite(parsed):
             raise ValueError("should be a finite number")
+        if isinstance(parsed, int) and abs(parsed) > MAX_INTEGER:
+            raise ValueError(f"should be at most {MAX_INTEGER}")
         return parsed
     except ValidationError as error:
         message = problem(error)

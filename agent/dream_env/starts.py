@@ -77,7 +77,8 @@ def open_agent(folder: Path | str, device: Device | None) -> tuple[Agent, dict[s
     missing = [key for key in ("spec", "weights", "replay") if key not in tree]
     if missing:
         raise CheckpointError(f"the checkpoint in {run.folder} has no {missing[0]!r}: it is of another program")
-    agent = Agent(replace(run.config, device=device or run.config.device), run.spec)
+    with fitting(run.folder, tree):
+        agent = Agent(replace(run.config, device=device or run.config.device), run.spec)
     fill(agent, tree, run.folder, weights_only=True)
     return agent, tree
 
@@ -103,7 +104,7 @@ def open_replay(folder: Path | str, tree: dict[str, Any], seen: tuple[Path, ...]
     if not (folder / "replay").is_dir():
         raise UserError(f"{folder / 'replay'} is missing: put it back, or {hint}")
     try:
-        with fitting(folder):
+        with fitting(folder, tree):
             layout = saved["layout"]
             shape = (layout["num_envs"], layout["capacity"], layout["segment_rows"])
             replay = ReadOnlyReplay(folder / "replay", spec, *shape)

@@ -227,7 +227,8 @@ def load_agent(
         )
     tree, step = run.saved
     config = dataclasses.replace(run.config, device=device or run.config.device)
-    agent = Agent(config, run.spec)
+    with fitting(run.folder, tree):
+        agent = Agent(config, run.spec)
     fill(agent, tree, run.folder, weights_only=True)
     return agent, config, run.spec, step
 
@@ -262,21 +263,23 @@ def fill_model(agent: Agent, tree: dict[str, Any], folder: Path) -> None:
 
 
 @contextmanager
-def fitting(folder: Path) -> Iterator[None]:
-    """Around what puts a checkpoint back: its values are of the kinds that `check_tree` knows, or of others.
+def fitting(folder: Path, saved: dict[str, Any] | None) -> Iterator[None]:
+    """Around what is made of a checkpoint and of the configuration beside it; of nothing, if there is none.
 
     Raises:
-        CheckpointError: in place of an error that such values led to.
+        CheckpointError: in place of an error that values led to that no run of this program has.
     """
     try:
         yield
-    except (UserError, EnvError, checkpoint.DiskFull):
+    except (UserError, EnvError, checkpoint.DiskFull, torch.OutOfMemoryError):
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if saved is None:
+            raise
         problem = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"the newest checkpoint in {folder} cannot be gone on from ({flags.shown(problem)}): delete it to go on "
-            f"from the one before"
+            f"the newest checkpoint in {folder}, or its config.yaml, cannot be used ({flags.shown(problem)}): put back "
+            f"what was there, or delete that checkpoint to go on from the one before"
         ) from error
 
 

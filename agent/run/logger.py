@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from longdream.agent.run.checkpoint import NO_ROOM, DiskFull
+from longdream.agent.run.files import opened
 from longdream.agent.run.metrics import RATES
 
 Value = float | int | str | None
@@ -198,7 +199,8 @@ class Logger:
         warnings = []
         end = state["bytes"]
         if self.path.stat().st_size < end:
-            end = self.path.read_bytes().rfind(b"\n") + 1
+            with opened(self.path) as (file, _):
+                end = file.read().rfind(b"\n") + 1
             warnings.append(
                 f"{self.path} has {end:,} of the {state['bytes']:,} bytes it had at the checkpoint: "
                 f"the metrics between are lost, the run goes on"
@@ -253,7 +255,7 @@ def _silence_writers() -> None:
 def _checksum(path: Path, size: int) -> int:
     """CRC-32 of the first bytes of a file."""
     checksum = 0
-    with open(path, "rb") as file:
+    with opened(path) as (file, _):
         while size > 0 and (block := file.read(min(size, 1 << 20))):
             checksum = zlib.crc32(block, checksum)
             size -= len(block)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
 
 from longdream.agent.config.flags import shown
 from longdream.envs.contract import UserError
@@ -150,12 +151,30 @@ def _packages_of(module: str) -> list[str]:
     if not module.isidentifier():
         return []
     spec = importlib.util.find_spec(module)  # imports nothing, as the module has no parent
-    origin = Path(spec.origin).resolve() if spec and spec.origin and spec.has_location else None
-    roots = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()}
-    roots |= set(site.getsitepackages())
-    if origin is None or not any(origin.is_relative_to(Path(root).resolve()) for root in roots):
+    if spec is None or not spec.origin or not spec.has_location:
         return []
-    return list(metadata.packages_distributions().get(module, ()))
+    origin = Path(spec.origin).resolve()
+    names = set(metadata.packages_distributions().get(module, ()))
+    return [name for name in names if any(origin.is_relative_to(place) for place in _places_of(name))]
+
+
+def _places_of(package: str) -> list[Path]:
+    """Where the modules of an installed package lie: a folder of site-packages; its source, if it is editable."""
+    installed = metadata.distribution(package)
+    home = Path(str(installed.locate_file(""))).resolve()
+    if home not in _site_folders():
+        return []
+    try:
+        direct = json.loads(installed.read_text("direct_url.json") or "{}")
+        source = urlparse(direct["url"]) if direct.get("dir_info", {}).get("editable") else None
+    except (ValueError, KeyError, AttributeError):
+        return [home]
+    return [home] if source is None else [home, Path(unquote(source.path)).resolve()]
+
+
+def _site_folders() -> set[Path]:
+    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()}
+    return {Path(folder).resolve() for folder in folders | set(site.getsitepackages())}
 
 
 def _class(field: str, name: str, known: tuple[str, ...]) -> list[str]:

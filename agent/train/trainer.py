@@ -99,7 +99,8 @@ class Trainer:
                 summary = run_folder.summary(folder)
                 if saved and summary and summary.get(cls.UNIT) == saved["progress"] >= cls.total(config):
                     return summary
-            trainer = cls(config, folder, saved, signals, stack)
+            with run_folder.fitting(folder, saved):
+                trainer = cls(config, folder, saved, signals, stack)
             if resume:
                 run_folder.write_config(folder, config)
             else:
@@ -117,7 +118,7 @@ class Trainer:
         if saved:
             run_folder.fill(self.learner, saved, self.folder)
             self.averages = Averages(saved["averages"]["sums"], saved["averages"]["numbers"])
-            with run_folder.fitting(self.folder):
+            with run_folder.fitting(self.folder, saved):
                 warnings += self.restore(saved)
                 torch.set_rng_state(saved["random"]["torch"])
                 if self.learner.device.type == "cuda" and saved["random"]["cuda"]:

@@ -45,7 +45,8 @@ def load_model(folder: Path | str, device: str | None = None) -> tuple[WorldMode
         raise UserError(f"{folder} was not trained on video")
     saved, updates = run.saved
     config = run.config if device is None else replace(run.config, device=device)
-    learner = Learner(replace(config, compiled=False), run.spec)
+    with run_folder.fitting(run.folder, saved):
+        learner = Learner(replace(config, compiled=False), run.spec)
     run_folder.fill(learner, saved, run.folder, weights_only=True)
     return learner.model, config, run.spec, updates
 

@@ -293,6 +293,36 @@ def test_what_cannot_be_put_back_is_one_line(
     assert "Traceback" not in err and "bug" not in err
 
 
+@pytest.mark.parametrize("command", ["evaluate {} --episodes 1", "train --resume {} --steps 96"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("hidden: 16", "hidden: 9007199254740992"),
+        ("hidden: 16", f"hidden: {10**30}"),
+        ("width: 16", "width: 4294967296"),
+    ],
+)
+def test_an_agent_that_no_memory_holds(
+    run: Path, command: str, old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (run / "config.yaml").read_text()
+    assert old in text
+    (run / "config.yaml").write_text(text.replace(old, new))
+    assert cli.main(command.format(run).split()) in (1, 2)
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.splitlines()[-1].startswith("longdream: ")
+
+
+def test_a_record_of_a_terabyte_is_not_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "metrics.jsonl").unlink()
+    a_large_file(run / "metrics.jsonl")
+    tree, step = checkpoint.load(newest(run))
+    tree["logger"]["bytes"] = 1 << 40
+    checkpoint.save(run / "checkpoints", step, tree)
+    assert resume(run, "--steps", "96") in (1, 2)
+    assert "metrics.jsonl cannot be used (it is empty for most" in capsys.readouterr().err
+
+
 # -- what is lost or altered ------------------------------------------------------------------------------------------
 
 

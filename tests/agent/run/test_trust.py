@@ -69,6 +69,31 @@ def run_of(settings: dict, folder: Path = Path("run")) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("requires", ["gymnasium>=1.0", "gymnasium[box2d]; extra == 'worlds'", "numpy"])
+@pytest.mark.parametrize("where", ["site", "editable", "elsewhere"])
+def test_a_module_of_an_installed_package(
+    here: Path, monkeypatch: pytest.MonkeyPatch, requires: str, where: str
+) -> None:
+    """Where site-packages is a folder of the test: `elsewhere` has the metadata of a package, but is none."""
+    info = here / ("elsewhere" if where == "elsewhere" else "site") / "own_worlds-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: own-worlds\nVersion: 1.0\nRequires-Dist: {requires}\n"
+    )
+    (info / "top_level.txt").write_text("own_worlds\n")
+    source = here / "project" if where == "editable" else info.parent
+    source.mkdir(exist_ok=True)
+    (source / "own_worlds.py").write_text("")
+    if where == "editable":
+        (info / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {"editable": True}}))
+    monkeypatch.setattr(trust, "_site_folders", lambda: {(here / "site").resolve()})
+    monkeypatch.setattr(sys, "path", [*sys.path, str(info.parent), str(source)])
+    config = options.update(Config(), {"env.id": "own_worlds:Id-v0"})
+    assert bool(trust.code_of(config)) == (requires == "numpy" or where == "elsewhere")
+    assert trust.code_of(options.update(Config(), {"env.id": "own_worlds.inner:Id-v0"}))
+    assert trust.code_of(options.update(Config(), {"controller.kind": "own_worlds:Thing"}))
+
+
 def test_the_words_are_those_that_are_known() -> None:
     assert tuple(CONTROLLERS) == trust.CONTROLLERS
     assert trust.MIXERS == MIXERS
