@@ -54,11 +54,15 @@ def consent(given: bool) -> None:
     _state["consent"] = given
 
 
-def code_of(config: Config) -> list[str]:
-    """What the configuration would execute that is neither built in nor part of an installed package, in words."""
-    foreign = _environment("env.id", config.env)
+def code_of(config: Config, loaded: bool = True) -> list[str]:
+    """What the configuration would execute that is neither built in nor part of an installed package, in words.
+
+    Args:
+        loaded: modules that this process has imported already count as known: naming one imports nothing.
+    """
+    foreign = _environment("env.id", config.env, loaded)
     if config.evaluate.env:
-        foreign += _environment("evaluate.env", config.evaluation_env)
+        foreign += _environment("evaluate.env", config.evaluation_env, loaded)
     foreign += _class("controller.kind", config.controller.kind, CONTROLLERS)
     if ":" in config.controller.kind:
         kwargs = config.controller.kwargs
@@ -95,7 +99,7 @@ def remember(folder: Path, config: Config) -> None:
     The note lies outside of the run, in longdream/trusted.json in XDG_CONFIG_HOME (or ~/.config). Where that cannot be
     written, there will be a question again.
     """
-    if not code_of(config):
+    if not code_of(config, loaded=False):
         return
     path = _list_path()
     known = _remembered()
@@ -121,7 +125,7 @@ def find_modules_here() -> None:
 # -- what is foreign ---------------------------------------------------------------------------------------------------
 
 
-def _environment(field: str, env: EnvConfig) -> list[str]:
+def _environment(field: str, env: EnvConfig, loaded: bool) -> list[str]:
     """What making this environment would run that is not known; none or one sentence."""
     module, _, name = env.id.rpartition(":")
     arguments = f" with {json.dumps(env.kwargs, default=str)}" if env.kwargs else ""
@@ -132,7 +136,8 @@ def _environment(field: str, env: EnvConfig) -> list[str]:
         return [f"{field} = {env.id}{arguments}"]
     if name.startswith("longdream/MineRL-") and any(env.kwargs.get(key) for key in STARTING):
         return [f"{field} = {env.id}{arguments}"]
-    if module and not (module in sys.modules or module == "longdream" or _brings_environments(module)):
+    known = module in ("", "longdream") or (loaded and module in sys.modules)
+    if not (known or _brings_environments(module)):
         return [f"{field} = {env.id} (imports the module {module}){arguments}"]
     return []  # an id that nobody has registered cannot be made: that is said elsewhere
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from longdream.agent.config import options
 from longdream.agent.config.schema import Config
 from longdream.agent.core.actor import CONTROLLERS
 from longdream.agent.run import trust
-from longdream.agent.run.folder import open_run
+from longdream.agent.run.folder import create, open_run
 from longdream.envs.contract import UserError
 from longdream.worldmodel.mixers.base import MIXERS
 
@@ -45,6 +46,26 @@ BUILT_IN = [
     {"controller.kind": "planner", "controller.kwargs": {"rounds": 2}},
     {"controller.kind": "stable_baselines3:PPO", "controller.kwargs": {"copies": 4}},
 ]
+WORLD = """
+import gymnasium as gym, numpy as np
+
+
+class Mine(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (3,))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(3, np.float32), 0.0, self.t >= 6, False, {}
+
+
+gym.register("Mine-v0", entry_point=Mine)
+"""
 MODULE = "from pathlib import Path\nPath('EXECUTED').touch()\n"
 
 
@@ -143,12 +164,30 @@ def test_trust_is_of_one_folder_and_one_configuration(here: Path) -> None:
         open_run(run_of({"env.id": "a_module_here:Id-v0", "env.kwargs": {"more": 1}}))
 
 
-def test_a_run_that_was_made_here_is_trusted(here: Path) -> None:
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_run_that_was_made_here_is_trusted(here: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool) -> None:
     config = options.update(Config(), {"env.id": "a_module_here:Id-v0"})
-    from longdream.agent.run.folder import create
-
+    if loaded:  # as it is when a run has been made
+        monkeypatch.setitem(sys.modules, "a_module_here", sys)
     create(Path("mine"), config)
+    monkeypatch.delitem(sys.modules, "a_module_here", raising=False)
     assert open_run("mine").config == config
+
+
+def test_a_run_of_a_module_here_is_opened_again_by_its_maker(here: Path) -> None:
+    """By processes of their own, as on the command line."""
+    (here / "a_module_here.py").write_text(WORLD)
+    command = [sys.executable, "-c", "import sys; from longdream.agent.cli.main import main; sys.exit(main())"]
+    short = ["--steps", "80", "--evaluate.final_episodes", "1", "--evaluate.every", "0"]
+    train = ["train", "tiny", "--env", "a_module_here:Mine-v0", "--name", "r", *short]
+    for arguments in (train, ["evaluate", "runs/r", "--episodes", "1"], ["train", "--resume", "runs/r"]):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    Path("runs/r").rename("runs/moved")
+    evaluate = [*command, "evaluate", "runs/moved", "--episodes", "1"]
+    assert subprocess.run(evaluate, capture_output=True).returncode == 2
+    assert subprocess.run([*evaluate, "--trust"], capture_output=True).returncode == 0
+    assert subprocess.run(evaluate, capture_output=True).returncode == 0  # remembered
 
 
 @pytest.mark.parametrize(("answer", "opens"), [("y\n", True), ("\n", False), ("n\n", False), ("", False)])
