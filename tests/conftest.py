@@ -22,6 +22,12 @@ settings.register_profile("longdream", deadline=None, derandomize="CI" in os.env
 settings.load_profile("longdream")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_trust_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Runs of tests are remembered as trusted, here and in subprocesses, but not in the list of who runs the tests."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Seeds the global generators, so that a test gives the same result alone, in any order and on any worker."""

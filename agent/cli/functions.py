@@ -61,6 +61,8 @@ def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[
             given[name] = {**(given.get(name) or {}), key: value}
         else:
             given[name] = flags.read(f"--{flag}", value, hints[name])
+    if not 0 <= (given.get("seed") or 0) < 2**31:  # as Config.seed
+        raise UserError(f"--seed {given['seed']}: must be at least 0 and less than 2147483648")
     return function(**given)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from longdream import __version__
-from longdream.envs.contract import EnvError, UserError
+from longdream.agent.cli import output
+from longdream.agent.run import trust
+from longdream.envs.contract import UserError
 
 COMMANDS = {
     "evaluate": "evaluate:evaluate",
@@ -39,57 +40,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 2 a mistake in what was asked, 1 a failure, 128 + n ended by signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
-    arguments = [argument for argument in arguments if argument != "--json"]
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a user's own parts are named by dotted path
+    trust.consent("--trust" in arguments)
+    arguments = [argument for argument in arguments if argument not in ("--json", "--trust")]
     result: dict[str, Any] | None
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-            warnings.showwarning = _print_warning
+    with output.Console(as_json, program=argv is None) as console, warnings.catch_warnings():
+        warnings.showwarning = output.print_warning
+        try:
             result = command(arguments)
-            sys.stdout.flush()
+            console.stdout.flush()
             code = 1 if result is not None and result.get("ok") is False else 0  # a check that failed
-    except KeyboardInterrupt:
-        code = 130
-        result = {"error": "stopped"}
-        print("longdream: stopped", file=sys.stderr)
-    except BrokenPipeError:  # the reader has closed the pipe, as in `longdream train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except Exception as error:
-        expected = _explain(error)
-        code, message = expected or (1, f"{type(error).__name__}: {error}")
-        if expected is None or os.environ.get("LONGDREAM_DEBUG", "0") not in ("", "0"):
-            traceback.print_exc()
-        print(f"longdream: {message}", file=sys.stderr)
-        result = {"error": message.partition("\n")[0]}
-    if as_json and result is not None:
-        from longdream.agent.run.folder import to_json
+            if result is None and console.stdout.gone:  # as in `longdream train --help | head`
+                code = 128 + signal.SIGPIPE
+        except KeyboardInterrupt:
+            code = 130
+            result = {"error": "stopped"}
+            print("longdream: stopped", file=sys.stderr)
+        except Exception as error:
+            expected = output.explain(error)
+            code, message = expected or (1, f"{type(error).__name__}: {error}")
+            if expected is None or os.environ.get("LONGDREAM_DEBUG", "0") not in ("", "0"):
+                traceback.print_exc()
+            print(f"longdream: {message}", file=sys.stderr)
+            result = {"error": message.partition("\n")[0]}
+        if as_json and result is not None:
+            from longdream.agent.run.folder import to_json
 
-        print(to_json(result), flush=True)
+            console.end(to_json(result))
     return code
-
-
-def _print_warning(message: Warning | str, *_: object) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def _explain(error: Exception) -> tuple[int, str] | None:
-    """Exit code and message of an error whose cause lies outside this program; None for one of ours."""
-    notes = [*getattr(error, "__notes__", ())]
-    if isinstance(error, UserError):
-        return 2, "\n".join([" ".join(str(error).split()), *notes])
-    if isinstance(error, EnvError):
-        return 1, "\n".join([str(error), *notes])
-    from longdream.agent.core.actor import NotFinite
-    from longdream.agent.run.checkpoint import DiskFull
-    from longdream.agent.run.signals import Interrupted
-
-    if isinstance(error, NotFinite | DiskFull):
-        return 1, "; ".join([str(error), *notes])
-    if isinstance(error, Interrupted):
-        return 128 + error.number, "; ".join([str(error), *notes])
-    return None
 
 
 def command(arguments: list[str]) -> dict[str, Any] | None:
@@ -105,6 +82,8 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
         return {"version": __version__}
     if name == "train":
         return train(rest)
+    if name not in ("evaluate", "dream"):  # what these run is for their run to say, and for the user to trust
+        trust.find_modules_here()
     if name == "bench":
         from longdream.agent import bench
 
@@ -157,13 +136,18 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
         config = options.changed(source.config, settings)
         folder = unused(name, source.folder.name, config.seed)
     elif words:
-        config = options.changed(options.load(words[0]), settings)
         path = Path(words[0])
+        config = options.load(words[0])
+        if path.name == "config.yaml":  # of a run, which somebody else may have made
+            trust.require(path.parent, config)
+        config = options.changed(config, settings)
         folder = unused(name, path.parent.name if path.name == "config.yaml" else path.stem, config.seed)
     else:
         raise UserError(f"train what? Name a preset, one of {', '.join(options.presets())}, or a .yaml file")
     checks.check_given(config, settings)
     checks.check(config)
+    if trust.code_of(config):  # it was typed, or the run that it comes from is trusted
+        trust.find_modules_here()
     module, _, trainer = TRAINERS[config.kind].partition(":")
     try:
         kind = getattr(import_module(f"longdream.agent.train.{module}"), trainer)

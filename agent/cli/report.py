@@ -68,6 +68,7 @@ def dream(
     from longdream.agent.evaluation.plots import film, save_film, save_picture, sheet, stack
     from longdream.agent.evaluation.policy import check_fit
     from longdream.agent.evaluation.rollout import EVALUATION_SEED
+    from longdream.agent.run.files import check_own_path
     from longdream.agent.run.folder import load_agent
 
     least = {"episodes": (episodes, 1), "seed": (seed, 0), "temperature": (temperature, 0)}
@@ -81,6 +82,8 @@ def dream(
     if video.suffix not in (".mp4", ".gif"):
         raise UserError(f"--out {video}: videos are written as .mp4 or .gif")
     replaced = video.exists()
+    if out is None:
+        check_own_path(run_folder, video)
     agent, config, _, trained = load_agent(run_folder, device)
     steps = steps or _steps(agent.model.objective, config.forcing.steps)
     env = config.env

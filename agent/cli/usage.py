@@ -24,6 +24,7 @@ USAGE = """longdream: agents that learn inside a learned world model with long-t
   longdream --version                          which version this is
 
 longdream COMMAND --help explains a command. Every command takes --json and then ends stdout with one JSON object.
+--trust lets a run that somebody else made execute the code that it names (docs/security.md).
 LONGDREAM_DEBUG=1 shows where in the program an error came from."""
 
 TRAIN = """usage: longdream train PRESET|FILE.yaml [--name NAME] [--json] [--OPTION VALUE ...]

@@ -14,6 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from longdream.envs.contract import UserError
 from longdream.worldmodel.fields import problem
 
+MAX_INTEGER = 2**53
+"""No setting is larger: nothing has so many steps, bytes or units."""
+
 
 def split(arguments: list[str], hint: Callable[[str], Any]) -> tuple[list[str], dict[str, Any] | None]:
     """Words, and values by flag: `--flag value` or `--flag=value`; None for the flags where help is asked for.
@@ -70,13 +73,15 @@ def read(name: str, value: Any, hint: Any) -> Any:
         parsed = TypeAdapter(hint).validate_python(value)
         if isinstance(parsed, float) and not math.isfinite(parsed):
             raise ValueError("should be a finite number")
+        if isinstance(parsed, int) and abs(parsed) > MAX_INTEGER:
+            raise ValueError(f"should be at most {MAX_INTEGER}")
         return parsed
     except ValidationError as error:
         message = problem(error)
         near = suggest(str(value), [choice for choice in _choices(hint) if isinstance(choice, str)])
     except ValueError as error:
         message = str(error)
-    raise UserError(f"{name} {value!r}: {message}{near}")
+    raise UserError(f"{name} {shown(repr(value))}: {message}{near}")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -108,23 +113,70 @@ _Loader.add_implicit_resolver(
 
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(node.value)} digits")
     return int(node.value, 16 if node.value.lower().startswith("0x") else 10)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
+MAX_DIGITS = 40
+MAX_DEPTH = 32
+MAX_NODES = 20_000
+"""The digits of an integer, how deep YAML may be nested, and of how many values it may consist, those that aliases
+repeat included."""
+
+
+class _Refused(yaml.YAMLError):
+    """YAML that would take all time or memory to read, or that says nothing."""
+
+
 def parse_yaml(text: str) -> Any:
     """What YAML text says.
 
     Raises:
-        yaml.YAMLError: it is none.
+        yaml.YAMLError: it is none, or it is nested too deeply, refers to itself, or consists of too much.
     """
-    loader = _Loader(text)
     try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+        _check_size(text)
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (ValueError, OverflowError, RecursionError, TypeError) as error:  # a date or a number that there is not
+        raise _Refused(f"{type(error).__name__}: {error}") from None
+
+
+def _check_size(text: str) -> None:
+    """Raise YAMLError for text whose values are too many or too deep, before any is built: in one pass."""
+    sizes: dict[str, int | None] = {}  # number of values behind an anchor; None while it is not complete
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, and number of values before it
+    count = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, count))
+            count += 1
+            if event.anchor:
+                sizes[event.anchor] = None
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = count - before
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if event.anchor:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.AliasEvent):
+            size = sizes.get(event.anchor, 1)  # an unknown one is an error of its own
+            if size is None:
+                raise _Refused(f"{event.anchor} is part of itself")
+            count += size
+        if len(open_nodes) > MAX_DEPTH:
+            raise _Refused(f"it is nested more than {MAX_DEPTH} deep")
+        if count > MAX_NODES:
+            raise _Refused(f"it consists of more than {MAX_NODES:,} values")
 
 
 def read_yaml(flag: str, text: str) -> Any:
@@ -136,7 +188,14 @@ def read_yaml(flag: str, text: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
-        raise UserError(f"--{flag} {text}: cannot be read; write it like '{{\"corridor\": 36}}'") from None
+        raise UserError(f"--{flag} {shown(text)}: cannot be read; write it like '{{\"corridor\": 36}}'") from None
+
+
+def shown(text: Any, limit: int = 200) -> str:
+    """Text of unknown origin as it may stand in a message: one line, without control characters, not long."""
+    line = " ".join(str(text)[: 4 * limit].split())
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    return line if len(line) <= limit else f"{line[:limit]}..."
 
 
 def suggest(word: str, known: Any, otherwise: str = "") -> str:

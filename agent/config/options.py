@@ -13,8 +13,9 @@ from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 import yaml
 
 from longdream import __version__ as VERSION
-from longdream.agent.config.flags import holds, parse_yaml, read, read_yaml, suggest
+from longdream.agent.config.flags import holds, parse_yaml, read, read_yaml, shown, suggest
 from longdream.agent.config.schema import Config, Kind
+from longdream.agent.run.files import read_text
 from longdream.envs.contract import UserError
 from longdream.worldmodel.fields import Mode, OnResume
 
@@ -33,7 +34,7 @@ def presets() -> dict[str, str]:
 
 def describe(path: Path) -> str:
     """The comment in the first line of a YAML file."""
-    return path.read_text().partition("\n")[0].removeprefix("#").strip()
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
 
 
 def load(source: str) -> Config:
@@ -52,9 +53,11 @@ def load(source: str) -> Config:
             raise UserError(f"unknown preset {source!r}" + suggest(source, known, f"there are {', '.join(known)}"))
         path = PRESETS / f"{source}.yaml"
     try:
-        tree = parse_yaml(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is no YAML file: {error}") from None
+        tree = parse_yaml(read_text(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML file: {shown(error, 400)}") from None
     if not isinstance(tree or {}, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}: it must map names of settings to values")
     tree = dict(tree or {})

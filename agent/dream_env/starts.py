@@ -16,7 +16,7 @@ from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import own_randomness
 from longdream.agent.data.replay import Replay
 from longdream.agent.run.checkpoint import CheckpointError
-from longdream.agent.run.folder import fill, open_run
+from longdream.agent.run.folder import fill, fitting, open_run
 from longdream.envs.contract import EnvSpec, UserError
 from longdream.worldmodel.dynamics import State
 from longdream.worldmodel.types import Batch
@@ -77,12 +77,13 @@ def open_agent(folder: Path | str, device: Device | None) -> tuple[Agent, dict[s
     missing = [key for key in ("spec", "weights", "replay") if key not in tree]
     if missing:
         raise CheckpointError(f"the checkpoint in {run.folder} has no {missing[0]!r}: it is of another program")
-    agent = Agent(replace(run.config, device=device or run.config.device), run.spec)
+    with fitting(run.folder, tree):
+        agent = Agent(replace(run.config, device=device or run.config.device), run.spec)
     fill(agent, tree, run.folder, weights_only=True)
     return agent, tree
 
 
-def open_replay(folder: Path | str, tree: dict[str, Any]) -> ReadOnlyReplay:
+def open_replay(folder: Path | str, tree: dict[str, Any], seen: tuple[Path, ...] = ()) -> ReadOnlyReplay:
     """The newest READ_BYTES of the replay of the run in `folder`, whose checkpoint is `tree`.
 
     Raises:
@@ -92,19 +93,24 @@ def open_replay(folder: Path | str, tree: dict[str, Any]) -> ReadOnlyReplay:
     saved = tree["replay"]
     spec = EnvSpec.from_json(tree["spec"])
     if "of" in saved:
-        source = open_run(saved["of"])
-        return open_replay(source.folder, source.saved[0])
+        source = open_run(str(saved["of"]))
+        here = folder.resolve()
+        if here in seen:
+            raise UserError(f"{folder} learned in dreams of itself, as its checkpoints say: they are damaged")
+        return open_replay(source.folder, source.saved[0], (*seen, here))
     hint = "dream with start='observation', from observations that you give"
     if "layout" not in saved:
         raise UserError(f"{folder} kept its replay in the memory of the device, where it ended with the run: {hint}")
     if not (folder / "replay").is_dir():
         raise UserError(f"{folder / 'replay'} is missing: put it back, or {hint}")
-    layout = saved["layout"]
-    replay = ReadOnlyReplay(folder / "replay", spec, layout["num_envs"], layout["capacity"], layout["segment_rows"])
-    row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in replay.fields.values())
-    newest = max(2, READ_BYTES // (row_bytes * replay.num_envs * replay.segment_rows))
     try:
-        lost = replay.restore({**saved, "segments": saved["segments"][-newest:]})
+        with fitting(folder, tree):
+            layout = saved["layout"]
+            shape = (layout["num_envs"], layout["capacity"], layout["segment_rows"])
+            replay = ReadOnlyReplay(folder / "replay", spec, *shape)
+            row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in replay.fields.values())
+            newest = max(2, READ_BYTES // (row_bytes * replay.num_envs * replay.segment_rows))
+            lost = replay.restore({**saved, "segments": saved["segments"][-newest:]})
     except OSError as error:
         raise UserError(f"{folder / 'replay'} cannot be opened ({error.strerror}): fix its permissions") from None
     for warning in lost:

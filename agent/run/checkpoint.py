@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from longdream.agent.config.flags import shown
+from longdream.agent.run import files
 from longdream.envs.contract import UserError
 
 FORMAT = 1
 FILES = ("weights.safetensors", "state.safetensors", "state.json")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file size limit
+MANIFEST_BYTES = 1 << 20  # size of a manifest, at most
 TAG = "$"  # marks a JSON object that encodes a value that JSON lacks
 
 
@@ -75,7 +79,7 @@ def save(root: Path, step: int, tree: dict, keep: int = 2) -> Path:
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".tmp-*"):  # of a run that was killed while saving
-        shutil.rmtree(leftover)
+        _delete(leftover)
 
     packer = _Packer()
     structure = packer.encode(tree, ())
@@ -126,7 +130,15 @@ def _remove(path: Path) -> None:
     # Renamed first: a process killed during the deletion must not leave an incomplete checkpoint under a proper name.
     doomed = path.with_name(f".tmp-old-{path.name}")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder and what is in it, or anything else that has its name; what a link leads to stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -205,25 +217,27 @@ def latest(root: Path) -> Path | None:
     return max(_all(Path(root)), key=_order, default=None)
 
 
-def load(path: Path) -> tuple[dict, int]:
+def load(path: Path, check: Callable[[dict], None] | None = None) -> tuple[dict, int]:
     """Read a checkpoint and return `(tree, step)`.
 
-    Every file is verified by its SHA-256 before it is decoded.
+    Every file is verified by its SHA-256 before it is decoded. As anybody can write a matching SHA-256, what is decoded
+    is not trusted either.
 
     Args:
         path: the folder of one checkpoint, or the folder of all. Then the newest intact one is read, with a warning
             for each damaged one that is skipped.
+        check: raises ValueError where a tree cannot be that of a checkpoint, which counts as damaged then.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or its format is newer than this program.
     """
     path = Path(path)
     if _order(path) != (-1, -1) or (path / "manifest.json").exists():
-        return _read(path)
+        return _read(path, check)
     first: CheckpointError | None = None
     for candidate in sorted(_all(path), key=_order, reverse=True):
         try:
-            tree, step = _read(candidate)
+            tree, step = _read(candidate, check)
         except NewerFormat:
             raise
         except CheckpointError as error:
@@ -246,39 +260,64 @@ def _order(path: Path) -> tuple[int, int]:
     return (int(match[1]), int(match[2] or 0)) if match else (-1, -1)
 
 
-def _read(folder: Path) -> tuple[dict, int]:
+def _read(folder: Path, check: Callable[[dict], None] | None = None) -> tuple[dict, int]:
     hint = "delete this folder to go on from an older checkpoint"
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such checkpoint")
+    path = folder / "manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = json.loads(files.read_text(path, MANIFEST_BYTES))
         version = manifest["format"]
         step = manifest["step"]
-        files = manifest["files"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder / 'manifest.json'} is missing; {hint}") from None
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder / 'manifest.json'} is damaged (not a manifest); {hint}") from None
+        sizes = {name: manifest["files"][name]["bytes"] for name in FILES}
+        sums = {name: manifest["files"][name]["sha256"] for name in FILES}
+        digest = _digest(manifest)
+    except OSError as error:
+        raise CheckpointError(f"{_unreadable(path, error)}; {hint}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{path} is damaged (not a manifest); {hint}") from None
     if isinstance(version, int) and version > FORMAT:
         raise NewerFormat(
             f"{folder} has checkpoint format {version}, this program reads up to {FORMAT}: update the program"
         )
-    if manifest.get("sha256") != _digest(manifest):
-        raise CheckpointError(f"{folder / 'manifest.json'} is damaged (checksum differs); {hint}")
+    if manifest.get("sha256") != digest:
+        raise CheckpointError(f"{path} is damaged (checksum differs); {hint}")
+    if type(step) is not int or _order(folder)[0] not in (-1, step):
+        raise CheckpointError(f"{path} is damaged (it is of step {step!r:.40}, its folder of another); {hint}")
 
-    blobs = {}
-    for name in FILES:
-        try:
-            blobs[name] = (folder / name).read_bytes()
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder / name} is missing; {hint}") from None
-        size = files[name]["bytes"]
-        if len(blobs[name]) != size:
-            raise CheckpointError(f"{folder / name} is damaged ({len(blobs[name]):,} of {size:,} bytes); {hint}")
-        if hashlib.sha256(blobs[name]).hexdigest() != files[name]["sha256"]:
-            raise CheckpointError(f"{folder / name} is damaged (checksum differs); {hint}")
-    tensors = {part: safetensors.torch.load(blobs.pop(f"{part}.safetensors")) for part in ("weights", "state")}
-    return _decode(json.loads(blobs["state.json"]), tensors), step
+    blobs = {name: _verified(folder / name, sizes[name], sums[name], hint) for name in FILES}
+    try:
+        tensors = {part: safetensors.torch.load(blobs.pop(f"{part}.safetensors")) for part in ("weights", "state")}
+        tree = _decode(json.loads(blobs["state.json"]), tensors)
+        if type(tree) is not dict:
+            raise ValueError(f"it holds a {type(tree).__name__}")
+        if check is not None:
+            check(tree)
+    except Exception as error:  # whatever it is that intact files without sense lead to
+        reason = shown(error)
+        raise CheckpointError(f"{folder} is damaged (its files make no sense: {reason}); {hint}") from None
+    return tree, step
+
+
+def _verified(path: Path, size: Any, checksum: Any, hint: str) -> bytes:
+    """The content of a file of that size and SHA-256. Not a byte is read of one that has another size."""
+    try:
+        with files.opened(path) as (file, actual):
+            if actual != size:
+                expected = f"{size:,}" if isinstance(size, int) else "senseless"
+                raise CheckpointError(f"{path} is damaged ({actual:,} of {expected} bytes); {hint}")
+            blob = file.read(actual)
+    except OSError as error:
+        raise CheckpointError(f"{_unreadable(path, error)}; {hint}") from None
+    except MemoryError:
+        raise CheckpointError(f"{path} is damaged, or too large for this machine ({size:,} bytes); {hint}") from None
+    if hashlib.sha256(blob).hexdigest() != checksum:
+        raise CheckpointError(f"{path} is damaged (checksum differs); {hint}")
+    return blob
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path} is missing" if isinstance(error, FileNotFoundError) else f"{path} is damaged ({error.strerror})"
 
 
 def _decode(value: Any, tensors: dict[str, dict[str, torch.Tensor]]) -> Any:

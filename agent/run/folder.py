@@ -8,10 +8,12 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -24,11 +26,13 @@ from longdream.agent.config import flags, options
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.learner import Learner
-from longdream.agent.run import checkpoint
+from longdream.agent.run import checkpoint, files, trust
 from longdream.agent.run.checkpoint import CheckpointError
-from longdream.envs.contract import EnvSpec, UserError
+from longdream.envs.contract import EnvError, EnvSpec, UserError
 
 PACKAGES = ("longdream", "torch", "gymnasium", "numpy", "safetensors", "pydantic", "PyYAML", "tensorboard", "av")
+SAVED = ".saved"
+"""File of a run that has saved a checkpoint: where they are lost, it is not begun anew."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,12 @@ class Run:
 
     @cached_property
     def saved(self) -> tuple[dict[str, Any], int]:
-        """Content and step of the newest intact checkpoint. Raises CheckpointError."""
-        return checkpoint.load(self.folder / "checkpoints")
+        """Content and step of the newest intact checkpoint, with a warning where config.yaml is not that of it.
+
+        Raises CheckpointError."""
+        tree, step = checkpoint.load(self.folder / "checkpoints", check_tree)
+        warn_of_changes(self.folder, self.config, tree)
+        return tree, step
 
     @property
     def spec(self) -> EnvSpec:
@@ -56,17 +64,22 @@ def unused(name: str | None, label: str, seed: int, root: Path | str = "runs") -
         UserError: the folder exists, or the name is not valid.
     """
     root = Path(root)
-    if name is None:
-        k = 1
-        while (root / f"{label}-s{seed}-{k}").exists():
-            k += 1
-        return root / f"{label}-s{seed}-{k}"
-    if not name or name.startswith((".", "-")) or "/" in name:
-        raise UserError(f"--name {name!r} is no name for a folder: use letters, digits, - and _")
-    folder = root / name
-    if folder.exists():
-        raise _in_use(folder)
-    return folder
+    if name is not None and (not name or name.startswith((".", "-")) or re.search(r"[/\x00-\x1f\x7f]", name)):
+        raise UserError(f"--name {flags.shown(repr(name))} is no name for a folder: use letters, digits, - and _")
+    try:
+        if name is None:
+            k = 1
+            while os.path.lexists(root / f"{label}-s{seed}-{k}"):
+                k += 1
+            folder = root / f"{label}-s{seed}-{k}"
+        else:
+            folder = root / name
+        os.lstat(folder)
+    except FileNotFoundError:
+        return folder
+    except OSError as error:
+        raise _no_place(root / flags.shown(name or label), error) from None
+    raise _in_use(folder)
 
 
 def create(folder: Path, config: Config) -> Path:
@@ -75,23 +88,37 @@ def create(folder: Path, config: Config) -> Path:
     Raises:
         UserError: the folder exists, or cannot be created.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except FileExistsError:
-        raise _in_use(folder) from None
-    except OSError as error:
-        raise UserError(
-            f"cannot make {folder} ({error.strerror}): choose another place or fix its permissions"
-        ) from None
+    make(folder)
     write(folder / "environment.txt", _environment())
     write_config(folder, config)
     return folder
 
 
+def make(folder: Path) -> None:
+    """Create the empty folder of a new run.
+
+    Raises:
+        UserError: the folder exists, or cannot be created.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except FileExistsError as error:
+        if not folder.parent.is_dir():
+            raise _no_place(folder, error) from None
+        raise _in_use(folder) from None
+    except OSError as error:
+        raise _no_place(folder, error) from None
+
+
 def write_config(folder: Path, config: Config) -> None:
-    """Write config.yaml, which can be run again as it is."""
+    """Write config.yaml, which can be run again as it is. The run counts as trusted: it is being trained here."""
     write(folder / "config.yaml", "# longdream train config.yaml runs this again.\n" + options.dump(config))
+    trust.remember(folder, config)
+
+
+def _no_place(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot make {folder} ({error.strerror}): choose another place or name, or fix its permissions")
 
 
 def _in_use(folder: Path) -> UserError:
@@ -107,13 +134,15 @@ def write(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "w") as file:
+        temporary.unlink(missing_ok=True)  # of a run that was killed; or a link, which must not be written through
+        with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if error.errno in checkpoint.NO_ROOM:
             raise checkpoint.DiskFull(path.parent, len(text), error) from error
         raise
@@ -163,16 +192,23 @@ def open_run(folder: Path | str) -> Run:
     """The run in `folder`.
 
     Raises:
-        UserError: there is no run, or its config.yaml cannot be used.
+        UserError: there is no run, its config.yaml cannot be used, or it names code that the user has not consented to.
     """
     folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        if not folder.is_dir():
+    try:
+        is_run = (folder / "config.yaml").is_file()
+        is_folder = folder.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"{flags.shown(folder)} cannot be opened ({error.strerror})") from None
+    if not is_run:
+        if not is_folder:
             root = folder.parent if folder.parent.name else Path("runs")
             runs = [str(path.parent) for path in root.glob("*/config.yaml")]
             raise UserError(f"{folder}: there is no such run" + flags.suggest(str(folder), runs))
         raise UserError(f"{folder} is no run: it holds no config.yaml; give a folder such as runs/quickstart-s1-1")
-    return Run(folder, options.load(str(folder / "config.yaml")))
+    config = options.load(str(folder / "config.yaml"))
+    trust.require(folder, config)
+    return Run(folder, config)
 
 
 def load_agent(
@@ -191,7 +227,8 @@ def load_agent(
         )
     tree, step = run.saved
     config = dataclasses.replace(run.config, device=device or run.config.device)
-    agent = Agent(config, run.spec)
+    with fitting(run.folder, tree):
+        agent = Agent(config, run.spec)
     fill(agent, tree, run.folder, weights_only=True)
     return agent, config, run.spec, step
 
@@ -204,7 +241,7 @@ def fill(agent: Learner, tree: dict[str, Any], folder: Path, weights_only: bool 
     """
     try:
         agent.load_state_dict(tree, weights_only)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever it is that the tensors of another agent, or senseless ones, lead to
         problem = " ".join(str(error).split())
         raise CheckpointError(
             f"the checkpoint in {folder} is not of the agent that its config.yaml describes: put that file back as it "
@@ -220,26 +257,136 @@ def fill_model(agent: Agent, tree: dict[str, Any], folder: Path) -> None:
     """
     try:
         agent.model.load_state_dict(tree["weights"]["model"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:
         problem = " ".join(str(error).split())
         raise CheckpointError(f"V and M in {folder} are not those of its config.yaml ({problem[:300]})") from None
 
 
-def newest(folder: Path) -> dict[str, Any] | None:
-    """The newest intact checkpoint of the run; None if there is no checkpoint yet.
+@contextmanager
+def fitting(folder: Path, saved: dict[str, Any] | None) -> Iterator[None]:
+    """Around what is made of a checkpoint and of the configuration beside it; of nothing, if there is none.
 
     Raises:
-        CheckpointError: none of its checkpoints can be used.
+        CheckpointError: in place of an error that values led to that no run of this program has.
+    """
+    try:
+        yield
+    except (UserError, EnvError, checkpoint.DiskFull, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if saved is None:
+            raise
+        problem = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"the newest checkpoint in {folder}, or its config.yaml, cannot be used ({flags.shown(problem)}): put back "
+            f"what was there, or delete that checkpoint to go on from the one before"
+        ) from error
+
+
+def save(folder: Path, progress: int, state: dict[str, Any], config: Config) -> None:
+    """Write a checkpoint of the run, with a copy of its configuration, and note that there is one.
+
+    Raises:
+        DiskFull: the disk has no room for it.
+    """
+    checkpoint.save(folder / "checkpoints", progress, state | {"config": _settings(config)})
+    if not (folder / SAVED).exists():
+        write(folder / SAVED, "This run has saved checkpoints: without them, it is not begun anew.\n")
+
+
+def newest(folder: Path) -> dict[str, Any] | None:
+    """The newest intact checkpoint of the run; None if it has not saved any yet, and can begin anew.
+
+    Raises:
+        CheckpointError: none of its checkpoints can be used, or they are lost: a run that began anew would discard its
+            record.
     """
     root = folder / "checkpoints"
-    return checkpoint.load(root)[0] if checkpoint.latest(root) else None
+    if checkpoint.latest(root):
+        tree, _ = checkpoint.load(root, check_tree_to_resume)
+        warn_of_changes(folder, options.load(str(folder / "config.yaml")), tree)
+        return tree
+    if (folder / SAVED).exists() or (folder / "summary.json").exists():
+        raise CheckpointError(
+            f"{root} holds no checkpoint, and this run has saved some: put them back, or begin another run with "
+            f"longdream train {folder}/config.yaml; begun anew, this one would lose {_record(folder)}"
+        )
+    return None
+
+
+def _record(folder: Path) -> str:
+    """What a run has recorded, in words."""
+    metrics = folder / "metrics.jsonl"
+    parts = []
+    if metrics.is_file():
+        with files.opened(metrics) as (file, size):
+            parts.append(f"metrics.jsonl ({sum(1 for _ in file):,} lines, {size:,} bytes)")
+    if (folder / "replay").is_dir():
+        parts.append(f"replay/ ({len([*(folder / 'replay').iterdir()]):,} files)")
+    parts += ["summary.json"] if (folder / "summary.json").exists() else []
+    return ", ".join(parts) or "its place"
+
+
+def check_tree(tree: dict[str, Any]) -> None:
+    """Check that a checkpoint is one of a run: an agent or a model can be made of it.
+
+    Raises:
+        ValueError: it is not.
+    """
+    _check_kinds(tree, {"spec": dict, "weights": dict})
+    EnvSpec.from_json(tree["spec"])
+
+
+def check_tree_to_resume(tree: dict[str, Any]) -> None:
+    """As `check_tree`, and that training can go on from it."""
+    check_tree(tree)
+    _check_kinds(tree, {"progress": int, "logger": dict, "averages": dict, "count": dict, "random": dict})
+    _check_kinds(tree["logger"], {"bytes": int, "step": int, "nonfinite": int, "shown": dict})
+    _check_kinds(tree["averages"], {"sums": dict, "numbers": dict})
+    _check_kinds(tree["random"], {"torch": torch.Tensor})
+    for key, value in tree["count"].items():
+        if not (value is None or isinstance(value, int | float)):
+            raise ValueError(f"count.{key} is no number")
+    if min(tree["progress"], tree["logger"]["bytes"]) < 0:
+        raise ValueError("it is of a negative step")
+
+
+def _check_kinds(tree: dict[str, Any], kinds: dict[str, type]) -> None:
+    for key, kind in kinds.items():
+        if key not in tree:
+            raise ValueError(f"it has no {key!r}")
+        if type(tree[key]) is not kind:
+            raise ValueError(f"{key!r} is a {type(tree[key]).__name__}")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name, as JSON keeps it."""
+    values = {name: options.field_value(config, name) for name in options.fields()}
+    return json.loads(json.dumps(values, default=str))
+
+
+def warn_of_changes(folder: Path, config: Config, tree: dict[str, Any]) -> None:
+    """Warn where config.yaml is not what the run was saved with: it was edited, or it is damaged."""
+    saved = tree.get("config")
+    if not isinstance(saved, dict):  # of an older version
+        return
+    given = _settings(config)
+    changes = [f"{key} = {given[key]}, was {saved[key]}" for key in given if key in saved and given[key] != saved[key]]
+    if changes:
+        warnings.warn(
+            f"{folder / 'config.yaml'} has changed since the checkpoint: {flags.shown('; '.join(changes), 400)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def summary(folder: Path) -> dict[str, Any] | None:
-    """The content of the run's summary.json, with NaN for null; None if there is no such file."""
+    """The content of the run's summary.json, with NaN for null; None if there is no such file, or not one of ours."""
     try:
-        values = json.loads((folder / "summary.json").read_text())
-    except (FileNotFoundError, ValueError):
+        values = json.loads(files.read_text(folder / "summary.json"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict):
         return None
     return {key: math.nan if value is None else value for key, value in values.items()}
 
@@ -249,11 +396,14 @@ def lock(folder: Path) -> Iterator[None]:
     """Lock the run for this process. The operating system releases the lock when the process ends.
 
     Raises:
-        UserError: another process holds the lock, or the folder cannot be written to.
+        UserError: another process holds the lock, the folder cannot be written to, or something in it is not its own
+            file or folder, and would be written through.
     """
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(open(folder / ".lock", "w"))
+            files.check_own(folder)
+            how = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            file = stack.enter_context(open(os.open(folder / ".lock", how, 0o644), "w"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is being trained by another process: wait for it or end it first") from None

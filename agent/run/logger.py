@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import threading
 import time
-from contextlib import suppress
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from longdream.agent.run.checkpoint import NO_ROOM, DiskFull
+from longdream.agent.run.files import opened
 from longdream.agent.run.metrics import RATES
 
 Value = float | int | str | None
@@ -45,6 +49,7 @@ class Logger:
         self.nonfinite = 0  # number of values that were not finite, over the whole run
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the logger)
         self._bytes = self._file.seek(0, os.SEEK_END)
+        self._sum = _checksum(self.path, self._bytes)
         self._step = -1  # the last step written
         self._tensorboard = tensorboard
         self._writer = None
@@ -90,22 +95,39 @@ class Logger:
                 raise DiskFull(self.folder, len(line), error) from error
             raise
         self._bytes += len(line)
+        self._sum = zlib.crc32(line, self._sum)
 
     def _mirror(self, step: int, values: dict[str, Value]) -> None:
         if not self._tensorboard:
             return
-        try:
+        with self.view("TensorBoard's files", self._give_up_tensorboard):
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
 
+                _silence_writers()
                 self._writer = SummaryWriter(log_dir=str(self.folder / "tensorboard"), purge_step=self._purge)
             for key, value in values.items():
                 if isinstance(value, int | float):
                     self._writer.add_scalar(key, value, step)
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                raise DiskFull(self.folder / "tensorboard", 1 << 20, error) from error
-            raise
+
+    def _give_up_tensorboard(self) -> None:
+        self._tensorboard = False
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+        self._writer = None
+
+    @contextmanager
+    def view(self, what: str, otherwise: Callable[[], None] | None = None) -> Iterator[None]:
+        """Around writing something that only shows what is recorded elsewhere: where it cannot be written, there is a
+        warning, `otherwise` is called, and the run goes on."""
+        try:
+            yield
+        except (OSError, UnicodeError) as error:  # TensorBoard has no files whose names are not UTF-8
+            why = getattr(error, "strerror", None) or error
+            self.note(f"warning: {what} cannot be written ({why}): the run goes on without")
+            if otherwise is not None:
+                otherwise()
 
     # -- console ------------------------------------------------------------------------------------------------------
 
@@ -149,29 +171,48 @@ class Logger:
 
     def state(self) -> dict:
         """The state for a checkpoint. The file is synced to disk first."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise DiskFull(self.folder, self._bytes, error) from error
+            raise
         if self._writer is not None:
-            self._writer.flush()
+            with self.view("TensorBoard's files", self._give_up_tensorboard):
+                self._writer.flush()
         # a resumed run is no slower or faster for what was measured before
         shown = {key: value for key, value in self._shown.items() if not key.startswith("time/")}
-        return {"bytes": self._bytes, "step": self._step, "nonfinite": self.nonfinite, "shown": shown}
+        return {
+            "bytes": self._bytes,
+            "crc32": self._sum,
+            "step": self._step,
+            "nonfinite": self.nonfinite,
+            "shown": shown,
+        }
 
     def restore(self, state: dict | None) -> list[str]:
         """Truncate the file to its length at `state`, or to 0 for None: the resumed run writes the later lines again.
 
-        Returns a warning if the file is shorter than it was at `state`.
+        Returns a warning if the file is shorter than it was at `state`, or not the same.
         """
         state = state or {"bytes": 0, "step": -1, "nonfinite": 0, "shown": {}}
         warnings = []
         end = state["bytes"]
         if self.path.stat().st_size < end:
-            end = self.path.read_bytes().rfind(b"\n") + 1
+            with opened(self.path) as (file, _):
+                end = file.read().rfind(b"\n") + 1
             warnings.append(
                 f"{self.path} has {end:,} of the {state['bytes']:,} bytes it had at the checkpoint: "
                 f"the metrics between are lost, the run goes on"
             )
         os.truncate(self.path, end)
         self._bytes = end
+        self._sum = _checksum(self.path, end)
+        if end == state["bytes"] and state.get("crc32", self._sum) != self._sum:
+            warnings.append(
+                f"{self.path} is altered: its first {end:,} bytes are not those of the checkpoint; what is there is "
+                f"kept, the run goes on"
+            )
         self._step = state["step"]
         self.nonfinite = state["nonfinite"]
         self._shown = dict(state["shown"])
@@ -195,6 +236,30 @@ class Logger:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _silence_writers() -> None:
+    """An OSError in the thread that writes TensorBoard's files is raised at the next call, too: print no traceback."""
+    hook = threading.excepthook
+    if getattr(hook, "of_writers", False):
+        return
+
+    def quiet(problem: Any) -> None:
+        if type(problem.thread).__name__ != "_AsyncWriterThread" or not isinstance(problem.exc_value, OSError):
+            hook(problem)
+
+    quiet.of_writers = True  # type: ignore[attr-defined]
+    threading.excepthook = quiet
+
+
+def _checksum(path: Path, size: int) -> int:
+    """CRC-32 of the first bytes of a file."""
+    checksum = 0
+    with opened(path) as (file, _):
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            checksum = zlib.crc32(block, checksum)
+            size -= len(block)
+    return checksum
 
 
 def _plain(value: Any) -> Value:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longdream.agent.run import checkpoint
-
 
 class Saver:
-    """Writes checkpoints below `root`, one at a time.
+    """Writes checkpoints, one at a time.
 
     Args:
+        write: writes a tree as the checkpoint of a step; called in a thread.
         written: called in the caller's thread by `poll` or `settle` once a checkpoint is on disk.
     """
 
-    def __init__(self, root: Path, written: Callable[[], None]):
-        self.root = root
+    def __init__(self, write: Callable[[int, dict[str, Any]], object], written: Callable[[], None]):
+        self.write = write
         self.written = written
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -57,7 +55,7 @@ class Saver:
 
     def _write(self, step: int, tree: dict[str, Any]) -> None:
         try:
-            checkpoint.save(self.root, step, tree)
+            self.write(step, tree)
         except BaseException as error:  # raised where it can be handled, by `settle`
             self._error = error
 

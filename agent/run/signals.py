@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM: the run is saved before the program ends."""
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed): the run is saved before the program ends."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM was received."""
+    """SIGINT, SIGTERM or SIGHUP was received."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -21,9 +21,11 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """A context in which SIGINT and SIGTERM take effect at the next `check`. A second signal has its usual effect.
+    """A context in which SIGINT, SIGTERM and SIGHUP take effect at the next `check`.
 
-    Signals are handled in the main thread. In another thread the context does nothing.
+    A second signal has its usual effect, but for SIGHUP, of which a terminal that is closed may send several. SIGHUP
+    stays ignored where it was, as under nohup. Signals are handled in the main thread. In another thread the context
+    does nothing.
     """
 
     def __init__(self) -> None:
@@ -32,7 +34,8 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._came) for number in NUMBERS}
+            numbers = [n for n in NUMBERS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._came) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -41,6 +44,8 @@ class Signals:
 
     def _came(self, number: int, _: FrameType | None) -> None:
         if self.number is not None:
+            if number == signal.SIGHUP:
+                return
             self.__exit__()
             signal.raise_signal(number)
         self.number = number

@@ -75,7 +75,7 @@ class Trainer:
         if saved:
             self.count |= saved["count"]
         self.averages = Averages()
-        self.saver = Saver(folder / "checkpoints", self.saved)
+        self.saver = Saver(lambda step, tree: run_folder.save(folder, step, tree, config), self.saved)
         stack.callback(self.saver.settle)
         torch.manual_seed(config.seed)
 
@@ -89,7 +89,7 @@ class Trainer:
         Raises:
             UserError: the configuration, the folder or the environment cannot be used; a new folder is not made then.
             EnvError: the environment failed. All is saved but the episodes under way.
-            Interrupted: SIGINT or SIGTERM came. All is saved.
+            Interrupted: SIGINT, SIGTERM or SIGHUP came. All is saved.
             NotFinite, DiskFull: the run cannot go on. The last checkpoint is intact.
         """
         with ExitStack() as stack:
@@ -101,9 +101,10 @@ class Trainer:
                 stack.enter_context(run_folder.lock(folder))
                 saved = run_folder.newest(folder)
                 summary = run_folder.summary(folder)
-                if saved and summary and summary[cls.UNIT] == saved["progress"] >= cls.total(config):
+                if saved and summary and summary.get(cls.UNIT) == saved["progress"] >= cls.total(config):
                     return summary
-            trainer = cls(config, folder, saved, signals, stack)
+            with run_folder.fitting(folder, saved):
+                trainer = cls(config, folder, saved, signals, stack)
             if config.init and not saved:
                 warm_start(trainer.learner, Path(config.init))
             if resume:
@@ -123,10 +124,11 @@ class Trainer:
         if saved:
             run_folder.fill(self.learner, saved, self.folder)
             self.averages = Averages(saved["averages"]["sums"], saved["averages"]["numbers"])
-            warnings += self.restore(saved)
-            torch.set_rng_state(saved["random"]["torch"])
-            if self.learner.device.type == "cuda" and saved["random"]["cuda"]:
-                torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+            with run_folder.fitting(self.folder, saved):
+                warnings += self.restore(saved)
+                torch.set_rng_state(saved["random"]["torch"])
+                if self.learner.device.type == "cuda" and saved["random"]["cuda"]:
+                    torch.cuda.set_rng_state_all(saved["random"]["cuda"])
         for warning in warnings:
             logger.note(f"warning: {warning}")
         return self
@@ -196,7 +198,8 @@ class Trainer:
         summary = evaluate_agent(agent, config.evaluation_env, episodes, config.seed, config.evaluate, self.signals)
         self.logger.write(self.progress, {f"final/{key}": summary[key] for key in RETURNS if key in summary})
         if isinstance(agent.controller, Exporting):
-            agent.controller.export(self.folder)
+            with self.logger.view("what C exports"):
+                agent.controller.export(self.folder)
         return summary | {"dream_steps": agent.dream_steps}
 
     def rate_scale(self) -> float:

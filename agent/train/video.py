@@ -45,7 +45,8 @@ def load_model(folder: Path | str, device: str | None = None) -> tuple[WorldMode
         raise UserError(f"{folder} was not trained on video")
     saved, updates = run.saved
     config = run.config if device is None else replace(run.config, device=device)
-    learner = Learner(replace(config, compiled=False), run.spec)
+    with run_folder.fitting(run.folder, saved):
+        learner = Learner(replace(config, compiled=False), run.spec)
     run_folder.fill(learner, saved, run.folder, weights_only=True)
     return learner.model, config, run.spec, updates
 
@@ -259,13 +260,16 @@ class VideoTrainer(Trainer):
         return result
 
     def _draw(self, result: OpenLoop) -> dict[str, str]:
-        """Held-out clips beside the dreams of them, as video and as picture: where these are."""
+        """Held-out clips beside the dreams of them, as video and as picture: where these are; nothing if they cannot be
+        written."""
         context = self.config.video.context
         title = f"{self.library.layout}, held out   {context} frames, then a dream under the same actions"
         video = film_path(self.folder / "videos" / "held-out.mp4")
-        save_film(video, (frame for clip in result.drawn for frame in film(clip, title)), fps=10)
-        save_picture(video.with_suffix(".png"), stacked([sheet(clip, title) for clip in result.drawn]))
-        return {"video": str(video), "picture": str(video.with_suffix(".png"))}
+        with self.logger.view(str(video)):
+            save_film(video, (frame for clip in result.drawn for frame in film(clip, title)), fps=10)
+            save_picture(video.with_suffix(".png"), stacked([sheet(clip, title) for clip in result.drawn]))
+            return {"video": str(video), "picture": str(video.with_suffix(".png"))}
+        return {}
 
     def _report_damaged(self) -> None:
         for name, why in self.library.damaged.items():

@@ -137,6 +137,7 @@ def test_checkpoints_that_cannot_be_used_are_refused(dream_runs: Callable, tmp_p
         ({"spec": None}, "no 'spec'"),
     ):
         changed = {key: value for key, value in (tree | change).items() if value is not None}
+        shutil.rmtree(folder / "checkpoints")  # or the one before would be used
         checkpoint.save(folder / "checkpoints", step + 1, changed)
         with pytest.raises(UserError, match=message):
             vec(folder)

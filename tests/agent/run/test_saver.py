@@ -23,7 +23,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(checkpoint, "save", slow)
     written = []
-    saver = Saver(tmp_path, lambda: written.append(threading.current_thread()))
+    saver = Saver(
+        lambda step, tree: checkpoint.save(tmp_path, step, tree), lambda: written.append(threading.current_thread())
+    )
     weight = torch.arange(6.0)
     tree = {"weights": {"a": weight, "b": weight[::2]}, "rows": np.arange(3), "list": [1, (weight, "x")], "n": 3}
     saver.save(7, tree)
@@ -46,7 +48,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
 def test_an_error_is_raised_where_it_can_be_handled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, by the next call; what was saved before is intact."""
     written = []
-    saver = Saver(tmp_path, lambda: written.append(1))
+    saver = Saver(lambda step, tree: checkpoint.save(tmp_path, step, tree), lambda: written.append(1))
     saver.save(1, {"n": 1})
     saver.settle()
 

@@ -158,7 +158,9 @@ def test_stopped_in_an_evaluation(env: str, tmp_path: Path, monkeypatch: pytest.
 
 def test_killed_before_the_first_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "early"
-    shutil.copytree(uninterrupted, folder, ignore=shutil.ignore_patterns("checkpoints", "summary.json"))
+    shutil.copytree(
+        uninterrupted, folder, ignore=shutil.ignore_patterns("checkpoints", "summary.json", run_folder.SAVED)
+    )
     assert list(folder.glob("replay/segment_*"))
     OnlineTrainer.train(run_folder.open_run(folder).config, folder, resume=True, console=False)
     assert record(folder) == record(uninterrupted)
