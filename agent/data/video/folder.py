@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from longdream.agent.data.video import mp4
+from longdream.agent.data.video import mp4, npz
 from longdream.agent.data.video.actions import actions_only, box, discrete, one_hots
 from longdream.agent.data.video.found import beside, files_below
 from longdream.agent.data.video.reader import Condition, Damaged, Recording, one_line
@@ -117,15 +117,17 @@ def load(path: Path) -> np.ndarray:
 
 def _read(file: Path) -> np.ndarray:
     try:
-        actions = np.load(file, mmap_mode="r", allow_pickle=False)
+        with open(file, "rb") as stream:
+            shape, dtype, fortran = npz.read_header(stream)
+            begin = stream.tell()
+        if dtype.hasobject:
+            raise ValueError("it holds pickled objects")
+        # (an empty file or array cannot be mapped)
+        actions = np.memmap(file, dtype, "r", begin, shape, "F" if fortran else "C") if 0 not in shape else None
     except (ValueError, OSError, EOFError) as error:
-        # numpy takes for a pickle what does not begin as an NPY file, and says how to load it without safety
-        pickled = "pickle" in str(error) or "Python objects" in str(error)
-        why = "pickled objects, or another format" if pickled else one_line(error)
-        raise Damaged(f"lies beside {file.name}, which is no NPY file of actions ({why})") from None
-    if not isinstance(actions, np.ndarray):  # an NPZ file under this name
-        actions.close()
-        raise Damaged(f"lies beside {file.name}, which is an archive: save one array with numpy.save")
+        raise Damaged(f"lies beside {file.name}, which is no NPY file of actions ({one_line(error)})") from None
+    if actions is None:
+        actions = np.empty(shape, dtype)
     if actions.dtype.kind == "b":
         actions = actions.astype(np.int64)
     if actions.dtype.kind in "iu" and actions.ndim == 2 and actions.shape[1] == 1:

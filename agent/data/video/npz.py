@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +18,14 @@ from longdream.agent.data.video.found import files_below
 from longdream.agent.data.video.reader import Damaged, one_line
 
 Entries = dict[str, tuple[tuple[int, ...], np.dtype]]
+HEADER = re.compile(
+    rb"\{'descr': '(?P<type>[<>|=]?[a-zA-Z]\d*)', 'fortran_order': (?P<fortran>True|False), "
+    rb"'shape': \((?P<shape>[\d, ]*)\),? *\} *\n"
+)
+"""The header of an NPY file as NumPy writes it for arrays without fields."""
+LONGEST_HEADER = 10_000
+ONE_AT_A_TIME = threading.Lock()
+"""For headers of other forms."""
 
 
 def files_with(root: Path, keys: tuple[str, ...]) -> list[Path]:
@@ -41,7 +51,7 @@ def entries(path: Path) -> Entries:
 def _entries(path: Path, changed: int, size: int) -> Entries:
     with _archive(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(".npy")]
-        return {name.removesuffix(".npy"): _header(archive.open(name))[:2] for name in names}
+        return {name.removesuffix(".npy"): read_header(archive.open(name))[:2] for name in names}
 
 
 def rows(path: Path, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -53,7 +63,7 @@ def rows(path: Path, key: str, start: int = 0, stop: int | None = None) -> np.nd
         Damaged: they cannot be read.
     """
     with _archive(path) as archive, archive.open(f"{key}.npy") as file:
-        shape, dtype, fortran = _header(file)
+        shape, dtype, fortran = read_header(file)
         if (fortran and len(shape) > 1) or dtype.hasobject:
             raise ValueError(f"{key!r} is not stored row by row")
         total, *axes = list(shape)
@@ -79,9 +89,24 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
         raise Damaged(f"is damaged or no NPZ file ({one_line(error)})") from error
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
-    """Shape, type, and whether it is in Fortran order."""
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
+    """Shape and type of the array in an NPY file, and whether it is in Fortran order; the array comes next.
+
+    NumPy reads headers by `ast.literal_eval`, which in CPython 3.11 fails at times if several threads are in it
+    (SystemError: AST constructor recursion depth mismatch). As NumPy writes them, they are read here without it.
+
+    Raises:
+        ValueError: it is no NPY file.
+    """
+    begin = file.tell()
     version = np.lib.format.read_magic(file)
+    length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
+    if match := HEADER.fullmatch(file.read(min(length, LONGEST_HEADER))):
+        shape = tuple(int(part) for part in match["shape"].split(b",") if part.strip())
+        return shape, np.dtype(match["type"].decode()), match["fortran"] == b"True"
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    with ONE_AT_A_TIME:
+        file.seek(begin)
+        np.lib.format.read_magic(file)
+        shape, fortran, dtype = read(file)
     return shape, dtype, fortran

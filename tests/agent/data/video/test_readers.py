@@ -1,5 +1,6 @@
 """A reader per layout: rows are what the files say, and what they cannot say is refused."""
 
+import ast
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from longdream.agent.data.video import mp4, npz
+from longdream.agent.data.video.folder import load
 from longdream.agent.data.video.library import Library, open_library
 from longdream.agent.data.video.loader import read_clip
 from longdream.agent.data.video.memory_maze import POSE, pose_code
@@ -61,6 +63,40 @@ def test_rows_of_an_entry(tmp_path: Path, save) -> None:
         npz.rows(tmp_path / "a.npz", "values", 0, 41)
     with pytest.raises(Damaged, match="KeyError"):
         npz.rows(tmp_path / "a.npz", "none")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6).reshape(2, 3),
+        np.asfortranarray(np.ones((3, 2), ">f4")),
+        np.zeros(()),
+        np.zeros((0, 4), bool),
+        np.array([("a", 1)], [("name", "<U3"), ("n", "i4")]),  # read by numpy
+    ],
+)
+def test_headers_are_read_as_numpy_reads_them(tmp_path: Path, array: np.ndarray) -> None:
+    for version in ((1, 0), (2, 0)):
+        with open(tmp_path / "a.npy", "wb") as file:
+            np.lib.format.write_array(file, array, version)
+        with open(tmp_path / "a.npy", "rb") as file:
+            shape, dtype, fortran = npz.read_header(file)
+            assert (shape, dtype, fortran) == (array.shape, array.dtype, np.isfortran(array))
+            assert len(file.read()) == array.nbytes  # the array comes next
+
+
+def test_headers_are_read_without_ast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In CPython 3.11 it fails at times where several threads read: whole files would be left out, or end the run."""
+
+    def fail(_: str) -> None:
+        raise SystemError("AST constructor recursion depth mismatch")
+
+    np.save(tmp_path / "a.npy", np.arange(40) % 3)
+    np.savez(tmp_path / "a.npz", a=np.zeros((3, 2)))
+    monkeypatch.setattr(ast, "literal_eval", fail)
+    with pytest.raises(SystemError):
+        np.load(tmp_path / "a.npy")
+    assert len(load(tmp_path / "a.mp4")) == 40 and npz.rows(tmp_path / "a.npz", "a").shape == (3, 2)
 
 
 def test_a_changed_byte_is_found_out(tmp_path: Path) -> None:
@@ -198,7 +234,7 @@ BAD = {
     "fewer actions than frames": (np.zeros((5, 2)), "has 8 frames and 5 actions"),
     "words": (np.array(["left"] * 8), r"b\.npy, which holds <U4 of shape \(8,\): actions are whole numbers"),
     "another kind": (np.zeros(8, int), "lies beside actions of whole numbers, others have of 2 float numbers each"),
-    "objects": (np.array([None] * 8), "pickled objects, or another format"),
+    "objects": (np.array([None] * 8), "it holds pickled objects"),
     "not a number": (np.full((8, 2), np.nan), "in row 0 is out of range"),
     "cut short": (None, "b.npy, which is no NPY file of actions"),
     "missing": ("missing", "has no b.npy beside it, as others have"),
@@ -335,14 +371,19 @@ def test_frames_that_were_damaged_are_not_learned_from(tmp_path: Path, write_mp4
     whole = path.read_bytes()
     true = mp4.decode(path, 0, 40, 16)
     refused = 0
-    for at in range(whole.index(b"mdat") + 900, len(whole) - 5000, 1500):
+    # (the encoder's bytes differ between machines: damage is tried at many places)
+    for at in range(whole.index(b"mdat") + 900, len(whole) - 5000, 400):
         path.write_bytes(whole[:at] + bytes(40) + whole[at + 40 :])
         os.utime(path, ns=(at, at))  # what was cached of another version is not used
         with av.open(str(path)) as container:
-            told = [(frame.is_corrupt, bool(frame.key_frame)) for frame in container.decode(video=0)]
+            container.streams.video[0].codec_context.thread_count = 1
+            try:
+                told = [(frame.is_corrupt, bool(frame.key_frame)) for frame in container.decode(video=0)]
+            except av.error.InvalidDataError:
+                continue
         bad = [i for i, (corrupt, _) in enumerate(told) if corrupt]
         keys = [i for i, (_, key) in enumerate(told) if key]
-        if not bad or len(told) < 40:
+        if not bad or len(told) < 40 or bad[0] > 37 or {bad[0] + 1, bad[0] + 2} & set(keys):
             continue
         for first in (bad[0], bad[0] + 1):
             with pytest.raises(Damaged, match="cannot be decoded"):
