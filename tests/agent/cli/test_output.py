@@ -1,4 +1,4 @@
-"""The console: what is printed when nobody reads it any more, and JSON that ends stdout whatever else prints."""
+"""The console: printing where nobody reads it any more, and JSON that ends standard output whatever else prints."""
 
 import errno
 import json
