@@ -161,7 +161,7 @@ class _Players:
         kwargs = for_gym_make(registration, kwargs)
         native = registration.vector_entry_point is not None and LIMIT not in kwargs
         limit = kwargs.get(LIMIT) or registration.max_episode_steps or 0
-        self.longest = max(LONGEST_EPISODE, limit)
+        self.patience = max(LONGEST_EPISODE, limit)
         self.n = min(episodes, copies or (64 if native else os.cpu_count() or 1))
         if probes or name != "random":
             kwargs = {**kwargs, "probes": True}
@@ -214,8 +214,8 @@ class _Players:
                 watch(obs, action, reward, info)
             if not running.any() or (limit is not None and length.max() >= limit):
                 return total, length
-            if limit is None and length[running].max() >= self.longest:
-                raise endless(self.env, self.longest)
+            if limit is None and length[running].max() >= self.patience:
+                raise endless(self.env, self.patience)
             action = policy.act(info)
             obs, reward, terminated, truncated, info = self._ask("step", actions=action)
             total += np.where(running, reward, 0.0)  # copies that have ended are still stepped, but not counted

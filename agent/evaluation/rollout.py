@@ -72,7 +72,7 @@ def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "ag
     lengths = []
     total = np.zeros(world.num_envs)
     length = np.zeros(world.num_envs)
-    longest = max(LONGEST_EPISODE, world.max_episode_steps)
+    patience = max(LONGEST_EPISODE, world.max_episode_steps)
     with own_randomness(seed, agent.device):
         row = world.reset()
         carry = agent.initial(world.num_envs)
@@ -85,8 +85,8 @@ def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "ag
                     lengths.append(length[i])
                 done[i] += 1
                 total[i] = length[i] = 0
-            if length[done < quota].max(initial=0) >= longest:
-                raise endless(world.env_id, longest)
+            if length[done < quota].max(initial=0) >= patience:
+                raise endless(world.env_id, patience)
             if who == "random":
                 action = world.random_action(rng)
             else:
