@@ -189,7 +189,13 @@ def cannot_make(env_id: str, kwargs: dict[str, Any], error: BaseException) -> Us
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
+    """The name and the text of an exception, which may be long, have several lines or be none."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # its __str__ raises
+        text = ""
+    text = text if len(text) <= 1000 else f"{text[:1000]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def name_workers(indices: list[int]) -> str:
@@ -289,7 +295,10 @@ def _names(space: spaces.Dict) -> str:
 
 
 def _described(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # its __repr__ raises
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 120 else f"{text[:120]}..."
 
 

@@ -116,15 +116,14 @@ class Workers(VectorEnv):
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         for i in range(self.num_envs):
-            ours, theirs = context.Pipe()
-            self.pipes.append(ours)
-            process = context.Process(target=_work, args=(theirs,), name=f"{self.env_id} {i}", daemon=True)
             try:
-                process.start()
+                ours, theirs = context.Pipe()
+                self.pipes.append(ours)
+                process = context.Process(target=_work, args=(theirs,), name=f"{self.env_id} {i}", daemon=True)
+                with theirs:
+                    process.start()
             except (EOFError, OSError) as error:
                 raise _cannot_start(self.env_id, error) from error
-            finally:
-                theirs.close()
             self.processes.append(process)
 
     def _make(self, makers: Sequence[Callable[[], Copy]]) -> list[Any]:
@@ -171,6 +170,9 @@ class Workers(VectorEnv):
                 except (EOFError, OSError):
                     dead.append(i)
                     continue
+                except Exception as error:  # of a class that exists in the worker only
+                    which = f"environment {name_workers([i])} of {self.env_id}"
+                    answer = EnvError(f"{which} sent what cannot be read in {name}: {one_line(error)}", i)
                 if isinstance(answer, Exception):
                     errors[i] = answer
                 else:

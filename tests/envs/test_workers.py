@@ -22,12 +22,22 @@ import multiprocessing, os, subprocess, sys, time
 import gymnasium as gym
 import numpy as np
 
+class Oddly(Exception):
+    def __str__(self):
+        raise RuntimeError("not even this")
+
+class Place(gym.spaces.Box):  # that only a worker can read
+    def __reduce__(self):
+        return eval, ("1 if __import__('multiprocessing').parent_process() else 1 / 0",)
+
 class Odd(gym.Env):
     observation_space = gym.spaces.Box(-1, 1, (3,))
     action_space = gym.spaces.Discrete(3)
 
     def __init__(self, how="", mark=""):
         self.how = how
+        if how == "cannot be read":
+            self.observation_space = Place(-1, 1, (3,))
         if how == "exits when made":
             sys.exit(3)
         if how == "dies when made":
@@ -47,6 +57,8 @@ class Odd(gym.Env):
         return np.zeros(3, np.float32), {}
 
     def step(self, action):
+        if self.how == "raises oddly" and action == 1:
+            raise Oddly
         if self.how == "exits in step" and action == 1:
             sys.exit()
         if self.how == "interrupts" and action == 1:
@@ -95,6 +107,7 @@ def children() -> list[str]:
     [
         ("exits when made", UserError, "cannot be made with how='exits when made': SystemExit: 3"),
         ("raises when made", UserError, "cannot be made with how='raises when made': RuntimeError: no licence"),
+        ("cannot be read", EnvError, "worker 0 of odd:Odd-v0 sent what cannot be read in make: ZeroDivisionError"),
         ("dies when made", EnvError, "environment workers 0, 1 of odd:Odd-v0 died in make (exit code 4)"),
     ],
 )
@@ -122,7 +135,10 @@ def test_a_copy_that_hangs_in_close_is_given_up(recwarn):
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-@pytest.mark.parametrize(("how", "name"), [("exits in step", "SystemExit"), ("interrupts", "KeyboardInterrupt")])
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [("exits in step", "SystemExit"), ("interrupts", "KeyboardInterrupt"), ("raises oddly", "Oddly")],
+)
 def test_an_environment_does_not_end_the_program(mode, how, name):
     made = world(how, mode=mode)
     made.reset()
@@ -139,6 +155,15 @@ def test_ctrl_c_in_an_environment_is_still_ctrl_c():
     with pytest.raises(KeyboardInterrupt):
         act(made, 0, 2)
     made.close()
+
+
+def test_too_many_workers_for_the_machine(monkeypatch):
+    def no_more(self):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("multiprocessing.context.ForkServerProcess.start", no_more)
+    with pytest.raises(UserError, match=r"no worker process of odd:Odd-v0 can be started .* lower --env.copies"):
+        world()
 
 
 def test_a_worker_that_dies_with_code_0_is_named():
