@@ -71,6 +71,7 @@ def find(env_id: str) -> Registration:
     if env_id.startswith("remote:"):
         return registration(env_id)
     module, _, name = env_id.rpartition(":")
+    known_before = set(gym.registry)
     if module:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
@@ -84,9 +85,18 @@ def find(env_id: str) -> Registration:
     if name in gym.registry:
         return gym.registry[name]
     by_lower = {known.lower(): known for known in gym.registry}
-    close = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    matches = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    # an id that only the module registers needs it in front
+    close = [f"{module}:{match}" if match not in known_before or _is_of(module, match) else match for match in matches]
     hint = f"did you mean {' or '.join(close)}?" if close else "import the package that registers it: module:Id"
     raise UserError(f"unknown environment {env_id!r}: {hint}")
+
+
+def _is_of(module: str, env_id: str) -> bool:
+    """Whether what a registered id makes lies in the module."""
+    entry = gym.registry[env_id].entry_point
+    where = entry.partition(":")[0] if isinstance(entry, str) else getattr(entry, "__module__", "")
+    return bool(module) and where == module
 
 
 def makes_tensors(env_id: str) -> bool:

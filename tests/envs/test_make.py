@@ -314,7 +314,7 @@ def test_close_in_the_middle_of_a_call(faulty, make_world):
         ("longdream/Recal-v0", "did you mean longdream/Recall-v0"),
         ("Qqqqqqqqqqqqqqq", "import the package that registers it"),
         ("no_such_module_here:X-v0", "cannot import module 'no_such_module_here'"),
-        ("faulty_world:Fault-v0", "did you mean Faulty-v0"),
+        ("faulty_world:Fault-v0", "did you mean faulty_world:Faulty-v0"),
     ],
 )
 def test_unknown_ids_are_refused_with_a_suggestion(faulty, env_id, suggestion):
