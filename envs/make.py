@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 import traceback
@@ -103,9 +104,19 @@ def makes_tensors(env_id: str) -> bool:
     """Whether the environment's own vector class can keep its rows on a device.
 
     It then has `reset_tensors(seed)` and `step_tensors(actions)`, as envs/fast_memory_maze does."""
-    entry: Any = find(env_id).vector_entry_point
-    entry = load_env_creator(entry) if isinstance(entry, str) else entry
+    entry = _vector_entry(env_id)
     return hasattr(entry, "step_tensors") and hasattr(entry, "reset_tensors")
+
+
+def vector_takes(env_id: str, argument: str) -> bool:
+    """Whether the environment's own vector class has an argument of this name."""
+    entry = _vector_entry(env_id)
+    return entry is not None and argument in inspect.signature(entry).parameters
+
+
+def _vector_entry(env_id: str) -> Any:
+    entry: Any = find(env_id).vector_entry_point
+    return load_env_creator(entry) if isinstance(entry, str) else entry
 
 
 class World:

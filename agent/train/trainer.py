@@ -36,7 +36,7 @@ from longdream.agent.train.collector import Collector, RowCollector
 from longdream.agent.train.device_collector import DeviceCollector
 from longdream.controller.types import Exporting
 from longdream.envs.contract import EnvError, UserError
-from longdream.envs.make import World, makes_tensors
+from longdream.envs.make import World, makes_tensors, vector_takes
 
 WARMUP_LOG = 100
 """Updates between lines of metrics during warm-up, when no steps are taken."""
@@ -450,7 +450,8 @@ class OnlineTrainer(Timed, Trainer):
 
 
 def _making_tensors(config: Config) -> EnvConfig:
-    """The environment, told on which device to make its tensors.
+    """The environment, told on which device to make its tensors and, if it can, to let episodes end at different times:
+    where all copies are of one age, so is what is learned from.
 
     Raises:
         UserError: it makes none.
@@ -461,4 +462,7 @@ def _making_tensors(config: Config) -> EnvConfig:
             f"{env.id} makes no tensors: keep the replay on disk (replay.keep = disk), or train on an "
             f"environment that does, like longdream/FastMemoryMaze-9x9-v0"
         )
-    return replace(env, kwargs={"device": resolve_device(config.device)} | env.kwargs)
+    kwargs: dict[str, Any] = {"device": resolve_device(config.device)}
+    if vector_takes(env.id, "stagger"):
+        kwargs["stagger"] = True
+    return replace(env, kwargs=kwargs | env.kwargs)

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from longdream.agent.config import options
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent, Stage
 from longdream.agent.data.device_replay import DeviceReplay
-from longdream.agent.run.signals import Interrupted
+from longdream.agent.run.signals import Interrupted, Signals
 from longdream.agent.train import trainer
 from longdream.agent.train.device_collector import DeviceCollector
 from longdream.agent.train.trainer import OnlineTrainer
 from longdream.envs.contract import UserError
-from longdream.envs.make import World
+from longdream.envs.make import World, vector_takes
 
 
 def maze(**settings: Any) -> Config:
@@ -103,3 +104,15 @@ def test_a_run_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_an_environment_that_makes_no_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"makes no tensors.*replay\.keep = disk"):
         OnlineTrainer.train(maze(env__id="longdream/Recall-v0"), tmp_path / "recall", console=False)
+
+
+def test_copies_begin_at_different_ages(tmp_path: Path) -> None:
+    """In training; in evaluations episodes are whole."""
+    config = maze()
+    with ExitStack() as stack:
+        trainer = OnlineTrainer(config, tmp_path / "run", None, stack.enter_context(Signals()), stack)
+        vector: Any = trainer.world.vector
+        assert len(set(vector.steps.tolist())) == 3
+    assert "stagger" not in config.evaluation_env.kwargs
+    assert vector_takes(config.env.id, "stagger") and not vector_takes(config.env.id, "staggered")
+    assert not vector_takes("longdream/Recall-v0", "stagger")
