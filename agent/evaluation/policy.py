@@ -105,7 +105,10 @@ def make_world(
     except UserError as error:
         if env.id in str(error):
             raise
-        raise UserError(f"{env.id}: {error}") from error
+        named = UserError(f"{env.id}: {error}")
+        for note in getattr(error, "__notes__", ()):  # what the environment's process printed
+            named.add_note(note)
+        raise named from error
     if saved is not None:
         check_fit(world, EnvSpec.from_json(saved["spec"]))
     return world

@@ -75,7 +75,8 @@ class Trainer:
         if saved:
             self.count |= saved["count"]
         self.averages = Averages()
-        self.saver = Saver(lambda step, tree: run_folder.save(folder, step, tree, config), self.saved)
+        root = folder.absolute()  # an environment may change the working directory while a thread writes
+        self.saver = Saver(lambda step, tree: run_folder.save(root, step, tree, config), self.saved)
         stack.callback(self.saver.settle)
         torch.manual_seed(config.seed)
 
