@@ -130,28 +130,30 @@ class Agent(Learner, Actor):
 
         with self.timed("model"):
             loss, starts, clip = self._model_loss(batch)
-        if stage == "controller":
+        if stage == "controller" and self.cuda_graphs:
             with self.timed("controller"), self._branch():
                 finite = finite & self._improve_controller(starts, clip, metrics)
         with self.timed("model"):
             finite_model = self.backward("model", loss, metrics)
-            if stage == "controller":
+            if stage == "controller" and self.cuda_graphs:
                 self._join()  # C has dreamt: now M's weights may change
             self.optimizers["model"].apply(finite_model)
+        if (
+            stage == "controller" and not self.cuda_graphs
+        ):  # nothing runs beside it: C dreams in what M has just learned
+            with self.timed("controller"):
+                finite = finite & self._improve_controller(starts, clip, metrics)
         return metrics, finite & finite_model
 
     def _branch(self) -> AbstractContextManager[Any]:
         """Within, on CUDA, what is captured runs beside what comes after it: C dreams in steps of many small kernels,
         which leave most of the device to M's backward pass."""
-        if not self.cuda_graphs:
-            return nullcontext()
         self.beside.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.beside)
 
     def _join(self) -> None:
         """Wait for the branch. What it reads must live until here, since the allocator does not know of it."""
-        if self.cuda_graphs:
-            torch.cuda.current_stream().wait_stream(self.beside)
+        torch.cuda.current_stream().wait_stream(self.beside)
 
     def update_controller(self, rows: dict, rate_scale: float = 1.0) -> Metrics:
         """One update of C alone, in dreams from replayed rows; V and M are unchanged. As `update` otherwise."""
