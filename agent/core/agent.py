@@ -138,9 +138,7 @@ class Agent(Learner, Actor):
             if stage == "controller" and self.cuda_graphs:
                 self._join()  # C has dreamt: now M's weights may change
             self.optimizers["model"].apply(finite_model)
-        if (
-            stage == "controller" and not self.cuda_graphs
-        ):  # nothing runs beside it: C dreams in what M has just learned
+        if stage == "controller" and not self.cuda_graphs:  # C dreams in what M has just learned
             with self.timed("controller"):
                 finite = finite & self._improve_controller(starts, clip, metrics)
         return metrics, finite & finite_model
