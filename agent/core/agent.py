@@ -54,13 +54,12 @@ class Agent(Learner, Actor):
                 f"cuda_graphs = true: an update with {settings.kind} and {config.forcing.objective} cannot be captured;"
                 f" set it to false"
             )
-        self._check_memory()
         if self.cuda_graphs:
             self.beside = torch.cuda.Stream(self.device)
         self._wrap_dreams()
 
-    def _check_memory(self) -> None:
-        """Refuse dreams that cannot all be there at once."""
+    def check_memory(self) -> None:
+        """Raise UserError for dreams to learn from that cannot all be there at once; who only acts has none."""
         settings = self.config.controller
         carry = self.initial(1)
         clips = self.config.replay.batch

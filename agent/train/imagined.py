@@ -38,6 +38,7 @@ class ImaginationTrainer(Trainer):
         checkpoint, self.real_steps = source.saved
         self.rng = np.random.default_rng((config.seed, 1))
         self.learner = self.agent = Agent(config, source.spec)
+        self.agent.check_memory()
         run_folder.fill_model(self.agent, checkpoint, source.folder)
         self.replay = open_replay(source.folder, checkpoint)
         stack.callback(self.replay.close)

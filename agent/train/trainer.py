@@ -277,6 +277,7 @@ class OnlineTrainer(Timed, Trainer):
         self.world_is_lost = False
         stack.callback(self.world.close)
         self.learner = self.agent = Agent(config, self.world.spec)
+        self.agent.check_memory()
         self.replay: ReplayBuffer
         self.collector: RowCollector
         capacity = config.replay.capacity

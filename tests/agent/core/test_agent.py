@@ -23,14 +23,14 @@ def build(**settings: object) -> Agent:
 def test_more_dreams_than_memory_holds_are_refused() -> None:
     """The number that is named does fit, and three times as many do not."""
     with pytest.raises(UserError, match=r"controller\.imagination_starts = 1,000,000,000: 4 times as many") as error:
-        build(controller__imagination_starts=1_000_000_000)
+        build(controller__imagination_starts=1_000_000_000).check_memory()
     found = re.search(r"at most ([\d,]+)", str(error.value))
     assert found
     fits = int(found[1].replace(",", ""))
     assert free_bytes(build().device) > 0 and fits > 1000
-    build(controller__imagination_starts=fits // 2)
+    build(controller__imagination_starts=fits // 2).check_memory()
     with pytest.raises(UserError, match="GiB free"):
-        build(controller__imagination_starts=3 * fits)
+        build(controller__imagination_starts=3 * fits).check_memory()
 
 
 @pytest.mark.parametrize("grid", [16, 12])
