@@ -18,6 +18,8 @@ def evaluate(
     device: Literal["auto", "cpu", "cuda"] | None = None,
     workers: Literal["sync", "async"] | None = None,
     greedy: bool | None = None,
+    copies: int | None = None,
+    forget_every: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Play whole real episodes: with the trained agent; the same without long memory; and with random actions.
 
@@ -27,6 +29,8 @@ def evaluate(
       longdream evaluate runs/quickstart-s0-1 --episodes 100
       longdream evaluate runs/quickstart-s0-1 --env.kwargs.corridor 24
       longdream evaluate runs/maze-s0-1 --env longdream/MemoryMaze-9x9-v0 --episodes 50 --workers async
+      longdream evaluate runs/maze-s0-1 --env longdream/FastMemoryMaze-9x9-v0 --episodes 256 --copies 256
+      longdream evaluate runs/maze-s0-1 --forget_every 30,100,250
       longdream evaluate oracle --env longdream/MemoryMaze-15x15-v0 --episodes 10
 
     Args:
@@ -39,6 +43,8 @@ def evaluate(
         device: where the agent computes (default: as in the run).
         workers: copies of the environment in this process, or in one each (default: as in the run).
         greedy: its most probable actions, or sampled ones (default: as in the run).
+        copies: of the environment, which play at once (default: as in the run).
+        forget_every: play also with M's long memory erased every so many steps: how much is remembered, and how long.
 
     Raises:
         UserError: no run, or an environment that does not fit it.
@@ -51,9 +57,10 @@ def evaluate(
     from longdream.agent.run.folder import load_agent
     from longdream.envs.memory_maze.sizes import references
 
-    for flag, value, least in (("episodes", episodes, 1), ("seed", seed, 0)):
-        if value is not None and value < least:
-            raise UserError(f"--{flag} {value}: must be at least {least}")
+    least = [("episodes", episodes, 1), ("seed", seed, 0), ("copies", copies, 1)]
+    for flag, value, smallest in [*least, *(("forget_every", steps, 1) for steps in forget_every)]:
+        if value is not None and value < smallest:
+            raise UserError(f"--{flag} {value}: must be at least {smallest}")
     if str(run_folder) in ("oracle", "navigator", "random"):
         from longdream.agent.baselines import scripted
 
@@ -65,6 +72,7 @@ def evaluate(
     agent, config, _, step = load_agent(run_folder, device)
     settings: dict[str, Any] = {"env.id": env, "env.workers": workers, "seed": seed, "evaluate.greedy": greedy}
     settings["evaluate.final_episodes"] = episodes
+    settings["evaluate.copies"] = copies
     settings = {name: value for name, value in settings.items() if value is not None}
     without = ""
     if env is not None and _registered(env) != _registered(config.env.id):
@@ -78,7 +86,7 @@ def evaluate(
     check(config)
     episodes = config.evaluate.final_episodes
     print(f"playing {episodes} episodes of {config.env.id}{without}", file=sys.stderr)
-    summary = evaluate_agent(agent, config.env, episodes, config.seed, config.evaluate)
+    summary = evaluate_agent(agent, config.env, episodes, config.seed, config.evaluate, forget_every=forget_every)
     known = references(config.env.id, config.env.kwargs)
     summary |= {"env_steps": step} | ({"references": known} if known else {})
     summary_table(summary)

@@ -92,7 +92,7 @@ def _help(program: str, function: Callable, parameters: dict[str, inspect.Parame
     for name, parameter in parameters.items():
         required = parameter.default is parameter.empty
         flag = name.upper() if required else f"{flag_name(name)} {_kind(hints[name])}"
-        default = "" if required or parameter.default is None else f" (default: {parameter.default})"
+        default = "" if required or parameter.default in (None, ()) else f" (default: {parameter.default})"
         text = f"  {flag:24} {descriptions.get(name, '')}{default}".rstrip()
         print(textwrap.fill(text, 110, subsequent_indent=" " * 27))
 

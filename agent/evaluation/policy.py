@@ -25,7 +25,7 @@ QUIET_S = 20.0
 LONG = 1_000
 """Steps of a copy without an end after which that line names the fix."""
 ENDLESS = " (if none ever does: --env.kwargs.max_episode_steps N)"
-LABELS: dict[Who, str] = {"agent": "the agent", "without_memory": "it without memory", "random": "random actions"}
+LABELS: dict[Who, str] = {"agent": "the agent", "random": "random actions"}
 
 
 class WatchedWorld(World):
@@ -63,12 +63,14 @@ def play(
     who: Who = "agent",
     settings: EvaluateConfig = DEFAULTS,
     signals: Signals | None = None,
+    forget_every: int = 0,
 ) -> Returns:
     """Play `episodes` in a new environment.
 
     Args:
         seed: of the run; it selects the evaluation episodes.
         settings: number of copies in parallel, and whether actions are greedy.
+        forget_every: see `rollout`.
 
     Raises:
         UserError: the environment cannot be made, or its observations or actions are not those of the agent.
@@ -77,9 +79,11 @@ def play(
     copies = min(settings.copies, episodes)
     with closing(make_world(WatchedWorld, env, copies, seed + EVALUATION_SEED, signals)) as world:
         world.signals = signals
-        world.label = f"evaluating {LABELS[who]}, {episodes} episodes"
+        forgetting = f", its memory erased every {forget_every} steps" if forget_every > 1 else ""
+        forgetting = " without memory" if forget_every == 1 else forgetting
+        world.label = f"evaluating {LABELS[who]}{forgetting}, {episodes} episodes"
         check_fit(world, agent.spec)
-        return rollout(agent, world, episodes, seed, who, settings.greedy)
+        return rollout(agent, world, episodes, seed, who, settings.greedy, forget_every)
 
 
 def make_world(
@@ -132,16 +136,24 @@ def evaluate_agent(
     seed: int,
     settings: EvaluateConfig = DEFAULTS,
     signals: Signals | None = None,
+    forget_every: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """The returns of the agent as JSON values, with the mean returns without long memory and of random actions.
 
-    Arguments and errors are those of `play`.
+    Args:
+        forget_every: numbers of steps. For each, the same episodes are also played with M's long memory erased every so
+            many steps; `erased` holds what they return. The other arguments, and errors, are those of `play`.
     """
     returns = play(agent, env, episodes, seed, "agent", settings, signals)
-    without_memory = play(agent, env, episodes, seed, "without_memory", settings, signals)
+    without_memory = play(agent, env, episodes, seed, "agent", settings, signals, forget_every=1)
     random = play(agent, env, episodes, seed, "random", settings, signals)
+    erased = {}
+    for steps in forget_every:
+        forgetting = play(agent, env, episodes, seed, "agent", settings, signals, forget_every=steps).to_json()
+        erased[str(steps)] = {key: forgetting[key] for key in ("return_mean", "return_ci95")}
     means = {"random_mean": random.return_mean, "without_memory_mean": without_memory.return_mean}
     policy = "greedy" if settings.greedy else "drawn"
+    means |= {"erased": erased} if erased else {}
     return {**returns.to_json(), **means, "env": env.id, "seed": seed, "policy": policy}
 
 

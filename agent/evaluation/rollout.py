@@ -40,17 +40,26 @@ class Returns:
         return asdict(self) | {"return_ci95": list(self.return_ci95)}
 
 
-Who = Literal["agent", "without_memory", "random"]
+Who = Literal["agent", "random"]
 
 
-def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "agent", greedy: bool = True) -> Returns:
+def rollout(
+    agent: Agent,
+    world: World,
+    episodes: int,
+    seed: int,
+    who: Who = "agent",
+    greedy: bool = True,
+    forget_every: int = 0,
+) -> Returns:
     """Play `episodes` complete episodes in a new world, and compute statistics of their returns.
 
     The number of episodes of each copy is fixed in advance, so that short episodes are not overrepresented.
 
     Args:
-        who: the agent; the agent with M's long memory erased before every step; or uniform random actions.
+        who: the agent, or uniform random actions.
         greedy: whether the agent takes its most probable actions instead of sampling them.
+        forget_every: M's long memory is erased before every so many steps, counted from the first row. 0: never.
 
     Raises:
         EnvError: the environment failed, or an episode does not end.
@@ -66,6 +75,7 @@ def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "ag
     with own_randomness(seed, agent.device):
         row = world.reset()
         carry = agent.initial(world.num_envs)
+        rows = 0
         while (done < quota).any():
             total += row.reward
             length += ~row.is_first
@@ -80,10 +90,11 @@ def rollout(agent: Agent, world: World, episodes: int, seed: int, who: Who = "ag
             if who == "random":
                 action = world.random_action(rng)
             else:
-                if who == "without_memory":
+                if forget_every and rows % forget_every == 0:
                     carry = carry._replace(state=carry.state.without_long_memory())
                 carry, _ = agent.observe(carry, row, measure=False)
                 action = agent.act(carry, greedy)
                 carry = agent.acted(carry, action)
             row = world.step(action)
+            rows += 1
     return Returns.of(np.array(returns), np.array(lengths))

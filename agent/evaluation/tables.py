@@ -61,6 +61,10 @@ def _agent_rows(summary: dict[str, Any]) -> Rows:
     ):
         if summary.get(key) is not None:
             rows.append((label, number(summary[key]), remark))
+    for steps, erased in summary.get("erased", {}).items():
+        low, high = map(number, erased["return_ci95"])
+        label = f"  memory erased every {steps}"
+        rows.append((label, number(erased["return_mean"]), f"95% interval {low} to {high}, M's scan states alone"))
     for key, value in summary.get("references", {}).items():
         rows.append((f"  {REFERENCES[key][0]}", number(value), REFERENCES[key][1]))
     rows.append(("real steps", f"{summary['env_steps']:,}", ""))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,20 @@ def test_evaluate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = json.loads(capsys.readouterr().out)
     own = json.loads(Path("runs/short/summary.json").read_text())
     assert {key: own[key] for key in again} == again  # by default, the run's own evaluation
+
+
+def test_evaluate_with_memory_erased(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--episodes", "4", "--copies", "4", "--forget-every", "1,6"]
+    assert cli.main(["evaluate", "runs/short", *flags, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert list(summary["erased"]) == ["1", "6"] and summary["episodes"] == 4
+    assert summary["erased"]["1"]["return_mean"] == summary["without_memory_mean"]
+    low, high = summary["erased"]["6"]["return_ci95"]
+    assert low <= summary["erased"]["6"]["return_mean"] <= high
+    assert cli.main(["evaluate", "runs/short", *flags]) == 0
+    assert re.search(r"memory erased every 6  +[\d.-]+  +95% interval", capsys.readouterr().out)
+    assert cli.main(["evaluate", "runs/short", "--forget-every", "0"]) == 2
+    assert "--forget_every 0: must be at least 1" in capsys.readouterr().err
 
 
 def test_evaluate_elsewhere(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

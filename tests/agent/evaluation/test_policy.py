@@ -14,6 +14,7 @@ from longdream.agent.core.agent import Agent
 from longdream.agent.evaluation import policy
 from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, UserError, env_spec
 from longdream.envs.make import World
+from longdream.worldmodel.dynamics import State
 
 
 def test_a_long_evaluation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -82,3 +83,34 @@ def test_where_no_episode_ends_it_names_the_fix(monkeypatch: pytest.MonkeyPatch,
             world.step(world.random_action(np.random.default_rng(0)))
     first, *_, last = capsys.readouterr().err.splitlines()
     assert "max_episode_steps" not in first and last.endswith("(if none ever does: --env.kwargs.max_episode_steps N)")
+
+
+def test_memory_is_erased_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At rows 0, n, 2 n, ... of the evaluation; erasing before the first row alone changes nothing."""
+    config = options.load("tiny")
+    with closing(World(config.env.id, 2, 0, config.env.kwargs)) as world:
+        agent = Agent(config, world.spec)
+    rows: list[bool] = []  # for each row, whether memory was erased before it
+    erase = State.without_long_memory
+    observe = agent.observe
+
+    def erased(state: State) -> State:
+        rows.append(True)
+        return erase(state)
+
+    def observed(*args, **kwargs):
+        if len(rows) == seen[0]:
+            rows.append(False)
+        seen[0] = len(rows)
+        return observe(*args, **kwargs)
+
+    monkeypatch.setattr(State, "without_long_memory", erased)
+    monkeypatch.setattr(agent, "observe", observed)
+    settings = EvaluateConfig(copies=2)
+    returns = {}
+    for steps in (0, 1, 3, 10_000):
+        rows.clear()
+        seen = [0]
+        returns[steps] = policy.play(agent, config.env, 4, 0, "agent", settings, forget_every=steps)
+        assert rows == [bool(steps) and i % max(steps, 1) == 0 for i in range(len(rows))] and len(rows) > 6
+    assert returns[10_000] == returns[0]
