@@ -13,7 +13,7 @@ from longdream.controller.returns import ReturnScale, lambda_returns
 from longdream.controller.types import ControllerConfig
 from longdream.worldmodel.dream import Clip, Dream
 from longdream.worldmodel.heads import TwoHot
-from longdream.worldmodel.networks import mlp
+from longdream.worldmodel.networks import mark_training_only, mlp
 from longdream.worldmodel.types import Loss
 
 
@@ -31,6 +31,7 @@ class ActorCritic(nn.Module):
         self.two_hot = TwoHot(config.bins)
         self.critic = mlp(features, config.hidden, len(self.two_hot.bins), config.layers, zero=True)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        mark_training_only(self, "target", stand_in="critic")
         self.scale = ReturnScale(config.return_floor)
 
     def policy(self, feat: Tensor) -> Distribution:

@@ -1,6 +1,9 @@
-"""Multi-layer perceptrons with gated hidden layers."""
+"""Multi-layer perceptrons with gated hidden layers, and parts that training alone needs."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,3 +34,19 @@ def mlp(inputs: int, hidden: int, outputs: int, layers: int = 2, zero: bool = Fa
         nn.init.zeros_(out.weight)
         nn.init.zeros_(out.bias)
     return nn.Sequential(*modules, out)
+
+
+def mark_training_only(owner: nn.Module, part: str, stand_in: str | None = None) -> None:
+    """Mark a part of a module that acting and dreaming do without.
+
+    An exported agent lacks it (`owner.training_only` names such parts). Where weights without it are loaded, it takes
+    those of the part `stand_in`, or keeps its own.
+    """
+    owner.training_only = (*getattr(owner, "training_only", ()), part)  # type: ignore[assignment]
+    owner.register_load_state_dict_pre_hook(partial(_fill_in, part=part, stand_in=stand_in))
+
+
+def _fill_in(owner: nn.Module, state: dict[str, Any], prefix: str, *_: Any, part: str, stand_in: str | None) -> None:
+    for key, value in getattr(owner, part).state_dict().items():
+        other = state.get(f"{prefix}{stand_in}.{key}", value) if stand_in else value
+        state.setdefault(f"{prefix}{part}.{key}", other)

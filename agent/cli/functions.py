@@ -10,7 +10,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from longdream.agent.config import flags
 from longdream.envs.contract import UserError
 
-WORDS = {"run_folder": "the folder of a run, runs/NAME", "env": "the name of an environment, ID or module:ID"}
+WORDS = {
+    "run_folder": "the folder of a run, runs/NAME",
+    "out": "a new folder",
+    "env": "the name of an environment, ID or module:ID",
+}
 """What words mean, for the message that one is missing."""
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": "doctor:doctor",
     "check-env": "doctor:check_env",
     "dream": "report:dream",
+    "export": "export:export",
     "demo": "report:demo",
     "baseline": "baseline:baseline",
     "collect": "..baselines.scripted:collect",

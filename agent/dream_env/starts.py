@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import own_randomness
 from longdream.agent.data.replay import Replay
-from longdream.agent.run.checkpoint import CheckpointError
 from longdream.agent.run.folder import fill, fitting, open_run
 from longdream.envs.contract import EnvSpec, UserError
 from longdream.worldmodel.dynamics import State
@@ -74,9 +73,6 @@ def open_agent(folder: Path | str, device: Device | None) -> tuple[Agent, dict[s
     """
     run = open_run(folder)
     tree, _ = run.saved
-    missing = [key for key in ("spec", "weights", "replay") if key not in tree]
-    if missing:
-        raise CheckpointError(f"the checkpoint in {run.folder} has no {missing[0]!r}: it is of another program")
     with fitting(run.folder, tree):
         agent = Agent(replace(run.config, device=device or run.config.device), run.spec)
     fill(agent, tree, run.folder, weights_only=True)
@@ -90,6 +86,9 @@ def open_replay(folder: Path | str, tree: dict[str, Any], seen: tuple[Path, ...]
         UserError: the replay is not on disk, or cannot be opened.
     """
     folder = Path(folder)
+    hint = "dream with start='observation', from observations that you give"
+    if "replay" not in tree:
+        raise UserError(f"{folder} has no replay, as an exported agent or one of another program has none: {hint}")
     saved = tree["replay"]
     spec = EnvSpec.from_json(tree["spec"])
     if "of" in saved:
@@ -98,7 +97,6 @@ def open_replay(folder: Path | str, tree: dict[str, Any], seen: tuple[Path, ...]
         if here in seen:
             raise UserError(f"{folder} learned in dreams of itself, as its checkpoints say: they are damaged")
         return open_replay(source.folder, source.saved[0], (*seen, here))
-    hint = "dream with start='observation', from observations that you give"
     if "layout" not in saved:
         raise UserError(f"{folder} kept its replay in the memory of the device, where it ended with the run: {hint}")
     if not (folder / "replay").is_dir():

@@ -26,11 +26,13 @@ from longdream.agent.config import flags, options
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.learner import Learner
-from longdream.agent.run import checkpoint, files, trust
+from longdream.agent.run import checkpoint, export, files, trust
 from longdream.agent.run.checkpoint import CheckpointError
 from longdream.envs.contract import EnvError, EnvSpec, UserError
 
 PACKAGES = ("longdream", "torch", "gymnasium", "numpy", "safetensors", "pydantic", "PyYAML", "tensorboard", "av")
+PRETRAINED = Path(__file__).resolve().parents[2] / "runs" / "pretrained"
+"""Folder of the exported agents that come with the program."""
 SAVED = ".saved"
 """File of a run that has saved a checkpoint: where they are lost, it is not begun anew."""
 
@@ -44,12 +46,20 @@ class Run:
 
     @cached_property
     def saved(self) -> tuple[dict[str, Any], int]:
-        """Content and step of the newest intact checkpoint, with a warning where config.yaml is not that of it.
+        """Content and step of the newest intact checkpoint, with a warning where config.yaml is not that of it; of an
+        exported agent, its weights alone.
 
         Raises CheckpointError."""
+        if self.exported:
+            return export.load(self.folder / export.WEIGHTS)
         tree, step = checkpoint.load(self.folder / "checkpoints", check_tree)
         warn_of_changes(self.folder, self.config, tree)
         return tree, step
+
+    @property
+    def exported(self) -> bool:
+        """Whether this is an exported agent, which can act, dream and be trained further by --init."""
+        return (self.folder / export.WEIGHTS).exists()
 
     @property
     def spec(self) -> EnvSpec:
@@ -188,13 +198,20 @@ def _environment() -> str:
     return "".join(f"{key}: {value}\n" for key, value in lines.items())
 
 
+def pretrained() -> list[str]:
+    """Names of the agents that come with the program."""
+    return sorted(path.parent.name for path in PRETRAINED.glob("*/config.yaml"))
+
+
 def open_run(folder: Path | str) -> Run:
-    """The run in `folder`.
+    """The run in `folder`, or the agent of that name that comes with the program.
 
     Raises:
         UserError: there is no run, its config.yaml cannot be used, or it names code that the user has not consented to.
     """
     folder = Path(folder)
+    if str(folder) in pretrained() and not folder.exists():
+        folder = PRETRAINED / folder
     try:
         is_run = (folder / "config.yaml").is_file()
         is_folder = folder.is_dir()
@@ -203,7 +220,7 @@ def open_run(folder: Path | str) -> Run:
     if not is_run:
         if not is_folder:
             root = folder.parent if folder.parent.name else Path("runs")
-            runs = [str(path.parent) for path in root.glob("*/config.yaml")]
+            runs = [*(str(path.parent) for path in root.glob("*/config.yaml")), *pretrained()]
             raise UserError(f"{folder}: there is no such run" + flags.suggest(str(folder), runs))
         raise UserError(f"{folder} is no run: it holds no config.yaml; give a folder such as runs/quickstart-s1-1")
     config = options.load(str(folder / "config.yaml"))
@@ -302,6 +319,8 @@ def newest(folder: Path) -> dict[str, Any] | None:
             record.
     """
     root = folder / "checkpoints"
+    if (folder / export.WEIGHTS).exists():
+        raise UserError(f"{folder} is an exported agent, without optimizers: longdream train --init {folder}")
     if checkpoint.latest(root):
         tree, _ = checkpoint.load(root, check_tree_to_resume)
         warn_of_changes(folder, options.load(str(folder / "config.yaml")), tree)

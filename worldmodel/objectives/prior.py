@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from longdream.worldmodel.categorical import cross_entropy, draw_one_hots, kl_divergence, uniform_mixture
 from longdream.worldmodel.dynamics import Dynamics, State
 from longdream.worldmodel.encoder import UNIMIX
-from longdream.worldmodel.networks import mlp
+from longdream.worldmodel.networks import mark_training_only, mlp
 from longdream.worldmodel.objectives.base import ForcingConfig, Pass
 
 POSTERIOR_WEIGHT = 0.1
@@ -45,6 +45,7 @@ class Prior(nn.Module):
         size = dynamics.tokens * dynamics.channels
         self.head = mlp(dynamics.feature_size + actions, hidden, size)
         self.ahead = mlp(dynamics.feature_size + AHEAD * actions, hidden, size)
+        mark_training_only(self, "ahead")
 
     def run(
         self,
