@@ -40,6 +40,8 @@ def describe(path: Path) -> str:
 def load(source: str) -> Config:
     """The Config of a preset, or of a YAML file where `source` ends in .yaml or .yml.
 
+    A file may begin with `preset: NAME`: it then changes the settings of that preset instead of the defaults.
+
     Raises:
         UserError: no such preset or file, or something in it that is no Config.
     """
@@ -64,10 +66,14 @@ def load(source: str) -> Config:
     written_by = tree.pop("version", None)
     if written_by is not None and _minor(str(written_by)) != _minor(VERSION):
         raise UserError(f"{path} was written by longdream {written_by}, this is {VERSION}: use that version to read it")
+    base = tree.pop("preset", None)
+    if base is not None and base not in presets():
+        raise UserError(f"{path}: unknown preset {base!r}" + suggest(str(base), presets()))
+    start = Config() if base is None else load(base)
     settings = dict(leaves(tree))
     unknown_names = [name for name in settings if entry(name)[0] not in fields()]
     try:
-        return update(Config(), settings)
+        return update(start, settings)
     except UserError as error:
         old = written_by is None and unknown_names  # files of 0.1 do not say their version
         hint = f"; longdream 0.1 reads the files that it wrote, this is {VERSION}" if old else ""

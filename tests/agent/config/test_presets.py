@@ -23,6 +23,13 @@ def test_the_presets_are_there() -> None:
     assert all(path.suffix == ".yaml" for path in options.PRESETS.iterdir() if path.is_file())
 
 
+def settings(name: str) -> dict:
+    """What the file of a preset sets, by dotted name."""
+    tree = yaml.safe_load((options.PRESETS / f"{name}.yaml").read_text())
+    tree.pop("preset", None)
+    return dict(options.leaves(tree))
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_says_what_it_is(name: str) -> None:
     path = options.PRESETS / f"{name}.yaml"
@@ -35,14 +42,14 @@ def test_a_preset_goes_through_yaml_and_back(name: str, tmp_path: Path) -> None:
     config = options.load(name)
     (tmp_path / "config.yaml").write_text(options.dump(config))
     assert options.load(str(tmp_path / "config.yaml")) == config
-    named = dict(options.leaves(yaml.safe_load((options.PRESETS / f"{name}.yaml").read_text())))
+    named = settings(name)
     values = {key: options.field_value(config, key) for key in named}
     assert {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()} == named
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_sets_only_what_concerns_its_kind_of_run(name: str) -> None:
-    named = dict(options.leaves(yaml.safe_load((options.PRESETS / f"{name}.yaml").read_text())))
+    named = settings(name)
     config = options.load(name)
     assert config.kind == ("video" if name.startswith("video-") else "online")
     checks.check_given(config, named)

@@ -81,3 +81,29 @@ def test_a_value_in_a_message_is_short() -> None:
 def test_yaml_errors_are_of_one_kind() -> None:
     with pytest.raises(yaml.YAMLError):
         flags.parse_yaml("2024-99-99")
+
+
+def test_a_file_builds_on_a_preset(tmp_path: Path) -> None:
+    """`preset: NAME`: what the file does not say is as in that preset, which may itself build on one."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: quickstart-long\nenv:\n  kwargs: {corridor: 20}\nseed: 4\n")
+    long = options.load("quickstart-long")
+    expected = options.update(long, {"env.kwargs": {"corridor": 20}, "seed": 4})
+    assert options.load(str(path)) == expected != long
+    path.write_text("preset: quikstart\n")
+    with pytest.raises(UserError, match="unknown preset 'quikstart': did you mean quickstart"):
+        options.load(str(path))
+    path.write_text(f"preset: {path}\n")  # only a preset: a file elsewhere may have changed since
+    with pytest.raises(UserError, match="unknown preset"):
+        options.load(str(path))
+
+
+def test_the_larger_mazes_are_learned_as_the_smallest_is() -> None:
+    small = options.load("memory-maze-9x9")
+    for size in (11, 13, 15):
+        config = options.load(f"memory-maze-{size}x{size}")
+        names = {"env.id", "evaluate.env"}
+        changed = {
+            name for name in options.fields() if options.field_value(config, name) != options.field_value(small, name)
+        }
+        assert changed == names and all(f"{size}x{size}" in options.field_value(config, name) for name in names)
