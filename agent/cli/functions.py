@@ -13,6 +13,7 @@ from longdream.envs.contract import UserError
 WORDS = {
     "run_folder": "the folder of a run, runs/NAME",
     "out": "a new folder",
+    "data": "the folder of recordings",
     "env": "the name of an environment, ID or module:ID",
 }
 """What words mean, for the message that one is missing."""
