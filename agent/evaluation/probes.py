@@ -127,7 +127,7 @@ def features(
     """
     device = next(model.parameters()).device
     count, length = episodes.image.shape[:2]
-    found: dict[str, list[Tensor]] = {"V": [], "M": []}
+    collected: dict[str, list[Tensor]] = {"V": [], "M": []}
     for begin in range(0, count, STREAMS):
         image = torch.from_numpy(episodes.image[begin : begin + STREAMS])
         action = torch.from_numpy(episodes.prev_action[begin : begin + STREAMS]).to(device)
@@ -145,8 +145,8 @@ def features(
             if progress and t % 100 == 99:
                 progress(begin * length + streams * (t + 1), count * length)
         for name, values in rows.items():
-            found[name].append(torch.stack(values, 1))
-    return {name: torch.cat(values) for name, values in found.items()}
+            collected[name].append(torch.stack(values, 1))
+    return {name: torch.cat(values) for name, values in collected.items()}
 
 
 class Probe(nn.Module):

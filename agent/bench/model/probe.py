@@ -160,8 +160,8 @@ def _print(rows: list[dict[str, Any]], since: list[dict[str, Any]]) -> None:
     bins = list(dict.fromkeys(row["since_seen"] for row in since))
     cells = [["targets by steps since seen", *bins]]
     for name in names:
-        found = {row["since_seen"]: row["objects_error"] for row in since if row["features"] == name}
-        cells.append([name, *(f"{found[b]:.1f}" if b in found else "-" for b in bins)])
+        errors = {row["since_seen"]: row["objects_error"] for row in since if row["features"] == name}
+        cells.append([name, *(f"{errors[b]:.1f}" if b in errors else "-" for b in bins)])
     print(table(cells) + "\n")
 
 
