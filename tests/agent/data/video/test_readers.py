@@ -196,8 +196,9 @@ def test_teco(tmp_path: Path) -> None:
 # -- a folder of mp4 --------------------------------------------------------------------------------------------------
 
 
-def test_videos_without_actions(tmp_path: Path, shades, write_mp4) -> None:
-    write_mp4(tmp_path / "a.mp4", shades(12))
+@pytest.mark.parametrize("name", ["a.mp4", "a.MOV", "a.mkv"])
+def test_videos_without_actions(tmp_path: Path, shades, write_mp4, name: str) -> None:
+    write_mp4(tmp_path / name, shades(12))
     library = open_library(tmp_path)
     assert library.layout == "mp4" and library.reader.action.size == 1
     rows = only(library, 4, 6, 16)
