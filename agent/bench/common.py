@@ -9,15 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from longdream.agent.config import options
-from longdream.agent.config.schema import Config
+from longdream.agent.config.schema import Config, Device
 from longdream.agent.core.device import resolve_device
 
-Device = Literal["auto", "cpu", "cuda"]
 MB = 1 << 20
 
 

@@ -104,7 +104,6 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
     """Train in a new run or a resumed one; its summary."""
     from longdream.agent.config import checks, options
     from longdream.agent.config.flags import split
-    from longdream.agent.run.folder import open_run, unused
 
     words, flags = split(arguments, lambda flag: str if flag in ("name", "resume") else options.hint(flag))
     if flags is None:
@@ -112,6 +111,8 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
 
         train_help(words[0] if words else None)
         return None
+    from longdream.agent.run.folder import open_run, unused  # imported here: it brings torch, and help is quick
+
     name = flags.pop("name", None)
     resume = flags.pop("resume", None)
     settings = options.from_flags(flags)

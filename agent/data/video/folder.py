@@ -20,7 +20,7 @@ MOST = 1 << 16
 
 
 class Folder:
-    """`NAME.mp4` (or .mov, .mkv) and, beside all of them or none, `NAME.npy`: row t is the action that was taken at frame t.
+    """`NAME.mp4` (or .mov, .mkv) and, beside all or none, `NAME.npy`: row t is the action that was taken at frame t.
 
     Integers `(T,)` from 0 on are discrete actions, as many as the largest number in all files says. Floats `(T,)` or
     `(T, A)` in [-1, 1] are a box. T may be one less than the number of frames, since the last action has no outcome.

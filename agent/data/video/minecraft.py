@@ -126,7 +126,7 @@ class MineRL(Ticks):
 
 
 class Vpt(Ticks):
-    """`ID.mp4` (or .mov, .mkv) beside `ID.jsonl`, of the contractors of Video PreTraining (Baker et al. 2022, arXiv 2206.11795).
+    """`ID.mp4` (or .mov, .mkv) beside `ID.jsonl`, of Video PreTraining (Baker et al. 2022, arXiv 2206.11795).
 
     Each line is the action at one frame. Surplus frames or lines at the end are ignored. There are no rewards."""
 
