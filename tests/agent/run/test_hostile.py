@@ -448,14 +448,6 @@ def test_a_file_where_the_runs_are_to_be(
     assert "Traceback" not in err and "runs" in err.splitlines()[-1]
 
 
-def test_of_two_that_begin_together_one_is_refused(tmp_path: Path) -> None:
-    config = options.load("tiny")
-    folder = run_folder.unused(None, "tiny", 0, tmp_path)
-    run_folder.create(folder, config)
-    with pytest.raises(UserError, match="is in use"):
-        run_folder.create(folder, config)
-
-
 def test_a_dangling_link_is_a_name_in_use(tmp_path: Path) -> None:
     os.symlink("nowhere", tmp_path / "r")
     with pytest.raises(UserError, match="is in use"):
