@@ -14,6 +14,8 @@ from typing import Any
 
 _IMPORTED_IN = os.getpid()
 RANDOM = "random numbers of torch"
+EXITS = ("_exit", "abort")
+"""Functions of os that end the process at once: no handler, and no `finally`, sees it."""
 
 
 def stops_the_program(error: BaseException) -> bool:
@@ -82,17 +84,36 @@ def environments_turn() -> Iterator[None]:
 
     They find the process as they left it: the working directory, the global settings of torch and numpy, torch's random
     numbers. Afterwards it is as it was before, so that neither relative paths nor what we compute has changed.
-    Handlers of SIGINT and SIGTERM that they set are removed."""
+    Handlers of SIGINT and SIGTERM that they set are removed. `os._exit` and `os.abort`, which would end the program
+    without a word, raise SystemExit."""
     if _ENVIRONMENTS.inside:  # an environment that wraps another
         yield
         return
     ours = _ENVIRONMENTS.enter()
     _ENVIRONMENTS.inside = True
+    exits = {name: getattr(os, name) for name in EXITS}
+    for name, real in exits.items():
+        setattr(os, name, _raising(name, real))
     try:
         yield
     finally:
+        for name, real in exits.items():
+            setattr(os, name, real)
         _ENVIRONMENTS.inside = False
         _ENVIRONMENTS.leave(ours)
+
+
+def _raising(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    """os._exit or os.abort as environments in this process find it. A process that they have forked ends by it, and so
+    does this one if they keep it for later."""
+    ours = os.getpid()
+
+    def exits(*status: Any) -> None:
+        if os.getpid() != ours or not _ENVIRONMENTS.inside:
+            real(*status)
+        raise SystemExit(f"os.{name}({', '.join(map(repr, status))})")
+
+    return exits
 
 
 Setting = tuple[Callable[[], Any], Callable[[Any], Any]]

@@ -93,3 +93,21 @@ def test_failures_put_everything_back():
         assert os.getcwd() == "/"
         os.chdir(before)
     assert os.getcwd() == before
+
+
+def test_exits_without_a_word_are_exceptions_while_an_environment_has_its_turn():
+    real = os._exit
+    for call, what in ((lambda: os._exit(3), r"os\._exit\(3\)"), (lambda: os.abort(), r"os\.abort\(\)")):
+        with pytest.raises(SystemExit, match=what), environments_turn():
+            call()
+    with environments_turn():
+        child = os.fork()
+        if not child:
+            os._exit(7)  # a process of the environment's own ends
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        kept = os._exit
+    assert os._exit is real
+    child = os.fork()
+    if not child:
+        kept(9)  # nor is it held up by what was kept for later
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
