@@ -19,6 +19,7 @@ BENCHES = {
     "attention": "model.attention",
     "controllers": "agents.controllers",
     "dream": "agents.dream",
+    "faults": "faults.faults",
     "fidelity": "envs.fidelity",
     "loop": "agents.loop",
     "maze": "envs.maze",

@@ -124,7 +124,7 @@ def _read(file: Path) -> np.ndarray:
             raise ValueError("it holds pickled objects")
         # (an empty file or array cannot be mapped)
         actions = np.memmap(file, dtype, "r", begin, shape, "F" if fortran else "C") if 0 not in shape else None
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # numpy raises several kinds for bytes that are no array, or too large a one
         raise Damaged(f"lies beside {file.name}, which is no NPY file of actions ({one_line(error)})") from None
     if actions is None:
         actions = np.empty(shape, dtype)

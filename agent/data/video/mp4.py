@@ -145,6 +145,8 @@ def _stream(path: Path) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.best("video")
             if stream is None:
                 raise Damaged("holds no video")
+            if stream.codec_context is None:
+                raise Damaged("holds a video of a kind that cannot be decoded")
             stream.codec_context.thread_count = 1  # clips are read in parallel already
             yield container, stream
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:

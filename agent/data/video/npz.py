@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import tokenize
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -108,5 +109,8 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
     with ONE_AT_A_TIME:
         file.seek(begin)
         np.lib.format.read_magic(file)
-        shape, fortran, dtype = read(file)
+        try:
+            shape, fortran, dtype = read(file)
+        except (SyntaxError, tokenize.TokenError, RecursionError, MemoryError, TypeError) as error:
+            raise ValueError(f"its header cannot be read ({one_line(error)})") from None
     return shape, dtype, fortran
