@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 
 from longdream.agent.data.video.found import files_below
-from longdream.agent.data.video.reader import Damaged, one_line
+from longdream.agent.data.video.reader import Damaged, one_line, version
 
 Entries = dict[str, tuple[tuple[int, ...], np.dtype]]
 HEADER = re.compile(
@@ -41,11 +41,7 @@ def files_with(root: Path, keys: tuple[str, ...]) -> list[Path]:
 
 def entries(path: Path) -> Entries:
     """Shape and type of every entry. Raises Damaged."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise Damaged(f"cannot be read ({error.strerror})") from None
-    return _entries(path, status.st_mtime_ns, status.st_size)
+    return _entries(path, *version(path))
 
 
 @lru_cache(maxsize=1 << 14)  # the layouts before the one that fits look at the same files
