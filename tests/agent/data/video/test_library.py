@@ -87,6 +87,8 @@ def test_folders_as_people_have_them(tmp_path: Path, shades, write_maze, write_m
     (tmp_path / "films" / "a.mp4").rename(tmp_path / "films" / "A.MP4")
     np.save(tmp_path / "films" / "A.npy", np.arange(9) % 3)
     (tmp_path / "films" / "A.npy").rename(tmp_path / "films" / "A.NPY")
+    write_mp4(tmp_path / "films" / "c.mp4", shades(9))
+    np.save(tmp_path / "films" / "c.npy", np.arange(9) % 3)
     os.mkfifo(tmp_path / "films" / "b.mkv")
     os.mkfifo(tmp_path / "films" / "b.npy")
     films = open_library(tmp_path / "films")
