@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from longdream.controller.config import ControllerConfig
 from longdream.controller.distributions import Distribution, distribution, outputs
 from longdream.controller.returns import ReturnScale, lambda_returns
-from longdream.controller.types import ControllerConfig
 from longdream.worldmodel.dream import Clip, Dream
 from longdream.worldmodel.heads import TwoHot
 from longdream.worldmodel.networks import mark_training_only, mlp

@@ -13,8 +13,8 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from longdream.controller.config import ControllerConfig
 from longdream.controller.distributions import Categoricals, likeliest_factors
-from longdream.controller.types import ControllerConfig
 from longdream.worldmodel.dream import Dream, Dreamer, Starts, imagine
 from longdream.worldmodel.fields import AT_LEAST_1, POSITIVE, validated
 from longdream.worldmodel.types import Loss

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from longdream.controller.actor_critic import ActorCritic
+from longdream.controller.config import ControllerConfig
 from longdream.controller.distributions import draw_factors, likeliest_factors
-from longdream.controller.types import ControllerConfig
 from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts, imagine
 from longdream.worldmodel.dynamics import State
 from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1, POSITIVE, validated

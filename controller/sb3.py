@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from longdream.controller.types import ControllerConfig
+from longdream.controller.config import ControllerConfig
 from longdream.worldmodel.dream import Dream, Dreamer, Starts
 from longdream.worldmodel.fields import AT_LEAST_1, validated
 from longdream.worldmodel.types import Loss

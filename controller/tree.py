@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from longdream.controller.actor_critic import ActorCritic
+from longdream.controller.config import ControllerConfig
 from longdream.controller.distributions import Categoricals
-from longdream.controller.types import ControllerConfig
 from longdream.worldmodel.dream import Dreamer
 from longdream.worldmodel.dynamics import State
 from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1, validated

@@ -23,7 +23,7 @@ from gymnasium.utils.env_checker import data_equivalence
 from longdream.envs.contract import EnvError, UserError, env_spec
 from longdream.envs.copies import for_gym_make, one_line
 from longdream.envs.make import World, find
-from longdream.envs.process import stops_the_program
+from longdream.envs.process import environments_turn, stops_the_program
 from longdream.envs.text import without_text
 
 SEED = 7
@@ -50,7 +50,11 @@ def check(env_id: str, kwargs: dict[str, Any] | None = None, steps: int = 300) -
         UserError: the environment is not registered, or cannot be made.
     """
     registration = find(env_id)
-    kwargs = for_gym_make(registration, kwargs or {})
+    with environments_turn():
+        return _check(env_id, registration, for_gym_make(registration, kwargs or {}), steps)
+
+
+def _check(env_id: str, registration: Registration, kwargs: dict[str, Any], steps: int) -> Report:
     report = Report()
     if registration.entry_point is None:
         report.notes.append("it has a vector form only: the checks of single environments are left out")

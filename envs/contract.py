@@ -309,3 +309,26 @@ class OneCopy(gym.Env):
 
     def _first(self, obs: Any) -> Any:
         return {key: value[0] for key, value in obs.items()} if isinstance(obs, dict) else obs[0]
+
+
+def check_form(saved: Any, like: Any, name: str) -> None:
+    """Check that a value out of a checkpoint has the form of one of this program's: names, shapes and kinds.
+
+    Raises:
+        ValueError: it has another; the message begins with `name`.
+    """
+    if isinstance(like, dict):
+        if not isinstance(saved, dict) or saved.keys() != like.keys():
+            raise ValueError(f"{name} has not the entries {', '.join(map(str, like))}")
+        for key in like:
+            check_form(saved[key], like[key], f"{name}.{key}")
+    elif isinstance(like, list | tuple):
+        if not isinstance(saved, list | tuple) or len(saved) != len(like):
+            raise ValueError(f"{name} has not {len(like)} values")
+        for i, value in enumerate(like):
+            check_form(saved[i], value, f"{name}.{i}")
+    elif hasattr(like, "shape"):
+        if type(saved) is not type(like) or saved.shape != like.shape or saved.dtype != like.dtype:
+            raise ValueError(f"{name} is not of shape {tuple(like.shape)} and {like.dtype}")
+    elif isinstance(saved, bool) != isinstance(like, bool) or not isinstance(saved, int | float):
+        raise ValueError(f"{name} is a {type(saved).__name__}")

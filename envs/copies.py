@@ -101,17 +101,22 @@ class Copy(gym.Wrapper):
         reward = self._reward(reward)
         terminated = self._flag("terminated", terminated)
         truncated = self._flag("truncated", truncated)
-        return obs, reward, terminated, truncated, _faults(info)
+        return obs, reward, terminated, truncated, self._info(info)
 
-    def _begin(self, episode: int) -> tuple[Any, dict[str, Any]]:
+    def _begin(self, episode: int, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode, with this seed or else with its own."""
         self.episode = episode
         self.actions = []
         self.ended = False
-        result = self._run("reset", seed=derive_seed(self.root, self.index, episode))
+        result = self._run("reset", seed=derive_seed(self.root, self.index, episode) if seed is None else seed)
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise self._error(f"returned {_described(result)} from reset: return observation, info")
         obs, info = result
-        return self._observation(obs, "reset"), _faults(info)
+        return self._observation(obs, "reset"), self._info(info)
+
+    def _info(self, info: Any) -> dict[str, Any]:
+        """What is kept of an info: the number of faults alone, since rows contain no infos."""
+        return {FAULTS: info[FAULTS]} if isinstance(info, dict) and FAULTS in info else {}
 
     def _run(self, name: str, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -144,8 +149,10 @@ class Copy(gym.Wrapper):
         return EnvError(f"environment worker {self.index} of {self.env_id} {what}", self.index, trace)
 
 
-def make_copy(env_id: str, registration: Registration, kwargs: dict[str, Any], limit: int, index: int) -> Copy:
-    """Make one copy.
+def make_copy(
+    env_id: str, registration: Registration, kwargs: dict[str, Any], limit: int, index: int, kind: type[Copy] = Copy
+) -> Copy:
+    """Make one copy, an instance of `kind`.
 
     Raises:
         UserError: the environment cannot be made with these arguments, or has a space that is not supported.
@@ -159,7 +166,7 @@ def make_copy(env_id: str, registration: Registration, kwargs: dict[str, Any], l
             raise
         raise cannot_make(env_id, kwargs, error) from error
     env_spec(env.observation_space, env.action_space)  # raises UserError early if a space is not supported
-    return Copy(env, env_id, index, limit)
+    return kind(env, env_id, index, limit)
 
 
 def split_limit(kwargs: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -300,8 +307,3 @@ def _described(value: Any) -> str:
     except Exception:  # its __repr__ raises
         text = f"a {type(value).__name__}"
     return text if len(text) <= 120 else f"{text[:120]}..."
-
-
-def _faults(info: Any) -> dict[str, Any]:
-    """Keep only the number of faults of an info: rows contain no infos."""
-    return {FAULTS: info[FAULTS]} if isinstance(info, dict) and FAULTS in info else {}

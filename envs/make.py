@@ -18,7 +18,7 @@ from gymnasium.envs.registration import EnvSpec as Registration
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from longdream.envs.contract import EnvError, Row, UserError, env_spec
+from longdream.envs.contract import EnvError, Row, UserError, check_form, env_spec
 from longdream.envs.copies import (
     Misfit,
     cannot_make,
@@ -268,20 +268,42 @@ class World:
         return {"copies": copies if self.native else list(copies), "row": dict(vars(self.row))}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from where get_state was called. ``row`` is again the row that was current then."""
+        """Continue from where get_state was called. ``row`` is again the row that was current then.
+
+        Raises:
+            ValueError: no World of this environment has such a state.
+        """
+        if self.row is not None:
+            check_form(state["row"], dict(vars(self.row)), "row")
         copies = state["copies"]
         if self.native == isinstance(copies, list):
             form = "as single copies" if self.native else "in its vector form"
             raise UserError(f"{self.env_id} was saved {form}: leave env.kwargs.max_episode_steps as it was then")
         if self.native:
-            self._ask("set_state", self.timeout_s, state=copies)
+            try:
+                self._ask("set_state", self.timeout_s, state=copies)
+            except EnvError as error:
+                raise ValueError(str(error)) from error
         else:
+            self._check_copies(copies)
             # reset first: it clears any autoreset that the vector environment still has pending
             self._ask("reset", self.timeout_s)
             longest_episode = max(len(copy["actions"]) for copy in copies)
             timeout_s = self.timeout_s * (1 + longest_episode // REPLAYED_STEPS_PER_TIMEOUT)
             self._ask("set_state", timeout_s, states=copies)
         self.row = Row(**state["row"])
+
+    def _check_copies(self, copies: list[dict[str, Any]]) -> None:
+        """Raise ValueError for what are no states of single copies."""
+        shape = self.single_action_space.shape or ()
+        for i, copy in enumerate(copies):
+            numbers = {"root": copy.get("root"), "episode": copy.get("episode"), "ended": copy.get("ended", False)}
+            check_form(numbers, {"root": 0, "episode": 0, "ended": False}, f"copies.{i}")
+            actions = copy.get("actions")
+            if not isinstance(actions, np.ndarray) or (len(actions) and actions.shape[1:] != shape):
+                raise ValueError(f"copies.{i}.actions are none of {self.single_action_space}")
+        if len(copies) != self.num_envs:
+            raise ValueError(f"there are {len(copies)} states of {self.num_envs} copies")
 
     def render(self, i: int = 0) -> Any:
         """The rendered image of copy i, (H, W, 3) uint8. None unless kwargs has {"render_mode": "rgb_array"}."""

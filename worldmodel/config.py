@@ -1,11 +1,13 @@
-"""Configuration of M, the dynamics."""
+"""Configuration of V, M, its objective and its heads. Nothing is imported here that takes long: help reads it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1
+from annotated_types import Ge, Interval
+
+from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1, AT_LEAST_2, SHARE
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,55 @@ class DynamicsConfig:
     feature_skip: bool = False
     """Append each frame's latents to the feature that C and the heads read, as [z, h] in World Models (arXiv
     1803.10122). With predict_residual, M itself has less reason to keep them in its features."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Size and latent form of V."""
+
+    grid: Annotated[int, Interval(ge=1, le=16)] = 1
+    """Side of the token grid, 1 to 16: N = grid * grid tokens per frame. Observations without images always have 1."""
+    channels: Annotated[int, AT_LEAST_1] = 32
+    """D: channels per token; for categorical latents, the number of variables times their classes."""
+    classes: Annotated[int, AT_LEAST_2] = 8
+    """Classes per categorical variable; must divide channels."""
+    depth: Annotated[int, AT_LEAST_1] = 16
+    """Channels of the first convolution; doubled at each halving, up to 8 times."""
+    noise: Annotated[float, AT_LEAST_0] = 0.0
+    """Standard deviation of noise on continuous latents while V learns to decode them. It pushes the latents of
+    different observations apart, so that small errors of M decode to small errors."""
+
+
+@dataclass(frozen=True)
+class ForcingConfig:
+    """The objective of M and its sampler."""
+
+    objective: str = "flow"
+    """flow, mask, teacher, prior, or a dotted path `package.module:Class` to an Objective of your own."""
+    history: Literal["noisy", "clean"] = "clean"
+    """What noised frames see of their past. clean: clean frames alone. noisy: noised frames too, behind a clean
+    prefix."""
+    steps: Annotated[int, AT_LEAST_1] = 1
+    """Denoising steps per dreamt frame."""
+    ramp: bool = False
+    """Weight the loss by 0.9 tau + 0.1 instead of evenly (flow; Hafner et al. 2025, arXiv 2509.24527)."""
+    pure_noise_prob: Annotated[float, SHARE] = 0.3
+    """Share of noised frames whose level is exactly 0, where sampling begins."""
+    prefix: Annotated[float, SHARE] = 1.0
+    """Share of clips that have a clean prefix (history noisy; 0.5 in Po et al. 2025). Dreams start in prefixes: an
+    agent needs 1."""
+    shortcut: Annotated[float, SHARE] = 0.0
+    """Share of noised frames that learn to be denoised in few, long steps (flow; Frans et al. 2024, arXiv 2410.12557).
+    It costs two more passes of M per update."""
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """Reward and continuation heads."""
+
+    hidden: Annotated[int, AT_LEAST_1] = 128
+    """Width of their MLPs."""
+    bins: Annotated[int, Ge(3)] = 255
+    """Bins of the two-hot reward."""
+    reward_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the reward's loss; the continuation's loss has weight 1. 0: neither is learned, as from video."""

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Interval
 from torch import Tensor, nn
 
 from longdream.worldmodel.categorical import draw_index, uniform_mixture
-from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1, AT_LEAST_2
+from longdream.worldmodel.config import EncoderConfig
 from longdream.worldmodel.symlog import symexp, symlog
 from longdream.worldmodel.types import Loss
 
@@ -37,23 +35,6 @@ class Observed(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def n(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Size and latent form of V."""
-
-    grid: Annotated[int, Interval(ge=1, le=16)] = 1
-    """Side of the token grid, 1 to 16: N = grid * grid tokens per frame. Observations without images always have 1."""
-    channels: Annotated[int, AT_LEAST_1] = 32
-    """D: channels per token; for categorical latents, the number of variables times their classes."""
-    classes: Annotated[int, AT_LEAST_2] = 8
-    """Classes per categorical variable; must divide channels."""
-    depth: Annotated[int, AT_LEAST_1] = 16
-    """Channels of the first convolution; doubled at each halving, up to 8 times."""
-    noise: Annotated[float, AT_LEAST_0] = 0.0
-    """Standard deviation of noise on continuous latents while V learns to decode them. It pushes the latents of
-    different observations apart, so that small errors of M decode to small errors."""
 
 
 class Encoder(nn.Module):

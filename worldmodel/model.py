@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from annotated_types import Ge
 from torch import Tensor, nn
 
-from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.config import DynamicsConfig, EncoderConfig, ForcingConfig, HeadsConfig
 from longdream.worldmodel.dream import Clip, Starts
 from longdream.worldmodel.dynamics import Dynamics, State
-from longdream.worldmodel.encoder import Encoder, EncoderConfig, Observed
-from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1
+from longdream.worldmodel.encoder import Encoder, Observed
 from longdream.worldmodel.heads import RewardContinueHead
 from longdream.worldmodel.objectives import objective_class
-from longdream.worldmodel.objectives.base import ForcingConfig, Objective, Pass
+from longdream.worldmodel.objectives.base import Objective, Pass
 from longdream.worldmodel.types import Batch, Loss
-
-
-@dataclass(frozen=True)
-class HeadsConfig:
-    """Reward and continuation heads."""
-
-    hidden: Annotated[int, AT_LEAST_1] = 128
-    """Width of their MLPs."""
-    bins: Annotated[int, Ge(3)] = 255
-    """Bins of the two-hot reward."""
-    reward_weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of the reward's loss; the continuation's loss has weight 1. 0: neither is learned, as from video."""
 
 
 class Surprise(NamedTuple):

@@ -6,24 +6,25 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv
-from gymnasium.vector.async_vector_env import AsyncState
+from gymnasium.vector import VectorEnv
 
 from longdream.agent.data import npz_episodes as offline
 from longdream.agent.evaluation.limits import LONGEST_EPISODE, endless
 from longdream.envs.contract import EnvError, UserError
-from longdream.envs.copies import LIMIT, cannot_make, derive_seed, for_gym_make, one_line
+from longdream.envs.copies import LIMIT, Copy, cannot_make, derive_seed, for_gym_make, make_copy, one_line
 from longdream.envs.make import find
 from longdream.envs.memory_maze import policies
 from longdream.envs.memory_maze.sizes import references
 from longdream.envs.process import environments_turn, stops_the_program
+from longdream.envs.workers import Workers
 
 Name = Literal["oracle", "navigator", "random"]
 NAMES: tuple[Name, ...] = ("oracle", "navigator", "random")
@@ -107,8 +108,8 @@ def collect(
     out.mkdir(parents=True, exist_ok=True)
     rewards = []
     with closing(_Players(policy, env, env_kwargs or {}, episodes, seed, copies, first, probes=True)) as players:
-        if players.vector.single_observation_space.shape != (64, 64, 3):
-            raise UserError(f"{env} shows {players.vector.single_observation_space}: the layout has 64 x 64 pixels")
+        if players.observation_space.shape != (64, 64, 3):
+            raise UserError(f"{env} shows {players.observation_space}: the layout has 64 x 64 pixels")
         for start in range(0, episodes, players.n):
             rows: list[list[dict[str, np.ndarray]]] = [[] for _ in range(min(players.n, episodes - start))]
 
@@ -135,6 +136,17 @@ def collect(
         "out": str(out),
         "files": [str(path) for path in paths],
     }
+
+
+class Told(Copy):
+    """A copy that begins episodes with seeds that it is given, and passes on what the environment tells."""
+
+    def begin(self, seed: int) -> tuple[Any, dict[str, Any]]:
+        """The first observation of the episode with this seed, and its info."""
+        return self._begin(0, seed)
+
+    def _info(self, info: Any) -> dict[str, Any]:
+        return info if isinstance(info, dict) else {}
 
 
 class _Players:
@@ -167,23 +179,25 @@ class _Players:
         self.n = min(episodes, copies or (64 if native else os.cpu_count() or 1))
         if probes or name != "random":
             kwargs = {**kwargs, "probes": True}
-        mode = "vector_entry_point" if native else "async" if self.n > 1 else "sync"
-        vector_kwargs = {"context": "forkserver"} if mode == "async" else {}
+        self.told = "probes" in kwargs
+        makers = [partial(make_copy, env, registration, kwargs, 0, i, Told) for i in range(self.n)]
         try:
             with environments_turn():
-                if mode == "async":  # a wrong argument raises its error in this process, not in a worker
-                    gym.make(registration, **kwargs).close()
-                self.vector: Any = gym.make_vec(registration, self.n, mode, vector_kwargs, **kwargs)
-        except UserError:
-            raise
-        except TypeError as error:
-            hint = f"a scripted policy plays in Memory Maze, which tells it the maze ({' '.join(str(error).split())})"
-            raise UserError(f"{env} cannot be made with {kwargs}: {hint}") from error
+                if native:
+                    self.vector: Any = gym.make_vec(registration, self.n, "vector_entry_point", **kwargs)
+                else:
+                    self.vector = Workers(makers, env, TIMEOUT_S) if self.n > 1 else makers[0]()
         except BaseException as error:
             if stops_the_program(error):
                 raise
-            raise cannot_make(env, kwargs, error) from error
-        space = self.vector.single_action_space
+            known = error if isinstance(error, UserError) else cannot_make(env, kwargs, error)
+            if "keyword argument 'probes'" in str(known):
+                hint = "a scripted policy plays in Memory Maze, which tells it the maze"
+                raise UserError(f"{known}: {hint}") from error
+            raise known from error
+        shown = self.vector if isinstance(self.vector, Told) else None
+        self.observation_space = shown.observation_space if shown else self.vector.single_observation_space
+        space = shown.action_space if shown else self.vector.single_action_space
         if not isinstance(space, gym.spaces.Discrete):
             self.close()
             raise UserError(f"{env} has actions {space}: scripted policies choose one of several, as in Memory Maze")
@@ -199,8 +213,7 @@ class _Players:
             return and length of each episode, both (n,).
         """
         numbers = [self.offset + start + i for i in range(self.n)]
-        seeds: Any = [derive_seed(self.seed, 0, number) for number in numbers]
-        obs, info = self._ask("reset", seed=seeds)
+        obs, info = self._reset([derive_seed(self.seed, 0, number) for number in numbers])
         rng = np.random.default_rng((self.seed, numbers[0]))
         policy: policies.Policy = policies.Oracle()
         if self.name != "oracle":
@@ -219,7 +232,7 @@ class _Players:
             if limit is None and length[running].max() >= self.most_steps:
                 raise endless(self.env, self.most_steps)
             action = policy.act(info)
-            obs, reward, terminated, truncated, info = self._ask("step", actions=action)
+            obs, reward, terminated, truncated, info = self._step(action)
             total += np.where(running, reward, 0.0)  # copies that have ended are still stepped, but not counted
             length += running
             running &= ~(terminated | truncated)
@@ -230,29 +243,43 @@ class _Players:
         with environments_turn():
             self.vector.close()
 
-    def _ask(self, name: str, **kwargs: Any) -> Any:
-        """`reset` or `step` of the environment.
+    def _reset(self, seeds: list[int]) -> tuple[Any, dict[str, Any]]:
+        """Observations and infos of new episodes with these seeds. Raises EnvError."""
+        if isinstance(self.vector, VectorEnv) and not isinstance(self.vector, Workers):
+            return self._guarded("reset", lambda: self.vector.reset(seed=seeds))
+        obs, infos = zip(*self._each("begin", [{"seed": seed} for seed in seeds]), strict=True)
+        return obs, self._stack(infos)
 
-        Raises:
-            EnvError: it raised, or its process died or did not answer within TIMEOUT_S.
-        """
-        vector = self.vector
-        try:
-            if isinstance(vector, AsyncVectorEnv):
-                getattr(vector, f"{name}_async")(**kwargs)
-                return getattr(vector, f"{name}_wait")(timeout=TIMEOUT_S)
+    def _step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """As a step of a vector environment. Raises EnvError."""
+        if isinstance(self.vector, VectorEnv) and not isinstance(self.vector, Workers):
+            return self._guarded("step", lambda: self.vector.step(actions))
+        answers = self._each("step", [{"action": action} for action in actions])
+        obs, reward, terminated, truncated, infos = zip(*answers, strict=True)
+        return obs, np.array(reward), np.array(terminated), np.array(truncated), self._stack(infos)
+
+    def _each(self, name: str, arguments: list[dict[str, Any]]) -> list[Any]:
+        """Call a method of every copy."""
+        if not isinstance(self.vector, Workers):
             with environments_turn():
-                return getattr(vector, name)(**kwargs)
+                return [getattr(self.vector, name)(**arguments[0])]
+        try:
+            return self.vector.ask(name, TIMEOUT_S, arguments)
+        except EnvError:
+            self.vector.kill()
+            raise
+
+    def _stack(self, infos: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """The probes of all copies; none where none were asked for."""
+        return {key: np.stack([info[key] for info in infos]) for key in infos[0]} if self.told else {}
+
+    def _guarded(self, name: str, call: Callable[[], Any]) -> Any:
+        try:
+            with environments_turn():
+                return call()
         except BaseException as error:
-            if isinstance(vector, AsyncVectorEnv):
-                for process in vector.processes:
-                    process.kill()
-                vector._state = AsyncState.DEFAULT  # otherwise close would wait for the pending call
-                vector.close(terminate=True)
             if stops_the_program(error):
                 raise
-            if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
-                raise EnvError(f"an environment worker of {self.env} died in {name}") from None
             message = f"environment {self.env} raised in {name}: {one_line(error)}"
             raise EnvError(message, trace=traceback.format_exc()) from None
 

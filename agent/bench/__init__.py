@@ -6,13 +6,11 @@ JSON.
 
 from __future__ import annotations
 
-import ast
 import inspect
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+from longdream.agent.cli.functions import call, declared
 from longdream.agent.config import flags
 from longdream.envs.contract import UserError
 
@@ -21,6 +19,7 @@ BENCHES = {
     "attention": "model.attention",
     "controllers": "agents.controllers",
     "dream": "agents.dream",
+    "faults": "faults.faults",
     "fidelity": "envs.fidelity",
     "loop": "agents.loop",
     "maze": "envs.maze",
@@ -33,7 +32,7 @@ BENCHES = {
     "update": "model.update",
     "world-model": "model.world_model",
 }
-"""Module of each benchmark by name; imported when it is run."""
+"""Module of each benchmark by name; it is imported when the benchmark is run."""
 
 
 def find(name: str) -> Callable[..., dict[str, Any]]:
@@ -44,14 +43,7 @@ def find(name: str) -> Callable[..., dict[str, Any]]:
     """
     if name not in BENCHES:
         raise UserError(f"unknown bench {name!r}" + flags.suggest(name, BENCHES, f"there are {', '.join(BENCHES)}"))
-    return import_module(f"longdream.agent.bench.{BENCHES[name]}").measure
-
-
-def _about(name: str) -> str:
-    """The first line of a benchmark's help, from its source: importing all of them takes seconds."""
-    source = Path(__file__).parent.joinpath(*BENCHES[name].split(".")).with_suffix(".py").read_text(encoding="utf-8")
-    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    return inspect.cleandoc(ast.get_docstring(functions["measure"]) or "").partition("\n")[0]
+    return declared(f"longdream.agent.bench.{BENCHES[name]}", "measure")
 
 
 def run(arguments: list[str]) -> dict[str, Any] | None:
@@ -60,12 +52,11 @@ def run(arguments: list[str]) -> dict[str, Any] | None:
     Raises:
         UserError: the name is missing or unknown, or the benchmark does not take these flags.
     """
-    from longdream.agent.cli.functions import call
-
     if not arguments or arguments[0].startswith("-"):
         print(f"usage: longdream bench {'|'.join(BENCHES)} [--json] [options]\n")
         for name in BENCHES:
-            print(f"  {name:12} {_about(name)}")
+            about, *_ = (inspect.getdoc(find(name)) or "").splitlines()
+            print(f"  {name:12} {about}")
         if not arguments or arguments[0] not in ("-h", "--help"):
             raise UserError(f"bench what? Name one of {', '.join(BENCHES)}")
         return None

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from longdream.agent.config import flags
@@ -69,6 +74,43 @@ def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[
     if not 0 <= (given.get("seed") or 0) < 2**31:  # as Config.seed
         raise UserError(f"--seed {given['seed']}: must be at least 0 and less than 2147483648")
     return function(**given)
+
+
+def declared(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module as its source declares it: signature and docstring. The module is imported when the
+    function is called, so that help and mistakes are quick where it imports what takes seconds.
+
+    Names in the signature must be assigned before the function, or be imported from modules that are quick to import.
+    """
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    function = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
+    function.body = function.body[:1]  # the docstring
+    needed = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+    statements: list[ast.stmt] = [function]
+    for statement in reversed(body[: body.index(function)]):
+        if isinstance(statement, ast.ImportFrom):  # (the first: annotations are text)
+            statement.names = [n for n in statement.names if (n.asname or n.name) in needed or n.name == "annotations"]
+            kept = bool(statement.names)
+        else:
+            assigns = isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign)
+            kept = assigns and bool(_names(statement) & needed)
+        if kept:
+            statements.insert(0, statement)
+            needed |= _names(statement)
+    namespace: dict[str, Any] = {}
+    exec(compile(ast.Module(statements, []), spec.origin, "exec"), namespace)
+
+    @functools.wraps(namespace[name])
+    def real(**given: Any) -> Any:
+        return getattr(import_module(module), name)(**given)
+
+    return real
+
+
+def _names(statement: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
 
 
 def _parameter(flag: str) -> str:

@@ -105,7 +105,6 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
     """Train in a new run or a resumed one; its summary."""
     from longdream.agent.config import checks, options
     from longdream.agent.config.flags import split
-    from longdream.agent.run.folder import open_run, unused
 
     words, flags = split(arguments, lambda flag: str if flag in ("name", "resume") else options.hint(flag))
     if flags is None:
@@ -113,56 +112,66 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
 
         train_help(words[0] if words else None)
         return None
+    from longdream.agent.run.folder import begin, open_run, unused  # imported here: it brings torch, and help is quick
+
     name = flags.pop("name", None)
     resume = flags.pop("resume", None)
     settings = options.from_flags(flags)
     if len(words) > (resume is None):
         hint = "one preset at a time" if resume is None else "a run that is resumed has its settings already"
         raise UserError(f"unexpected {words[-1]!r}: {hint}; options look like --seed 3")
+    label = ""
     if resume is not None:
-        folder = Path(resume)
         fixed = ["name"] if name else [key for key in settings if not options.setting(key).on_resume]
         if fixed:
             raise UserError(f"--{fixed[0]} cannot change in a run that goes on: leave it out, or start a new run")
-        config = options.update(open_run(folder).config, settings)
+        config = options.update(open_run(resume).config, settings)
     elif settings.get("world"):
         if words:
             raise UserError(f"unexpected {words[0]!r}: --world brings the settings of its run")
         world = open_run(settings["world"])
         config = options.changed(world.config, {"kind": "imagination"} | settings)
         label = f"{world.folder.name}-{config.controller.kind.partition(':')[0]}"
-        folder = unused(name, label, config.seed)
     elif settings.get("init") and not words:
         source = open_run(settings["init"])
         config = options.changed(source.config, settings)
-        folder = unused(name, source.folder.name, config.seed)
+        label = source.folder.name
     elif words:
         path = Path(words[0])
         config = options.load(words[0])
         if path.name == "config.yaml":  # of a run, which somebody else may have made
             trust.require(path.parent, config)
         config = options.changed(config, settings)
-        folder = unused(name, path.parent.name if path.name == "config.yaml" else path.stem, config.seed)
+        label = path.parent.name if path.name == "config.yaml" else path.stem
     else:
         raise UserError(f"train what? Name a preset, one of {', '.join(options.presets())}, or a .yaml file")
+
+    def choose() -> Path:
+        return Path(resume) if resume is not None else unused(name, label, config.seed)
+
+    choose()  # a name that cannot be is said first
     checks.check_given(config, settings)
     checks.check(config)
     if trust.code_of(config):  # it was typed, or the run that it comes from is trusted
         trust.find_modules_here()
-    module, _, trainer = TRAINERS[config.kind].partition(":")
-    try:
-        kind = getattr(import_module(f"longdream.agent.train.{module}"), trainer)
-        summary = kind.train(config, folder, resume=resume is not None)
-    except Exception as error:
-        if folder.exists() and not isinstance(error, UserError):
-            error.add_note(f"go on with: longdream train --resume {folder}")
-        raise
-    from longdream.agent.evaluation.tables import summary_table
 
-    summary_table(summary | {"run": str(folder)})
-    if config.kind != "video":
-        print(f"next: longdream dream {folder}")
-    return summary
+    def start(folder: Path) -> dict[str, Any]:
+        module, _, trainer = TRAINERS[config.kind].partition(":")
+        try:
+            kind = getattr(import_module(f"longdream.agent.train.{module}"), trainer)
+            summary = kind.train(config, folder, resume=resume is not None)
+        except Exception as error:
+            if folder.exists() and not isinstance(error, UserError):
+                error.add_note(f"go on with: longdream train --resume {folder}")
+            raise
+        from longdream.agent.evaluation.tables import summary_table
+
+        summary_table(summary | {"run": str(folder)})
+        if config.kind != "video":
+            print(f"next: longdream dream {folder}")
+        return summary
+
+    return begin(choose, start, fixed=name is not None)
 
 
 if __name__ == "__main__":

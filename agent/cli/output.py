@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from longdream.envs.contract import EnvError, UserError
+from longdream.envs.process import fill_gaps
 
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 """Errors of a stream whose reader has ended, or whose terminal was closed."""
@@ -96,12 +97,8 @@ class Console:
 
     @staticmethod
     def _fill_gaps() -> None:
-        """Open what was closed at the start: a file of the run would get its number, and what is printed."""
-        for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
-            try:
-                os.fstat(number)
-            except OSError:
-                os.open(os.devnull, mode)  # takes the lowest free number
+        """Open what was closed at the start."""
+        fill_gaps()
         for name, number in (("stdout", 1), ("stderr", 2)):
             if getattr(sys, name) is None:
                 setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 (as long as the process)

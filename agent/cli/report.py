@@ -168,21 +168,27 @@ def demo(preset: str = "quickstart", name: str = "demo", seed: int = 0, device: 
     from longdream.agent.config import options
     from longdream.agent.config.checks import check
     from longdream.agent.evaluation.tables import summary_table
-    from longdream.agent.run.folder import unused
+    from longdream.agent.run.folder import begin, unused
     from longdream.agent.train.trainer import OnlineTrainer
 
     config = options.load(preset)
     config = dataclasses.replace(config, seed=seed, device=device or config.device)
     check(config)
-    names = (name if i == 1 else f"{name}-{i}" for i in count(1))
-    folder = unused(next(name for name in names if not (Path("runs") / name).exists()), preset, seed)
-    print(f"training {preset} in {folder}: {options.presets().get(preset, config.env.id)}", file=sys.stderr)
-    try:
-        summary = OnlineTrainer.train(config, folder)
-    except Exception as error:
-        if folder.exists():
-            error.add_note(f"go on with: longdream train --resume {folder}")
-        raise
+
+    def choose() -> Path:
+        names = (name if i == 1 else f"{name}-{i}" for i in count(1))
+        return unused(next(name for name in names if not (Path("runs") / name).exists()), preset, seed)
+
+    def start(folder: Path) -> tuple[Path, dict[str, Any]]:
+        print(f"training {preset} in {folder}: {options.presets().get(preset, config.env.id)}", file=sys.stderr)
+        try:
+            return folder, OnlineTrainer.train(config, folder)
+        except Exception as error:
+            if folder.exists() and not isinstance(error, UserError):
+                error.add_note(f"go on with: longdream train --resume {folder}")
+            raise
+
+    folder, summary = begin(choose, start, fixed=False)
     print("dreaming beside reality", file=sys.stderr)
     result = dream(folder, console=False)
     summary = with_bounds(summary, config) | {key: result[key] for key in ("run", "video", "picture")}

@@ -101,7 +101,7 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$|0x[0-9a-fA-F]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$|0x[0-9a-fA-F]+$|0o[0-7]+$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -115,7 +115,7 @@ _Loader.add_implicit_resolver(
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     if len(node.value) > MAX_DIGITS:
         raise ValueError(f"a number of {len(node.value)} digits")
-    return int(node.value, 16 if node.value.lower().startswith("0x") else 10)
+    return int(node.value, {"0x": 16, "0o": 8}.get(node.value[:2], 10))
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)

@@ -11,13 +11,11 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from longdream.controller.types import ControllerConfig
-from longdream.worldmodel.config import DynamicsConfig
-from longdream.worldmodel.encoder import EncoderConfig
+from longdream.controller.config import ControllerConfig
+from longdream.worldmodel.config import DynamicsConfig, EncoderConfig, ForcingConfig, HeadsConfig
 from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1, AT_LEAST_2, POSITIVE, SHARE, Mode, OnResume
-from longdream.worldmodel.model import HeadsConfig
-from longdream.worldmodel.objectives.base import ForcingConfig
 
+Device = Literal["auto", "cpu", "cuda"]
 Kind = Literal["online", "imagination", "video"]
 
 
@@ -169,7 +167,7 @@ class Config:
     (`world`), without a real step. video: V and M learn from recordings (`video.data`)."""
     seed: Annotated[int, Interval(ge=0, lt=2**31)] = 0
     """Of everything random."""
-    device: Annotated[Literal["auto", "cpu", "cuda"], OnResume()] = "auto"
+    device: Annotated[Device, OnResume()] = "auto"
     """Where V, M and C compute; auto: on a GPU where there is one."""
     precision: Annotated[Literal["float32", "tf32", "bfloat16"], Mode("online", "video")] = "tf32"
     """On CUDA. float32: matrix products and attention in float32 throughout. tf32: in TF32, and attention in bfloat16.

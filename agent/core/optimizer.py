@@ -72,15 +72,24 @@ class Optimizer:
             self.adamw.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and rates, in the same form on every device."""
-        state = self.adamw.state_dict()
-        return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
+        """The moments and the number of steps, in the same form on every device."""
+        return {"state": self.adamw.state_dict()["state"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue as another optimizer did, on whatever device that was."""
-        here = {"fused": self.fused, "capturable": self.fused}
-        groups = [{**group, **here, "lr": self._as_rate(float(group["lr"]))} for group in state["param_groups"]]
-        self.adamw.load_state_dict({**state, "param_groups": groups})
+        """Continue as another optimizer did, on whatever device that was.
+
+        Raises:
+            ValueError: it had other weights.
+        """
+        for number, moments in state["state"].items():
+            shape = self.parameters[number].shape
+            if {key: value.shape for key, value in moments.items()} != {
+                "step": (),
+                "exp_avg": shape,
+                "exp_avg_sq": shape,
+            }:
+                raise ValueError(f"the optimizer's moments of weight {number} are not of shape {tuple(shape)}")
+        self.adamw.load_state_dict({**self.adamw.state_dict(), "state": state["state"]})
         for weight, moments in self.adamw.state.items():
             for key, value in moments.items():
                 if value.shape == weight.shape:  # the fused kernel needs the weight's memory layout (channels last)

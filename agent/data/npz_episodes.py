@@ -8,8 +8,6 @@ observation and the true state at time t, and the action and reward that led the
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -94,9 +92,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
             episode = {key: _entry(path, key, file) for key in LAYOUT}
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except (zipfile.BadZipFile, ValueError, EOFError, AttributeError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f"{path} is damaged or no NPZ file ({_one_line(error)}): get it again") from error
     _check(path, episode)
     return episode
@@ -104,9 +102,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 def _entry(path: Path, key: str, file: Mapping[str, np.ndarray]) -> np.ndarray:
     try:
-        return file[key]
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError) as error:
+        entry = file[key]
+    except Exception as error:  # zipfile, its decompressors and numpy raise a dozen kinds for bytes that are no array
         raise UserError(f"{path} is damaged: {key!r} cannot be read ({_one_line(error)}): get it again") from error
+    if not isinstance(entry, np.ndarray):  # bytes that do not begin as an array does
+        raise UserError(f"{path} is damaged: {key!r} is no array: get it again")
+    return entry
 
 
 def check_shapes(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, int]:

@@ -25,12 +25,12 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from longdream.agent.config.schema import Device
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.cuda_graphs import GraphedCall
 from longdream.agent.core.device import own_randomness
-from longdream.agent.dream_env.spaces import action_space, observation_space, picture
+from longdream.agent.dream_env.spaces import Observation, action_space, observation_space, picture
 from longdream.agent.dream_env.starts import (
-    Device,
     Moments,
     first_moments,
     initial_moments,
@@ -42,7 +42,6 @@ from longdream.agent.dream_env.transfer import Actions, OnTheWay, fetched, index
 from longdream.envs.contract import OneCopy, UserError
 from longdream.envs.process import forked
 
-Observation = Literal["latent", "feature", "image"]
 Start = Literal["replay", "initial", "observation"]
 
 POOL = 1024

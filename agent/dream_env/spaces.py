@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from gymnasium import spaces
 
 from longdream.envs.contract import ActionSpec, ObsSpec
 
+Observation = Literal["latent", "feature", "image"]
+"""What a dream shows of each frame."""
 RENDERED = 256
 """Frames are enlarged by an integer factor to about this many pixels."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from longdream.agent.config.schema import Device
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import own_randomness
 from longdream.agent.data.replay import Replay
@@ -19,8 +20,6 @@ from longdream.agent.run.folder import fill, fitting, open_run
 from longdream.envs.contract import EnvSpec, UserError
 from longdream.worldmodel.dynamics import State
 from longdream.worldmodel.types import Batch
-
-Device = Literal["auto", "cpu", "cuda"]
 
 CLIPS = 16
 """Clips that M processes at a time."""

@@ -93,7 +93,7 @@ def save(root: Path, step: int, tree: dict, keep: int = 2) -> Path:
         "step": int(step),
         "files": {name: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for name, b in blobs.items()},
     }
-    manifest["sha256"] = _digest(manifest)
+    manifest["sha256"] = digest(manifest)
     blobs["manifest.json"] = json.dumps(manifest, indent=1).encode()
 
     older = [path for path in _all(root) if _order(path)[0] <= step]
@@ -203,7 +203,8 @@ def _name(path: tuple) -> str:
     return ".".join(map(str, path)) or "value"
 
 
-def _digest(manifest: dict) -> str:
+def digest(manifest: dict) -> str:
+    """The SHA-256 that a manifest has of itself."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -271,7 +272,7 @@ def _read(folder: Path, check: Callable[[dict], None] | None = None) -> tuple[di
         step = manifest["step"]
         sizes = {name: manifest["files"][name]["bytes"] for name in FILES}
         sums = {name: manifest["files"][name]["sha256"] for name in FILES}
-        digest = _digest(manifest)
+        expected = digest(manifest)
     except OSError as error:
         raise CheckpointError(f"{_unreadable(path, error)}; {hint}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -280,7 +281,7 @@ def _read(folder: Path, check: Callable[[dict], None] | None = None) -> tuple[di
         raise NewerFormat(
             f"{folder} has checkpoint format {version}, this program reads up to {FORMAT}: update the program"
         )
-    if manifest.get("sha256") != digest:
+    if manifest.get("sha256") != expected:
         raise CheckpointError(f"{path} is damaged (checksum differs); {hint}")
     if type(step) is not int or _order(folder)[0] not in (-1, step):
         raise CheckpointError(f"{path} is damaged (it is of step {step!r:.40}, its folder of another); {hint}")

@@ -12,13 +12,13 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -30,11 +30,18 @@ from longdream.agent.run import checkpoint, export, files, trust
 from longdream.agent.run.checkpoint import CheckpointError
 from longdream.envs.contract import EnvError, EnvSpec, UserError
 
+T = TypeVar("T")
 PACKAGES = ("longdream", "torch", "gymnasium", "numpy", "safetensors", "pydantic", "PyYAML", "tensorboard", "av")
 PRETRAINED = Path(__file__).resolve().parents[2] / "runs" / "pretrained"
 """Folder of the exported agents that come with the program."""
 SAVED = ".saved"
 """File of a run that has saved a checkpoint: where they are lost, it is not begun anew."""
+BEGUN = ".begun.json"
+"""File of a run with its settings as this program wrote them into config.yaml. Each checkpoint has a copy, too."""
+
+
+class InUse(UserError):
+    """The folder of a new run exists already."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def unused(name: str | None, label: str, seed: int, root: Path | str = "runs") -
     """The folder of a new run: `root`/`name`, or `root`/LABEL-sSEED-1 (or -2, ...) without a name. Creates nothing.
 
     Raises:
-        UserError: the folder exists, or the name is not valid.
+        InUse: the folder exists. UserError: the name is not valid.
     """
     root = Path(root)
     if name is not None and (not name or name.startswith((".", "-")) or re.search(r"[/\x00-\x1f\x7f]", name)):
@@ -92,11 +99,30 @@ def unused(name: str | None, label: str, seed: int, root: Path | str = "runs") -
     raise _in_use(folder)
 
 
+def begin(choose: Callable[[], Path], start: Callable[[Path], T], fixed: bool) -> T:
+    """What `start` returns for the folder of a new run, which it creates.
+
+    Creating the folder is the claim to it. Where another process was quicker, `choose` is asked for the next one.
+
+    Args:
+        fixed: the user has named the folder, and takes no other.
+
+    Raises:
+        UserError: that folder exists, or as `choose` and `start` say.
+    """
+    while True:
+        try:
+            return start(choose())
+        except InUse:
+            if fixed:
+                raise
+
+
 def create(folder: Path, config: Config) -> Path:
     """Create the folder of a new run with config.yaml, which can be run again as it is, and environment.txt.
 
     Raises:
-        UserError: the folder exists, or cannot be created.
+        InUse: the folder exists. UserError: it cannot be created.
     """
     make(folder)
     write(folder / "environment.txt", _environment())
@@ -104,11 +130,11 @@ def create(folder: Path, config: Config) -> Path:
     return folder
 
 
-def make(folder: Path) -> None:
-    """Create the empty folder of a new run.
+def make(folder: Path) -> Path:
+    """Create the empty folder of a new run; it is returned.
 
     Raises:
-        UserError: the folder exists, or cannot be created.
+        InUse: the folder exists. UserError: it cannot be created.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +145,12 @@ def make(folder: Path) -> None:
         raise _in_use(folder) from None
     except OSError as error:
         raise _no_place(folder, error) from None
+    return folder
 
 
 def write_config(folder: Path, config: Config) -> None:
     """Write config.yaml, which can be run again as it is. The run counts as trusted: it is being trained here."""
+    write(folder / BEGUN, json.dumps(_settings(config)) + "\n")
     write(folder / "config.yaml", "# longdream train config.yaml runs this again.\n" + options.dump(config))
     trust.remember(folder, config)
 
@@ -131,9 +159,9 @@ def _no_place(folder: Path, error: OSError) -> UserError:
     return UserError(f"cannot make {folder} ({error.strerror}): choose another place or name, or fix its permissions")
 
 
-def _in_use(folder: Path) -> UserError:
+def _in_use(folder: Path) -> InUse:
     hint = f"--resume {folder} goes on with it" if (folder / "config.yaml").exists() else "it holds no run"
-    return UserError(f"{folder} is in use: {hint}; --name other starts a new one")
+    return InUse(f"{folder} is in use: {hint}; --name other starts a new one")
 
 
 def write(path: Path, text: str) -> None:
@@ -330,6 +358,8 @@ def newest(folder: Path) -> dict[str, Any] | None:
             f"{root} holds no checkpoint, and this run has saved some: put them back, or begin another run with "
             f"longdream train {folder}/config.yaml; begun anew, this one would lose {_record(folder)}"
         )
+    if saved := _read_json(folder / BEGUN):
+        _warn_of_changes(folder, options.load(str(folder / "config.yaml")), saved, "the run began")
     return None
 
 
@@ -387,27 +417,34 @@ def _settings(config: Config) -> dict[str, Any]:
 def warn_of_changes(folder: Path, config: Config, tree: dict[str, Any]) -> None:
     """Warn where config.yaml is not what the run was saved with: it was edited, or it is damaged."""
     saved = tree.get("config")
-    if not isinstance(saved, dict):  # of an older version
-        return
+    if isinstance(saved, dict):  # (an older version kept no copy)
+        _warn_of_changes(folder, config, saved, "the checkpoint")
+
+
+def _warn_of_changes(folder: Path, config: Config, saved: dict[str, Any], since: str) -> None:
     given = _settings(config)
     changes = [f"{key} = {given[key]}, was {saved[key]}" for key in given if key in saved and given[key] != saved[key]]
     if changes:
         warnings.warn(
-            f"{folder / 'config.yaml'} has changed since the checkpoint: {flags.shown('; '.join(changes), 400)}",
+            f"{folder / 'config.yaml'} has changed since {since}: {flags.shown('; '.join(changes), 400)}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
 def summary(folder: Path) -> dict[str, Any] | None:
     """The content of the run's summary.json, with NaN for null; None if there is no such file, or not one of ours."""
+    values = _read_json(folder / "summary.json")
+    return values and {key: math.nan if value is None else value for key, value in values.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a small JSON file; None if there is no such file, or something else in it."""
     try:
-        values = json.loads(files.read_text(folder / "summary.json"))
+        values = json.loads(files.read_text(path))
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(values, dict):
-        return None
-    return {key: math.nan if value is None else value for key, value in values.items()}
+    return values if isinstance(values, dict) else None
 
 
 @contextmanager

@@ -193,14 +193,13 @@ class Logger:
     def restore(self, state: dict | None) -> list[str]:
         """Truncate the file to its length at `state`, or to 0 for None: the resumed run writes the later lines again.
 
-        Returns a warning if the file is shorter than it was at `state`, or not the same.
+        Returns a warning if the file is shorter than it was at `state`, or not the same. Part of a line is cut off
+        too: the next one would be appended to it.
         """
         state = state or {"bytes": 0, "step": -1, "nonfinite": 0, "shown": {}}
         warnings = []
-        end = state["bytes"]
-        if self.path.stat().st_size < end:
-            with opened(self.path) as (file, _):
-                end = file.read().rfind(b"\n") + 1
+        end = _whole_lines(self.path, state["bytes"])
+        if end < state["bytes"]:
             warnings.append(
                 f"{self.path} has {end:,} of the {state['bytes']:,} bytes it had at the checkpoint: "
                 f"the metrics between are lost, the run goes on"
@@ -260,6 +259,19 @@ def _checksum(path: Path, size: int) -> int:
             checksum = zlib.crc32(block, checksum)
             size -= len(block)
     return checksum
+
+
+def _whole_lines(path: Path, limit: int) -> int:
+    """The number of bytes, at most `limit`, of the whole lines that a file begins with."""
+    with opened(path) as (file, size):
+        end = min(size, limit)
+        while end > 0:
+            begin = max(0, end - (1 << 20))
+            file.seek(begin)
+            if (last := file.read(end - begin).rfind(b"\n")) >= 0:
+                return begin + last + 1
+            end = begin
+    return 0
 
 
 def _plain(value: Any) -> Value:

@@ -10,7 +10,7 @@ import torch
 from longdream.agent.core.actor import Carry
 from longdream.agent.core.agent import Agent
 from longdream.agent.data.replay import Replay
-from longdream.envs.contract import Row
+from longdream.envs.contract import Row, check_form
 from longdream.envs.make import World
 from longdream.worldmodel.dynamics import State
 
@@ -122,6 +122,8 @@ class Collector:
         }
 
     def set_state(self, tree: dict[str, Any]) -> None:
+        mine = {key: value for key, value in self.get_state().items() if key != "world"}
+        check_form({key: tree[key] for key in mine}, mine, "collector")
         self.world.set_state(tree["world"])
         assert self.world.row is not None
         self.row = self.world.row

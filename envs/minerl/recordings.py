@@ -77,7 +77,8 @@ def ticks_of_jsonl(lines: Iterable[str]) -> dict[str, np.ndarray]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"line {number + 1} is no tick of a recording ({type(error).__name__}: {error})") from error
         stuck = new == [0] if number == 0 else stuck and 0 not in new
-        pressed |= {MOUSE[button] for button in down if button in range(len(MOUSE)) and not (stuck and button == 0)}
+        known = [int(button) for button in down if button in range(len(MOUSE))]  # (pandas writes 0 as 0.0)
+        pressed |= {MOUSE[button] for button in known if not (stuck and button == 0)}
         if selected != slot:
             pressed.add(f"hotbar.{selected + 1}")
         slot = selected

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longdream.controller.actor_critic import ActorCritic
-from longdream.controller.types import ControllerConfig
+from longdream.controller.config import ControllerConfig
 from longdream.worldmodel.dream import Clip, Dream
 
 CONFIG = ControllerConfig(hidden=32, layers=1, bins=81, gamma=0.9, entropy=1e-3, return_floor=0.1, target_ema=0.05)

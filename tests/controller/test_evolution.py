@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from longdream.controller import evolution
+from longdream.controller.config import ControllerConfig
 from longdream.controller.evolution import Evolution
-from longdream.controller.types import ControllerConfig, Improving
+from longdream.controller.types import Improving
 from longdream.worldmodel.dream import Starts
 
 CONFIG = ControllerConfig(gamma=0.9)

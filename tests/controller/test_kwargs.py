@@ -3,11 +3,11 @@
 import pytest
 from stable_baselines3 import PPO
 
+from longdream.controller.config import ControllerConfig
 from longdream.controller.evolution import Evolution
 from longdream.controller.planner import Planner
 from longdream.controller.sb3 import StableBaselines
 from longdream.controller.tree import Tree
-from longdream.controller.types import ControllerConfig
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from longdream.controller.config import ControllerConfig
 from longdream.controller.planner import Planner
-from longdream.controller.types import ControllerConfig, Planning
+from longdream.controller.types import Planning
 
 CONFIG = ControllerConfig(hidden=32, layers=1, bins=81, gamma=0.9)
 

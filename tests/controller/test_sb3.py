@@ -9,8 +9,9 @@ from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
+from longdream.controller.config import ControllerConfig
 from longdream.controller.sb3 import DreamVec, StableBaselines, _space, encode
-from longdream.controller.types import ControllerConfig, Improving
+from longdream.controller.types import Improving
 from longdream.worldmodel.dream import Starts
 
 CONFIG = ControllerConfig(gamma=0.9, horizon=8)

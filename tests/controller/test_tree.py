@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longdream.controller.config import ControllerConfig
 from longdream.controller.tree import MAX_ACTIONS, Tree, halving
-from longdream.controller.types import ControllerConfig, Planning
+from longdream.controller.types import Planning
 
 CONFIG = ControllerConfig(hidden=32, layers=1, bins=81, gamma=0.9, unimix=0.0)
 

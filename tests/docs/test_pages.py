@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from longdream.agent.config import options
-from longdream.controller.types import ControllerConfig
-from longdream.worldmodel.config import DynamicsConfig
+from longdream.controller.config import ControllerConfig
+from longdream.worldmodel.config import DynamicsConfig, ForcingConfig
 from longdream.worldmodel.dream import Dream
 from longdream.worldmodel.dynamics import Dynamics
 from longdream.worldmodel.objectives import Flow
-from longdream.worldmodel.objectives.base import ForcingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -33,6 +35,11 @@ class Rude(gym.Env):
         torch.manual_seed(5)
         np.seterr(all="raise")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.setrecursionlimit(5000)
+        sys.stdout = self.found
+        torch.set_autocast_enabled("cpu", True)
+        torch.use_deterministic_algorithms(True)
+        torch.inference_mode().__enter__()
         return np.zeros(1, np.float32), {}
 
     def step(self, action):
@@ -55,7 +62,9 @@ def rude(tmp_path) -> Iterator[tuple[World, list]]:
 
 
 def settings() -> tuple:
-    of_torch = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+    of_torch = [torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()]
+    of_torch += [torch.is_autocast_enabled("cpu"), torch.are_deterministic_algorithms_enabled()]
+    of_torch += [torch.is_inference_mode_enabled(), sys.getrecursionlimit(), sys.stdout]
     return (os.getcwd(), *of_torch, np.geterr(), signal.getsignal(signal.SIGTERM))
 
 
@@ -93,3 +102,37 @@ def test_failures_put_everything_back():
         assert os.getcwd() == "/"
         os.chdir(before)
     assert os.getcwd() == before
+
+
+def test_exits_without_a_word_are_exceptions_while_an_environment_has_its_turn():
+    real = os._exit
+    for call, what in ((lambda: os._exit(3), r"os\._exit\(3\)"), (lambda: os.abort(), r"os\.abort\(\)")):
+        with pytest.raises(SystemExit, match=what), environments_turn():
+            call()
+    with environments_turn():
+        child = os.fork()
+        if not child:
+            os._exit(7)  # a process of the environment's own ends
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        kept = os._exit
+    assert os._exit is real
+    child = os.fork()
+    if not child:
+        kept(9)  # nor is it held up by what was kept for later
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_descriptors_that_an_environment_closes_are_no_files_of_a_run(tmp_path):
+    """In a process of its own, whose console is gone then."""
+    code = """
+import os
+from longdream.envs.process import environments_turn
+with environments_turn():
+    os.close(1), os.close(2)
+handle = os.open("record", os.O_CREAT | os.O_WRONLY)
+print("words", flush=True)
+assert handle > 2
+"""
+    path = str(Path(__file__).resolve().parents[2] / "src")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0 and (tmp_path / "record").read_text() == ""

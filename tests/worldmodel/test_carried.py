@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from longdream.envs.contract import ObsSpec
-from longdream.worldmodel.config import DynamicsConfig
-from longdream.worldmodel.encoder import EncoderConfig
-from longdream.worldmodel.model import HeadsConfig, WorldModel
-from longdream.worldmodel.objectives.base import ForcingConfig, Pass
+from longdream.worldmodel.config import DynamicsConfig, EncoderConfig, ForcingConfig, HeadsConfig
+from longdream.worldmodel.model import WorldModel
+from longdream.worldmodel.objectives.base import Pass
 from longdream.worldmodel.types import Batch
 
 B = 3

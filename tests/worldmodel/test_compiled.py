@@ -4,9 +4,8 @@ code: that is torch's own affair.)"""
 import pytest
 import torch
 
-from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.config import DynamicsConfig, ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics
-from longdream.worldmodel.objectives.base import ForcingConfig
 from longdream.worldmodel.objectives.flow import Flow
 
 

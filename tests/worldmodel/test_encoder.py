@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from longdream.worldmodel import encoder as encoder_module
-from longdream.worldmodel.encoder import Encoder, EncoderConfig, RunningScale
+from longdream.worldmodel.config import EncoderConfig
+from longdream.worldmodel.encoder import Encoder, RunningScale
 
 
 class Spec(NamedTuple):

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.config import DynamicsConfig, ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics, State
 from longdream.worldmodel.generate import Step, generate, read_context, slope
 from longdream.worldmodel.mixers import attention
-from longdream.worldmodel.objectives.base import ForcingConfig
 from longdream.worldmodel.objectives.flow import Flow
 from longdream.worldmodel.objectives.mask import Mask
 from longdream.worldmodel.objectives.teacher import Teacher

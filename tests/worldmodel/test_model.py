@@ -7,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.config import DynamicsConfig, EncoderConfig, ForcingConfig, HeadsConfig
 from longdream.worldmodel.dream import Starts, imagine
 from longdream.worldmodel.dynamics import State
-from longdream.worldmodel.encoder import EncoderConfig
-from longdream.worldmodel.model import HeadsConfig, WorldModel
+from longdream.worldmodel.model import WorldModel
 from longdream.worldmodel.objectives import objective_class
-from longdream.worldmodel.objectives.base import ForcingConfig
 from longdream.worldmodel.objectives.flow import Flow
 from longdream.worldmodel.objectives.mask import Mask
 from longdream.worldmodel.objectives.prior import Prior

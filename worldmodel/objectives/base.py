@@ -13,43 +13,19 @@ reads it. Rewards are learned and dreams start at frames that were seen clean.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from longdream.worldmodel.config import ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics, Output, State
-from longdream.worldmodel.fields import AT_LEAST_1, SHARE
 
 MIN_PREFIX = 0.5
 """Least share of a clip that its clean prefix takes up, where it has one (Po et al. 2025)."""
 MAX_DENOISING_STEPS = 64
 """Denoising steps of the shortest length that `shortcut` distinguishes; a power of 2."""
-
-
-@dataclass(frozen=True)
-class ForcingConfig:
-    """The objective of M and its sampler."""
-
-    objective: str = "flow"
-    """flow, mask, teacher, prior, or a dotted path `package.module:Class` to an Objective of your own."""
-    history: Literal["noisy", "clean"] = "clean"
-    """What noised frames see of their past. clean: clean frames alone. noisy: noised frames too, behind a clean
-    prefix."""
-    steps: Annotated[int, AT_LEAST_1] = 1
-    """Denoising steps per dreamt frame."""
-    ramp: bool = False
-    """Weight the loss by 0.9 tau + 0.1 instead of evenly (flow; Hafner et al. 2025, arXiv 2509.24527)."""
-    pure_noise_prob: Annotated[float, SHARE] = 0.3
-    """Share of noised frames whose level is exactly 0, where sampling begins."""
-    prefix: Annotated[float, SHARE] = 1.0
-    """Share of clips that have a clean prefix (history noisy; 0.5 in Po et al. 2025). Dreams start in prefixes: an
-    agent needs 1."""
-    shortcut: Annotated[float, SHARE] = 0.0
-    """Share of noised frames that learn to be denoised in few, long steps (flow; Frans et al. 2024, arXiv 2410.12557).
-    It costs two more passes of M per update."""
 
 
 class Pass(NamedTuple):

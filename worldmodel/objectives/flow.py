@@ -13,8 +13,9 @@ import math
 import torch
 from torch import Tensor
 
+from longdream.worldmodel.config import ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics, State
-from longdream.worldmodel.objectives.base import MAX_DENOISING_STEPS, Forcing, ForcingConfig, RunClip
+from longdream.worldmodel.objectives.base import MAX_DENOISING_STEPS, Forcing, RunClip
 
 
 class Flow(Forcing):

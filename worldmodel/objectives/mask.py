@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from longdream.worldmodel.categorical import cross_entropy, draw_one_hots
+from longdream.worldmodel.config import ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics, State
-from longdream.worldmodel.objectives.base import Forcing, ForcingConfig
+from longdream.worldmodel.objectives.base import Forcing
 
 
 class Mask(Forcing):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from longdream.worldmodel.categorical import cross_entropy, draw_one_hots, kl_divergence, uniform_mixture
+from longdream.worldmodel.config import ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics, State
 from longdream.worldmodel.encoder import UNIMIX
 from longdream.worldmodel.networks import mark_training_only, mlp
-from longdream.worldmodel.objectives.base import ForcingConfig, Pass
+from longdream.worldmodel.objectives.base import Pass
 
 POSTERIOR_WEIGHT = 0.1
 """Weight of the KL loss that moves the posterior towards the prior (beta_rep); that of the other is 1 (beta_dyn)."""

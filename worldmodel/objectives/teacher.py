@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from longdream.worldmodel.categorical import cross_entropy, draw_one_hots
+from longdream.worldmodel.config import ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics, State
 from longdream.worldmodel.networks import mlp
-from longdream.worldmodel.objectives.base import ForcingConfig, Pass
+from longdream.worldmodel.objectives.base import Pass
 
 
 class Teacher(nn.Module):

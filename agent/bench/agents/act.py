@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from longdream.agent.bench.common import MB, Device, config_of, resident_bytes
+from longdream.agent.bench.common import MB, config_of, resident_bytes
+from longdream.agent.config.schema import Device
 from longdream.agent.core.actor import Carry
 from longdream.agent.core.agent import Agent
 from longdream.envs.contract import UserError

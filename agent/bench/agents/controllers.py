@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longdream.agent.bench import trained
-from longdream.agent.bench.common import Device, config_of
-from longdream.agent.config.schema import Config
+from longdream.agent.bench.common import config_of
+from longdream.agent.config.schema import Config, Device
 from longdream.envs.contract import UserError
 from longdream.envs.make import World
 

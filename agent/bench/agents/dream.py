@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from longdream.agent.bench.common import Device, config_of
+from longdream.agent.bench.common import config_of
+from longdream.agent.config.schema import Device
 from longdream.agent.core.agent import Agent
-from longdream.agent.dream_env.env import DreamVecEnv, Observation
+from longdream.agent.dream_env.env import DreamVecEnv
+from longdream.agent.dream_env.spaces import Observation
 from longdream.agent.dream_env.starts import Moments, first_moments
 from longdream.envs.contract import UserError
 from longdream.envs.make import World

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from longdream.agent.bench.common import MB, Device, config_of, resident_bytes
+from longdream.agent.bench.common import MB, config_of, resident_bytes
 from longdream.agent.config.checks import check
-from longdream.agent.config.schema import Config
+from longdream.agent.config.schema import Config, Device
 from longdream.agent.run.logger import Logger
 from longdream.agent.run.signals import Signals
 from longdream.agent.train.trainer import OnlineTrainer

@@ -14,6 +14,7 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 
+from longdream.agent.bench.common import end_with_parent
 from longdream.agent.evaluation.rollout import Returns
 from longdream.envs.contract import UserError
 from longdream.envs.memory_maze.policies import Navigator, Oracle, Policy, Random, visible
@@ -209,7 +210,7 @@ def returns(
     version."""
     jobs = [(size, policy) for size in sizes for policy in policies]
     rows = []
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         share = -(-episodes // workers)
         real = {
             job: [

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longdream.agent.bench.common import Device, device_of, median_ms
+from longdream.agent.bench.common import device_of, median_ms
 from longdream.agent.bench.model.scan import relative
+from longdream.agent.config.schema import Device
 from longdream.envs.contract import UserError
 from longdream.worldmodel.kernels.attention import (
     QKV,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from longdream.agent.bench import trained
-from longdream.agent.bench.common import Device, config_of
+from longdream.agent.bench.common import config_of
+from longdream.agent.config.schema import Device
 from longdream.envs.contract import UserError
 
 

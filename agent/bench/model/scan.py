@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from longdream.agent.bench.common import MB, Device, device_of, median_ms
+from longdream.agent.bench.common import MB, device_of, median_ms
+from longdream.agent.config.schema import Device
 from longdream.envs.contract import UserError
 from longdream.worldmodel.kernels.scan import ScanInputs, kernels, scan, scan_chunked, scan_reference
 

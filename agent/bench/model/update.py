@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from longdream.agent.bench.agents.loop import opened, turn
-from longdream.agent.bench.common import Device, config_of, device_of, now, process_age
+from longdream.agent.bench.common import config_of, device_of, now, process_age
 from longdream.agent.bench.model.world_model_cost import random_clips, update_ms
 from longdream.agent.config import options
 from longdream.agent.config.checks import check
-from longdream.agent.config.schema import Config
+from longdream.agent.config.schema import Config, Device
 from longdream.agent.core.agent import Stage
 from longdream.agent.train.trainer import OnlineTrainer
 from longdream.agent.train.video import ClipLearner

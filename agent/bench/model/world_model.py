@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longdream.agent.bench.common import Device, device_of
+from longdream.agent.bench.common import device_of
 from longdream.agent.bench.model.world_model_cost import cost_of, step_capture
 from longdream.agent.bench.model.world_model_pictures import draw_curves, draw_strip
 from longdream.agent.config import flags, options
 from longdream.agent.config.checks import check
-from longdream.agent.config.schema import Config
+from longdream.agent.config.schema import Config, Device
 from longdream.agent.core.device import own_randomness
 from longdream.agent.data.video.library import open_library
 from longdream.agent.data.video.loader import read_clip

@@ -1,4 +1,4 @@
-"""A folder of mp4 files, with or without actions."""
+"""A folder of video files, with or without actions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from longdream.agent.data.video import mp4, npz
 from longdream.agent.data.video.actions import actions_only, box, discrete, one_hots
-from longdream.agent.data.video.found import beside, files_below
+from longdream.agent.data.video.found import VIDEOS, beside, files_below
 from longdream.agent.data.video.reader import Condition, Damaged, Recording, one_line
 from longdream.envs.contract import UserError
 
@@ -20,7 +20,7 @@ MOST = 1 << 16
 
 
 class Folder:
-    """`NAME.mp4` and, beside all of them or none, `NAME.npy`: row t is the action that was taken at frame t.
+    """`NAME.mp4` (or .mov, .mkv) and, beside all or none, `NAME.npy`: row t is the action that was taken at frame t.
 
     Integers `(T,)` from 0 on are discrete actions, as many as the largest number in all files says. Floats `(T,)` or
     `(T, A)` in [-1, 1] are a box. T may be one less than the number of frames, since the last action has no outcome.
@@ -29,7 +29,7 @@ class Folder:
     A file of actions that is missing, cannot be read or is of another kind than most is a damaged recording.
     """
 
-    what: ClassVar[str] = "mp4 files, with NAME.npy for their actions beside all or none"
+    what: ClassVar[str] = "mp4, mov or mkv files, with NAME.npy for their actions beside all or none"
     rewarded: ClassVar[bool] = False
 
     def __init__(self, root: Path, files: list[Path], condition: Condition, actions: str) -> None:
@@ -67,7 +67,7 @@ class Folder:
 
     @classmethod
     def find(cls, root: Path) -> list[Path]:
-        return files_below(root, ".mp4")
+        return files_below(root, *VIDEOS)
 
     def head(self, path: Path) -> tuple[int, tuple[int, int]]:
         frames, size = mp4.measure(path)
@@ -124,7 +124,7 @@ def _read(file: Path) -> np.ndarray:
             raise ValueError("it holds pickled objects")
         # (an empty file or array cannot be mapped)
         actions = np.memmap(file, dtype, "r", begin, shape, "F" if fortran else "C") if 0 not in shape else None
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # numpy raises several kinds for bytes that are no array, or too large a one
         raise Damaged(f"lies beside {file.name}, which is no NPY file of actions ({one_line(error)})") from None
     if actions is None:
         actions = np.empty(shape, dtype)

@@ -6,9 +6,12 @@ import os
 import warnings
 from pathlib import Path
 
+VIDEOS = (".mp4", ".mov", ".mkv")
+"""Suffixes of the video files that are looked for; all are read in the same way."""
 
-def files_below(root: Path, suffix: str) -> list[Path]:
-    """All files below `root` whose names end in `suffix`, in capitals or not, sorted.
+
+def files_below(root: Path, *suffixes: str) -> list[Path]:
+    """All files below `root` whose names end in one of these suffixes, in capitals or not, sorted.
 
     Linked folders are searched as well, each folder once. Names that begin with a dot, such as the `._NAME` files that
     macOS writes, and folders named `__MACOSX` are passed over. Folders that cannot be listed are named in a warning.
@@ -27,7 +30,7 @@ def files_below(root: Path, suffix: str) -> list[Path]:
             key=lambda name: (os.path.islink(os.path.join(folder, name)), name),
         )
         here = Path(folder)
-        files += [here / name for name in names if name.lower().endswith(suffix) and not name.startswith(".")]
+        files += [here / name for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
     return sorted(files)
 
 

@@ -7,7 +7,6 @@ and in the game.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +15,7 @@ import numpy as np
 
 from longdream.agent.data.video import mp4, npz
 from longdream.agent.data.video.actions import actions_only, finite, of_space
-from longdream.agent.data.video.found import beside, files_below
+from longdream.agent.data.video.found import VIDEOS, beside, files_below
 from longdream.agent.data.video.reader import Condition, Damaged, Recording, one_line
 from longdream.envs.contract import UserError
 from longdream.envs.minerl.actions import ActionSet, action_set
@@ -25,7 +24,6 @@ from longdream.envs.minerl.recordings import ticks_of_jsonl, ticks_of_rendered
 
 # whatever a file of foreign origin makes of numbers and tables (UserError and UnicodeDecodeError are ValueErrors)
 FAULTS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, RecursionError)
-BUTTONS = re.compile(r'"(?:buttons|newButtons)"\s*:\s*\[[^\]]*\]')
 TICK = re.compile(r'"tick"\s*:\s*(\d+)')
 
 
@@ -128,7 +126,7 @@ class MineRL(Ticks):
 
 
 class Vpt(Ticks):
-    """`ID.mp4` beside `ID.jsonl`, of the contractors of Video PreTraining (Baker et al. 2022, arXiv 2206.11795).
+    """`ID.mp4` (or .mov, .mkv) beside `ID.jsonl`, of Video PreTraining (Baker et al. 2022, arXiv 2206.11795).
 
     Each line is the action at one frame. Surplus frames or lines at the end are ignored. There are no rewards."""
 
@@ -141,7 +139,7 @@ class Vpt(Ticks):
 
     @classmethod
     def find(cls, root: Path) -> list[Path]:
-        files = files_below(root, ".mp4")
+        files = files_below(root, *VIDEOS)
         return files if any(beside(path, ".jsonl") for path in files) else []
 
     def head(self, path: Path) -> tuple[int, tuple[int, int]]:
@@ -165,7 +163,7 @@ class Vpt(Ticks):
                 lines = [line for line in file if line.strip()]
             if len(lines) < frames:
                 _check_ticks(lines)
-            return self.encoded(ticks_of_jsonl(_whole_buttons(lines)))
+            return self.encoded(ticks_of_jsonl(lines))
         except FAULTS as error:
             raise Damaged(f"lies beside a jsonl file that cannot be used ({_why(error)})") from None
 
@@ -176,12 +174,6 @@ def _ticks_of(path: Path) -> Path:
     if file is None:
         raise Damaged(f"has no {path.with_suffix('.jsonl').name} beside it, as others have")
     return file
-
-
-def _whole_buttons(lines: Iterable[str]) -> Iterator[str]:
-    """Lines whose buttons are whole numbers: pandas writes them as 0.0."""
-    for line in lines:
-        yield BUTTONS.sub(lambda match: re.sub(r"\.0+(?=\s*[,\]])", "", match[0]), line)
 
 
 def _check_ticks(lines: list[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from longdream.agent.data.video.reader import Damaged, one_line
+from longdream.agent.data.video.reader import Damaged, one_line, version
 from longdream.envs.contract import UserError
 from longdream.envs.images import resize_area
 
@@ -29,7 +29,7 @@ def measure(path: Path) -> tuple[int, tuple[int, int]]:
     Raises:
         Damaged: the file cannot be read. UserError: PyAV is not installed.
     """
-    return _measured(path, *_version(path))
+    return _measured(path, *version(path))
 
 
 def decode(path: Path, start: int, stop: int, size: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def decode(path: Path, start: int, stop: int, size: int) -> np.ndarray:
     Raises:
         Damaged: some of them cannot be decoded. UserError: PyAV is not installed.
     """
-    times = _times(path, *_version(path))
+    times = _times(path, *version(path))
     if len(times) < stop:
         raise Damaged(f"is cut short: it ends after {len(times)} frames")
     wanted = {time: i for i, time in enumerate(times[start:stop])}
@@ -98,15 +98,6 @@ def _display_matrix(frame: Any) -> np.ndarray | None:
     return None
 
 
-def _version(path: Path) -> tuple[int, int]:
-    """Time of the last change and size of a file: what is cached of it holds for these. Raises Damaged."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise Damaged(f"cannot be read ({error.strerror})") from None
-    return status.st_mtime_ns, status.st_size
-
-
 @lru_cache(maxsize=4096)
 def _measured(path: Path, changed: int, file_size: int) -> tuple[int, tuple[int, int]]:
     with _stream(path) as (container, stream):
@@ -145,6 +136,8 @@ def _stream(path: Path) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.best("video")
             if stream is None:
                 raise Damaged("holds no video")
+            if stream.codec_context is None:
+                raise Damaged("holds a video of a kind that cannot be decoded")
             stream.codec_context.thread_count = 1  # clips are read in parallel already
             yield container, stream
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import tokenize
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from typing import IO
 import numpy as np
 
 from longdream.agent.data.video.found import files_below
-from longdream.agent.data.video.reader import Damaged, one_line
+from longdream.agent.data.video.reader import Damaged, one_line, version
 
 Entries = dict[str, tuple[tuple[int, ...], np.dtype]]
 HEADER = re.compile(
@@ -40,11 +41,7 @@ def files_with(root: Path, keys: tuple[str, ...]) -> list[Path]:
 
 def entries(path: Path) -> Entries:
     """Shape and type of every entry. Raises Damaged."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise Damaged(f"cannot be read ({error.strerror})") from None
-    return _entries(path, status.st_mtime_ns, status.st_size)
+    return _entries(path, *version(path))
 
 
 @lru_cache(maxsize=1 << 14)  # the layouts before the one that fits look at the same files
@@ -108,5 +105,8 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
     with ONE_AT_A_TIME:
         file.seek(begin)
         np.lib.format.read_magic(file)
-        shape, fortran, dtype = read(file)
+        try:
+            shape, fortran, dtype = read(file)
+        except (SyntaxError, tokenize.TokenError, RecursionError, MemoryError, TypeError) as error:
+            raise ValueError(f"its header cannot be read ({one_line(error)})") from None
     return shape, dtype, fortran

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
@@ -83,6 +84,21 @@ class Reader(Rows, Protocol):
             Damaged: the file cannot be read.
         """
         ...
+
+
+def version(path: Path) -> tuple[int, int]:
+    """Time of the last change and size of a file: what is cached of it holds for these.
+
+    Raises:
+        Damaged: it cannot be read, or is a FIFO, folder or device, which reading might wait for.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise Damaged(f"cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise Damaged("is no file but a FIFO, folder or device")
+    return status.st_mtime_ns, status.st_size
 
 
 def one_line(error: BaseException) -> str:

@@ -2,6 +2,9 @@
 
 import gc
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from longdream.agent import bench
 from longdream.agent.bench import trained
 from longdream.agent.bench.agents import act, controllers, loop
 from longdream.agent.bench.common import resident_bytes
+from longdream.agent.bench.faults.processes import environment
 from longdream.agent.bench.model import objectives
 from longdream.agent.config import options
 from longdream.agent.core.agent import Agent
@@ -251,3 +255,32 @@ def test_acting_is_measured_on_cuda() -> None:
     result = act.measure("tiny", steps=40, device="cuda")
     assert result["device"] == "cuda" and result["state_bytes_start"] == result["state_bytes_end"] > 0
     assert torch.cuda.is_initialized()
+
+
+POOL = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from longdream.agent.bench.common import end_with_parent
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent) as pool:
+        jobs = [pool.submit(os.getpid), pool.submit(time.sleep, 600)]
+        print(jobs[0].result(), *pool._processes, flush=True)
+        jobs[1].result()
+"""
+
+
+def test_workers_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
+    """One that waits for work, and one that works."""
+    (tmp_path / "pool.py").write_text(POOL)
+    command = [sys.executable, "pool.py"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    workers = {int(number) for number in process.stdout.readline().split()}
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]

@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from longdream.agent import bench
 from longdream.agent.bench.agents import dream, temperature
 from longdream.agent.data.replay import Replay
 from longdream.agent.dream_env.env import DreamVecEnv
 from longdream.agent.dream_env.starts import initial_moments, open_agent, open_replay
 from longdream.envs.contract import UserError
-
-
-def test_benches_of_dreams_can_be_named() -> None:
-    assert bench.find("dream") is dream.measure and bench.find("temperature") is temperature.measure
 
 
 @pytest.mark.parametrize("observation", ["feature", "image"])

@@ -1,9 +1,14 @@
 """Help is quick: it imports none of what takes seconds."""
 
+import inspect
 import subprocess
 import sys
+from importlib import import_module
+from typing import get_type_hints
 
 import pytest
+
+from longdream.agent import bench
 
 LINES = {
     "evaluate --help": "usage: longdream evaluate RUN_FOLDER",
@@ -13,6 +18,9 @@ LINES = {
     "demo --help": "usage: longdream demo",
     "baseline --help": "--evaluate_every INT",
     "collect --help": "--policy oracle|navigator|random",
+    "train --help": "--worldmodel.mixer STR",
+    "train tiny --help": "Every option, with its value in tiny",
+    **{f"bench {name} --help": f"usage: longdream bench {name}" for name in bench.BENCHES},
     "bench --help": "world-model  Train M with each mixer",
 }
 
@@ -24,3 +32,11 @@ def test_help_imports_nothing_heavy(line: str, part: str) -> None:
     code += f"print('heavy:', *[name for name in {heavy} if name in sys.modules])\nsys.exit(code)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert part in done.stdout and done.stdout.endswith("heavy:\n") and not done.stderr
+
+
+@pytest.mark.parametrize("name", bench.BENCHES)
+def test_a_benchmark_is_declared_as_it_is(name: str) -> None:
+    real = import_module(f"longdream.agent.bench.{bench.BENCHES[name]}").measure
+    declared = bench.find(name)
+    assert inspect.signature(declared) == inspect.signature(real) and declared.__doc__ == real.__doc__
+    assert get_type_hints(declared) == get_type_hints(real)

@@ -119,7 +119,17 @@ def test_a_file_of_0_1_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     """In files and flags alike: YAML 1.1 took 1e-3 for a word, 12:30 for 750 and 010 for 8."""
-    texts = {"1e-3": 1e-3, "1e5": 1e5, "inf": float("inf"), "-.5": -0.5, "0x1f": 31, "010": 10, "-3": -3, "2.": 2.0}
+    texts = {
+        "1e-3": 1e-3,
+        "1e5": 1e5,
+        "inf": float("inf"),
+        "-.5": -0.5,
+        "0x1f": 31,
+        "0o17": 15,
+        "010": 10,
+        "-3": -3,
+        "2.": 2.0,
+    }
     texts |= {"12:30": "12:30", "1_000": "1_000", "a1": "a1", "true": True, "null": None}
     path = tmp_path / "mine.yaml"
     for text, value in texts.items():

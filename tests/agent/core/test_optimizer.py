@@ -66,3 +66,16 @@ def test_moments_come_back_in_the_layout_of_their_weights(device: str, tmp_path:
     for conv, optimizer in zip(convs, (first, second), strict=True):
         assert bool(optimizer.step(conv(image).square().mean())[0])
     assert torch.equal(convs[0].weight, weight)
+
+
+def test_a_checkpoint_has_no_say_in_how_an_optimizer_steps() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = Optimizer([weight], 0.1, 1.0)
+    steps(optimizer, weight, [1.0])
+    saved = copy.deepcopy(optimizer.adamw.state_dict())
+    saved["param_groups"][0].update(lr=7.0, betas=("a",), weight_decay=1e9)
+    optimizer.load_state_dict(saved)
+    assert optimizer.adamw.param_groups[0]["betas"] == (0.9, 0.95) and optimizer.adamw.param_groups[0]["lr"] == 0.1
+    saved["state"][0]["exp_avg"] = torch.zeros(4)
+    with pytest.raises(ValueError, match="moments of weight 0 are not of shape"):
+        optimizer.load_state_dict(saved)

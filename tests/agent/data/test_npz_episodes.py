@@ -116,3 +116,15 @@ def test_nothing_is_unpickled(path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         offline.write(tmp_path / "nowhere" / "episode.npz", rows(2))
+
+
+def test_an_entry_that_is_no_array_is_damaged(tmp_path: Path, mazes: Path) -> None:
+    path = next(mazes.iterdir())
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    entries["reward.npy"] = b"no array"
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match="'reward' is no array: get it again"):
+        offline.read(tmp_path / "a.npz")

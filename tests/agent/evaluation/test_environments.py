@@ -82,6 +82,7 @@ def message(capfd: pytest.CaptureFixture[str]) -> str:
         ("sync", "exits", "raised in step: SystemExit"),
         ("async", "exits", "raised in step: SystemExit"),
         ("sync", "interrupts", "raised in step: KeyboardInterrupt"),
+        ("sync", "dies", "raised in step: SystemExit: os._exit(0)"),
         ("async", "dies", "died in step (exit code 0)"),
     ],
 )
@@ -100,13 +101,15 @@ def test_an_environment_that_exits_while_training(workers: str, how: str, what: 
         "baseline --env odd:Odd-v0 --steps 400 --copies 1",
     ],
 )
-def test_an_environment_that_exits_in_other_commands(words: str, capfd) -> None:
-    assert cli.main([*words.split(), "--env.kwargs.how", "exits"]) == 1
+@pytest.mark.parametrize("how", ["exits", "dies"])
+def test_an_environment_that_exits_in_other_commands(words: str, how: str, capfd) -> None:
+    assert cli.main([*words.split(), "--env.kwargs.how", how]) == 1
     assert "odd:Odd-v0" in message(capfd)
 
 
-def test_an_environment_that_exits_is_not_fit(capfd) -> None:
-    assert cli.main(["check-env", "odd:Odd-v0", "--env.kwargs.how", "exits", "--env.kwargs.at", "3"]) == 1
+@pytest.mark.parametrize("how", ["exits", "dies"])
+def test_an_environment_that_exits_is_not_fit(how: str, capfd) -> None:
+    assert cli.main(["check-env", "odd:Odd-v0", "--env.kwargs.how", how, "--env.kwargs.at", "3"]) == 1
     assert "SystemExit" in capfd.readouterr().out
 
 

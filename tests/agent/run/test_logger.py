@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,3 +192,20 @@ with Logger(sys.argv[1], total=100, show=("return",), tensorboard=False) as logg
     assert "step 100/100" in text and "return 14.3" in text and "a [word] to say" in text
     assert "\x1b[2K" in text  # the line is rewritten in place
     assert text.rstrip().endswith("\x1b[?25h")  # and the cursor is given back
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_line_that_is_not_whole_is_no_part_of_the_next(tmp_path: Path, cut: int) -> None:
+    with Logger(tmp_path, console=False, tensorboard=False) as logger:
+        for step in range(3):
+            logger.write(step, {"loss": 0.5})
+        state = logger.state()
+    path = tmp_path / "metrics.jsonl"
+    data = path.read_bytes()
+    path.write_bytes(data[:-cut] + b" " * cut + b"more")  # as long as it was, and longer
+    with Logger(tmp_path, console=False, tensorboard=False) as logger:
+        (warning,) = logger.restore(state)
+        assert "the metrics between are lost" in warning
+        logger.write(3, {"loss": 0.5})
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == ([0, 3] if cut == 40 else [0, 1, 3])

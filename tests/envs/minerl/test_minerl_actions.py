@@ -172,7 +172,7 @@ def test_ticks_of_a_contractors_recording() -> None:
         [
             line("w left.control", buttons=(0,), new=(0,)),  # attack hangs from the beginning
             line("w u", dx=20, dy=-10, buttons=(0,)),
-            line("", buttons=(0, 1), new=(0, 1), hotbar=3),  # until it is pressed anew
+            line("", buttons=(0.0, 1), new=(0, 1.0), hotbar=3),  # until it is pressed anew
             line("e", dx=2000, hotbar=3),
             "",
         ]

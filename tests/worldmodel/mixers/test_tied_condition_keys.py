@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.config import DynamicsConfig, ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics
-from longdream.worldmodel.objectives.base import ForcingConfig
 from longdream.worldmodel.objectives.flow import Flow
 
 FRAMES = 24

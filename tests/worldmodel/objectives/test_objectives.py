@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longdream.worldmodel.categorical import cross_entropy, draw_one_hots
-from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.config import DynamicsConfig, ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics
-from longdream.worldmodel.objectives.base import ForcingConfig, Pass, schedule
+from longdream.worldmodel.objectives.base import Pass, schedule
 from longdream.worldmodel.objectives.flow import Flow
 from longdream.worldmodel.objectives.mask import Mask
 from longdream.worldmodel.objectives.teacher import Teacher

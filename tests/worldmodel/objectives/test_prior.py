@@ -5,11 +5,9 @@ import torch
 from torch import Tensor
 
 from longdream.worldmodel.categorical import kl_divergence, uniform_mixture
-from longdream.worldmodel.config import DynamicsConfig
-from longdream.worldmodel.encoder import EncoderConfig
-from longdream.worldmodel.model import HeadsConfig, WorldModel
+from longdream.worldmodel.config import DynamicsConfig, EncoderConfig, ForcingConfig, HeadsConfig
+from longdream.worldmodel.model import WorldModel
 from longdream.worldmodel.objectives import prior
-from longdream.worldmodel.objectives.base import ForcingConfig
 from longdream.worldmodel.objectives.prior import AHEAD, Prior
 from longdream.worldmodel.types import Batch
 

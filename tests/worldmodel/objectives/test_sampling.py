@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.config import DynamicsConfig, ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics, State
-from longdream.worldmodel.objectives.base import Forcing, ForcingConfig, schedule
+from longdream.worldmodel.objectives.base import Forcing, schedule
 from longdream.worldmodel.objectives.flow import Flow
 from longdream.worldmodel.objectives.mask import Mask
 from longdream.worldmodel.objectives.teacher import Teacher

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.config import DynamicsConfig, ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics
 from longdream.worldmodel.objectives import base
 from longdream.worldmodel.objectives import flow as flow_module
-from longdream.worldmodel.objectives.base import ForcingConfig
 from longdream.worldmodel.objectives.flow import Flow, velocity
 from longdream.worldmodel.objectives.mask import Mask
 

@@ -1,5 +1,6 @@
 """A folder of recordings: its layout is recognised or named, what is wrong with it is said, a share is held out."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,16 +76,23 @@ def test_folders_as_people_have_them(tmp_path: Path, shades, write_maze, write_m
     (data / "deep" / "._B.NPZ").write_bytes(b"\0\5\x16\7")
     np.savez(data / "_stats.npz", mean=np.zeros(3))
     (data / "gone.npz").symlink_to(tmp_path / "nothing.npz")
+    os.mkfifo(data / "pipe.npz")
     library = open_library(data)
     assert library.layout == "memory-maze"
     assert [recording.name for recording in library.recordings] == ["deep/B.NPZ", "linked/a.npz"]
     assert "has no image" in library.damaged.pop("_stats.npz") and "cannot be read" in library.damaged.pop("gone.npz")
+    assert "is no file but a FIFO" in library.damaged.pop("pipe.npz")
     assert not library.damaged
     write_mp4(tmp_path / "films" / "a.mp4", shades(9))
     (tmp_path / "films" / "a.mp4").rename(tmp_path / "films" / "A.MP4")
     np.save(tmp_path / "films" / "A.npy", np.arange(9) % 3)
     (tmp_path / "films" / "A.npy").rename(tmp_path / "films" / "A.NPY")
-    assert open_library(tmp_path / "films").reader.action.parts == (3,)
+    write_mp4(tmp_path / "films" / "c.mp4", shades(9))
+    np.save(tmp_path / "films" / "c.npy", np.arange(9) % 3)
+    os.mkfifo(tmp_path / "films" / "b.mkv")
+    os.mkfifo(tmp_path / "films" / "b.npy")
+    films = open_library(tmp_path / "films")
+    assert films.reader.action.parts == (3,) and list(films.damaged) == ["b.mkv"]
 
 
 def test_bytes_of_any_kind_damage_only_their_file(mazes: Path) -> None:

@@ -63,8 +63,9 @@ def line(keys: tuple[str, ...] = (), buttons: tuple[int, ...] = (), dx: float = 
     return json.dumps({"mouse": {"dx": dx, "dy": 0.0, "buttons": buttons, "newButtons": ()}, "keyboard": keyboard})
 
 
-def test_vpt(tmp_path: Path, write_mp4, shades) -> None:
-    write_mp4(tmp_path / "a.mp4", shades(6))
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
+def test_vpt(tmp_path: Path, write_mp4, shades, name: str) -> None:
+    write_mp4(tmp_path / name, shades(6))
     lines = [line(("w",)), line((), (0,)), line(), line(dx=-100.0), line(("w", "space")), line(("e",)), line()]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     library = open_library(tmp_path)

@@ -37,6 +37,14 @@ def test_frames_are_found_by_their_number(tmp_path: Path, shades, write_mp4) -> 
         assert np.abs(decoded.astype(int) - frames[start:stop]).max() <= 2, (start, stop)
 
 
+def test_a_video_of_an_unknown_kind_is_damaged(tmp_path: Path, shades, write_mp4) -> None:
+    write_mp4(tmp_path / "a.mp4", shades(6))
+    data = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(data.replace(b"avc1", b"zzzz"))
+    with pytest.raises(Damaged, match="of a kind that cannot be decoded"):
+        mp4.measure(tmp_path / "a.mp4")
+
+
 def test_a_video_that_is_cut_short_is_damaged(tmp_path: Path, write_mp4) -> None:
     path = tmp_path / "a.mp4"
     write_mp4(path, np.random.default_rng(0).integers(256, size=(30, 32, 32, 3)).astype(np.uint8))
@@ -196,8 +204,9 @@ def test_teco(tmp_path: Path) -> None:
 # -- a folder of mp4 --------------------------------------------------------------------------------------------------
 
 
-def test_videos_without_actions(tmp_path: Path, shades, write_mp4) -> None:
-    write_mp4(tmp_path / "a.mp4", shades(12))
+@pytest.mark.parametrize("name", ["a.mp4", "a.MOV", "a.mkv"])
+def test_videos_without_actions(tmp_path: Path, shades, write_mp4, name: str) -> None:
+    write_mp4(tmp_path / name, shades(12))
     library = open_library(tmp_path)
     assert library.layout == "mp4" and library.reader.action.size == 1
     rows = only(library, 4, 6, 16)
@@ -228,6 +237,20 @@ def test_videos_with_actions(tmp_path: Path, shades, write_mp4) -> None:
     (tmp_path / "b.npy").unlink()
     with pytest.raises(UserError, match=r"b\.npy is missing, .*a\.npy is there"):
         open_library(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [(b"}", b" "), (b"(8,)", b"(8" + b"0" * 40 + b",)"), (b"'descr'", b"'descr\n"), (b"False", b"F" + b"(" * 300)],
+    ids=["no end", "too long", "a broken line", "brackets"],
+)
+def test_headers_that_are_none_are_one_bad_file(tmp_path: Path, shades, write_mp4, change: tuple[bytes, bytes]) -> None:
+    for name in "abc":
+        write_mp4(tmp_path / f"{name}.mp4", shades(8))
+        np.save(tmp_path / f"{name}.npy", np.zeros(8, int))
+    data = (tmp_path / "b.npy").read_bytes()
+    (tmp_path / "b.npy").write_bytes(data.replace(*change))
+    assert "which is no NPY file of actions" in open_library(tmp_path).damaged["b.mp4"]
 
 
 BAD = {
