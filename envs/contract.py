@@ -14,6 +14,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+MOST_CHOICES = 1 << 20
+"""Choices of a discrete observation or action, which are encoded as one-hot vectors."""
 IMAGE_CHANNELS = (1, 3, 4)
 
 
@@ -194,6 +196,8 @@ def env_spec(observation_space: spaces.Space, action_space: spaces.Space) -> Env
                     f"the observation Dict has the key {key!r}, a {type(key).__name__}: name its entries by strings,"
                     f" such as {str(key)!r}"
                 )
+            if not key.isprintable():  # half a pair of surrogates cannot be written into any file
+                raise UserError(f"the observation Dict has the key {key!r}: name its entries by letters and digits")
         obs = {key: _obs_spec(key, space) for key, space in observation_space.spaces.items()}
     else:
         obs = {"obs": _obs_spec("obs", observation_space)}
@@ -203,6 +207,7 @@ def env_spec(observation_space: spaces.Space, action_space: spaces.Space) -> Env
 def _obs_spec(key: str, space: spaces.Space) -> ObsSpec:
     where = f"observation {key!r}"
     if isinstance(space, spaces.Discrete):
+        _check_choices(where, space, int(space.n))
         return ObsSpec("discrete", (), int(space.n), int(space.start))
     if isinstance(space, spaces.Dict):
         raise UserError(f"{where} is a nested Dict: move its entries to the top level of the observation Dict")
@@ -255,9 +260,11 @@ def _looks_like_image(shape: tuple[int, ...]) -> bool:
 
 def _action_spec(space: spaces.Space) -> ActionSpec:
     if isinstance(space, spaces.Discrete):
+        _check_choices("the action space", space, int(space.n))
         native = {"kind": "discrete", "start": int(space.start), "shape": [], "dtype": str(space.dtype)}
         return ActionSpec((int(space.n),), native=native)
     if isinstance(space, spaces.MultiDiscrete):
+        _check_choices("the action space", space, sum(map(int, space.nvec.ravel())))
         native = {"kind": "multi_discrete", "start": space.start.tolist(), "shape": list(space.shape)}
         return ActionSpec(tuple(space.nvec.ravel().tolist()), native={**native, "dtype": str(space.dtype)})
     if not isinstance(space, spaces.Box):
@@ -276,6 +283,15 @@ def _action_spec(space: spaces.Space) -> ActionSpec:
         )
     native = {"kind": "box", "start": 0, "shape": list(space.shape), "dtype": str(space.dtype)}
     return ActionSpec((), tuple(low.tolist()), tuple(high.tolist()), native)
+
+
+def _check_choices(where: str, space: spaces.Space, count: int) -> None:
+    """Raise UserError where a one-hot vector would be too long."""
+    if count > MOST_CHOICES:
+        raise UserError(
+            f"{where} is {' '.join(str(space).split())[:80]}, and a choice is a vector of {count:,} numbers here, of"
+            f" {MOST_CHOICES:,} at most: use a Box for what is a quantity, or several smaller choices"
+        )
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:

@@ -283,7 +283,7 @@ class World:
             try:
                 self._ask("set_state", self.timeout_s, state=copies)
             except EnvError as error:
-                raise ValueError(str(error)) from error
+                raise ValueError(error.message) from error
         else:
             self._check_copies(copies)
             # reset first: it clears any autoreset that the vector environment still has pending

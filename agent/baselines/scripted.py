@@ -195,9 +195,9 @@ class _Players:
                 hint = "a scripted policy plays in Memory Maze, which tells it the maze"
                 raise UserError(f"{known}: {hint}") from error
             raise known from error
-        shown = self.vector if isinstance(self.vector, Told) else None
-        self.observation_space = shown.observation_space if shown else self.vector.single_observation_space
-        space = shown.action_space if shown else self.vector.single_action_space
+        prefix = "" if isinstance(self.vector, Told) else "single_"
+        self.observation_space = getattr(self.vector, f"{prefix}observation_space")
+        space = getattr(self.vector, f"{prefix}action_space")
         if not isinstance(space, gym.spaces.Discrete):
             self.close()
             raise UserError(f"{env} has actions {space}: scripted policies choose one of several, as in Memory Maze")

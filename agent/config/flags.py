@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from longdream.envs.contract import UserError
 from longdream.worldmodel.fields import problem
 
+NUMBER = re.compile(r"[-+.0-9][-+.0-9a-zA-Z]{0,38}")
+"""What may be a number, of the words of a command line."""
 MAX_INTEGER = 2**53
 """No setting is larger: nothing has so many steps, bytes or units."""
 
@@ -70,7 +73,7 @@ def read(name: str, value: Any, hint: Any) -> Any:
     try:
         if isinstance(value, bool) and plain in (int, float):
             raise ValueError("should be a number")
-        parsed = TypeAdapter(hint).validate_python(value)
+        parsed = TypeAdapter(hint).validate_python(_numbers(value) if _is_numeric(hint) else value)
         if isinstance(parsed, float) and not math.isfinite(parsed):
             raise ValueError("should be a finite number")
         if isinstance(parsed, int) and abs(parsed) > MAX_INTEGER:
@@ -82,6 +85,24 @@ def read(name: str, value: Any, hint: Any) -> Any:
     except ValueError as error:
         message = str(error)
     raise UserError(f"{name} {shown(repr(value))}: {message}{near}")
+
+
+def _is_numeric(hint: Any) -> bool:
+    """Whether a type is of numbers alone, or of tuples of these, or None."""
+    parts = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
+    if parts:
+        return all(part in (type(None), ...) or _is_numeric(part) for part in parts)
+    return hint in (int, float)
+
+
+def _numbers(value: Any) -> Any:
+    """Words that are numbers in YAML as these, so that `1e3` and `0x1f` are numbers everywhere."""
+    if isinstance(value, list):
+        return [_numbers(part) for part in value]
+    if not isinstance(value, str) or not NUMBER.fullmatch(value):
+        return value
+    number = parse_yaml(value)
+    return number if isinstance(number, int | float) and not isinstance(number, bool) else value
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -139,6 +160,8 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: it is none, or it is nested too deeply, refers to itself, or consists of too much.
     """
     try:
+        if "\t" in text and _is_json(text):  # in which tabs are spaces; YAML has none in indentation
+            text = text.replace("\t", " ")
         _check_size(text)
         loader = _Loader(text)
         try:
@@ -147,6 +170,14 @@ def parse_yaml(text: str) -> Any:
             loader.dispose()
     except (ValueError, OverflowError, RecursionError, TypeError) as error:  # a date or a number that there is not
         raise _Refused(f"{type(error).__name__}: {error}") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _check_size(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ import yaml
 from longdream import __version__ as VERSION
 from longdream.agent.config.flags import holds, parse_yaml, read, read_yaml, shown, suggest
 from longdream.agent.config.schema import Config, Kind
-from longdream.agent.run.files import read_text
+from longdream.agent.run.files import kind_of, read_text
 from longdream.envs.contract import UserError
 from longdream.worldmodel.fields import Mode, OnResume
 
@@ -48,6 +49,8 @@ def load(source: str) -> Config:
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
+            if os.path.lexists(path):
+                raise UserError(f"{source} is {kind_of(os.lstat(path).st_mode)}, not a file that can be read")
             raise UserError(f"{source}: there is no such file" + suggest(source, [str(p) for p in _nearby(path)]))
     else:
         known = presets()

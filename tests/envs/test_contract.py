@@ -166,6 +166,8 @@ def test_empty_dict_observation_is_refused():
         (spaces.Box(np.float32([0, 0]), np.float32([1, np.inf])), "RescaleAction"),
         (spaces.Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (2,)), "RescaleAction"),
         (spaces.Box(-1, 1, (0,)), "at least one value"),
+        (spaces.Discrete(2**40), r"Discrete\(1099511627776\), and a choice is a vector of 1,099,511,627,776 numbers"),
+        (spaces.MultiDiscrete([2**20, 2]), "of 1,048,576 at most"),
         (spaces.MultiBinary(3), r"MultiDiscrete\(\[2\] \* 3\)"),
         (spaces.Dict({"a": spaces.Discrete(2)}), "use Discrete, MultiDiscrete or Box"),
         (spaces.Tuple([spaces.Discrete(2)]), "use Discrete, MultiDiscrete or Box"),
@@ -196,3 +198,9 @@ def test_errors_have_their_base_classes_and_can_be_pickled():
     error = pickle.loads(pickle.dumps(EnvError("environment worker 3 of X raised", 3, "Traceback ...")))
     assert isinstance(error, RuntimeError) and (error.worker, error.trace) == (3, "Traceback ...")
     assert str(error) == "environment worker 3 of X raised\nTraceback ..."
+
+
+@pytest.mark.parametrize("key", ["\ud800", "a\x00b", "line\nbreak"], ids=ascii)
+def test_keys_that_cannot_be_written_are_refused(key: str) -> None:
+    with pytest.raises(UserError, match="name its entries by letters and digits"):
+        env_spec(spaces.Dict({key: spaces.Discrete(2)}), spaces.Discrete(2))

@@ -108,4 +108,4 @@ class Faulty(gym.Env):
 
 
 if "Faulty-v0" not in gym.registry:
-    gym.register("Faulty-v0", entry_point=Faulty)
+    gym.register("Faulty-v0", entry_point=f"{__name__}:Faulty")

@@ -67,7 +67,7 @@ def measure(
         raise UserError(f"--situations {situations!r}: there is none of that name")
     failures = [f"{name}: {why}" for name, why in ended.items() if why]
     say(f"{len(ended)} situations, {len(failures)} not survived")
-    killed: dict[str, int] = {"tried": 0, "survived": 0, "finished": 0}
+    killed: dict[str, int] = {"tried": 0, "survived": 0, "training": 0, "finished": 0}
     lost = killing.Lost()
     if kills:
         killed, lost = killing.kill_and_resume(kills, seed, count, out / "kills", say)
@@ -94,6 +94,8 @@ def measure(
     }
     for name in ("situations", "kills", "inputs"):
         print(f"{name:12} tried {result[name]['tried']:6,}  survived {result[name]['survived']:6,}")
+    if kills:
+        print(f"  {killed['training']} kills came while it trained, {killed['finished']} runs were finished")
     for kind, each in read["kinds"].items():
         print(f"  {kind:10} " + "  ".join(f"{end} {number:5,}" for end, number in each.items()))
     print(f"{'tried':12} {tried:,}\n{'survived':12} {survived:,}")

@@ -34,8 +34,9 @@ class Lost:
 def kill_and_resume(
     count: int, seed: int, workers: int, folder: Path, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], Lost]:
-    """Kill trainings `count` times. Returns how many kills there were, how many the runs survived, and how many runs
-    were finished; and what is lost."""
+    """Kill trainings `count` times. Returns how many kills there were, how many the runs survived, how many of them
+    came after training had begun, not while the program was starting, and how many runs were finished; and what is
+    lost."""
     shutil.rmtree(folder, ignore_errors=True)
     whole = folder / "whole"
     whole.mkdir(parents=True)
@@ -45,7 +46,7 @@ def kill_and_resume(
     if ended.code != 0:
         raise UserError(f"the training to be killed failed ({ended.message or ended.err[-300:]}): nothing was killed")
     lost = Lost()
-    tally = {"tried": 0, "survived": 0, "finished": 0}
+    tally = {"tried": 0, "survived": 0, "training": 0, "finished": 0}
     lock = threading.Lock()
 
     def work(number: int, kills: int) -> None:
@@ -86,7 +87,7 @@ def _one_run(
         process = begin(("train", "--resume", "runs/run") if exists else TRAIN, place)
         was_killed = False
         if killed < kills:
-            timer = threading.Timer(rng.uniform(0.2, 1.1) * seconds, kill, [process])
+            timer = threading.Timer(rng.uniform(0.3, 1.1) * seconds, kill, [process])
             timer.start()
             ended = end(process, BOUND_S)
             timer.cancel()
@@ -101,6 +102,7 @@ def _one_run(
             lost.rows += len(dropped)
             lost.why += faults + dropped
             tally["tried"] += was_killed
+            tally["training"] += was_killed and "training in" in ended.err
         killed += was_killed
         if was_killed:
             continue

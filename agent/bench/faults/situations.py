@@ -55,33 +55,33 @@ def survive(only: str, workers: int, folder: Path, say: Callable[[str], None]) -
 
 def situations(base: Path) -> dict[str, Situation]:
     """All of them by name; `base` has a finished run of `environment.Faulty`, in runs/run."""
-    found: dict[str, Situation] = {}
+    listed: dict[str, Situation] = {}
     for workers, faults in FAILURES.items():
         for fault, says in faults.items():
-            found[f"an environment fails ({workers}): {fault}"] = partial(_fails, fault, says, workers)
+            listed[f"an environment fails ({workers}): {fault}"] = partial(_fails, fault, says, workers)
     for name, (workers, fault, flags) in GOING_ON.items():
-        found[f"a run goes on: {name}"] = partial(_goes_on, fault, workers, flags)
+        listed[f"a run goes on: {name}"] = partial(_goes_on, fault, workers, flags)
     for workers, fault, code in ENDED_AT_ONCE:
-        found[f"an environment cannot be made ({workers}): {fault}"] = partial(_cannot_be_made, fault, workers, code)
+        listed[f"an environment cannot be made ({workers}): {fault}"] = partial(_cannot_be_made, fault, workers, code)
     for fault in ("os._exit", "raise", "hang"):
-        found[f"a remote environment fails: {fault}"] = partial(_remote, fault)
-    found["episodes do not end"] = _endless
+        listed[f"a remote environment fails: {fault}"] = partial(_remote, fault)
+    listed["episodes do not end"] = _endless
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        found[f"a signal: {number.name}"] = partial(_signal, number)
-    found["nobody reads the console"] = _console_gone
-    found["the disk is full"] = _disk_full
-    found["two processes, one run"] = partial(_two_processes, base)
-    found["the last line of --json"] = _json
+        listed[f"a signal: {number.name}"] = partial(_signal, number)
+    listed["nobody reads the console"] = _console_gone
+    listed["the disk is full"] = _disk_full
+    listed["two processes, one run"] = partial(_two_processes, base)
+    listed["the last line of --json"] = _json
     for file, ways in DAMAGE.items():
         for how in ways:
-            found[f"a file of the checkpoint: {file} is {how}"] = partial(_damaged_checkpoint, base, file, how)
+            listed[f"a file of the checkpoint: {file} is {how}"] = partial(_damaged_checkpoint, base, file, how)
     for name, (change, says, code) in CHANGES.items():
-        found[f"a run is changed: {name}"] = partial(_changed, base, change, says, code)
+        listed[f"a run is changed: {name}"] = partial(_changed, base, change, says, code)
     for command in ("evaluate", "dream", "train --resume"):
-        found[f"a stranger's run: {command}"] = partial(_stranger, base, command)
+        listed[f"a stranger's run: {command}"] = partial(_stranger, base, command)
     for words in MISTAKES:
-        found[f"a mistake: longdream {words[:60]}"] = partial(_mistake, words)
-    return found
+        listed[f"a mistake: longdream {words[:60]}"] = partial(_mistake, words)
+    return listed
 
 
 def _expect(true: bool, ended: Ended, what: str) -> None:

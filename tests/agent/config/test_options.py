@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -137,3 +138,30 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
         read = options.load(str(path)).env.kwargs["x"]
         flag = options.from_flags({"env.kwargs.x": text})["env.kwargs.x"]
         assert read == flag == value and type(read) is type(flag) is type(value), text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e3", 1000), ("0x1F", 31), ("0o17", 15), ("1_0", 10), ("-7", -7), (["1e1", "2"], (10, 2))]
+)
+def test_a_whole_number_may_be_written_in_any_way(text: Any, value: Any) -> None:
+    hint = int if isinstance(value, int) else tuple[int, ...]
+    assert flags.read("--n", text, hint) == value and flags.read("--n", text, hint | None) == value
+
+
+@pytest.mark.parametrize("text", ["1.5", "inf", "nan", "1e400", "0b1", "9" * 60, "", "-", "1e", "true"])
+def test_what_is_no_whole_number_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--n "):
+        flags.read("--n", text, int)
+
+
+def test_json_in_files_may_be_indented_by_tabs(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text('{\n\t"seed":\t3,\n\t"env": {\n\t\t"kwargs": {"corridor": 1e1, "word": "a\\tb"}\n\t}\n}')
+    config = options.load(str(path))
+    assert config.seed == 3 and config.env.kwargs == {"corridor": 10, "word": "a\tb"}
+
+
+def test_a_folder_is_no_file_of_settings(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").mkdir()
+    with pytest.raises(UserError, match=r"mine\.yaml is a folder, not a file"):
+        options.load(str(tmp_path / "mine.yaml"))
