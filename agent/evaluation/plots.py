@@ -61,6 +61,25 @@ def stack(blocks: list[Picture]) -> Picture:
     return np.concatenate(padded)
 
 
+def beside(pictures: list[Picture], captions: list[str], colours: list[Colour], side: int = 192) -> Picture:
+    """Pictures `(H, W, 3)` in one row, each in a frame of its colour above its caption; width and height are even.
+
+    side: the pictures are enlarged by a whole factor, or subsampled, to about this many pixels."""
+    sized = [_sized(picture, side) for picture in pictures]
+    tall = max(len(picture) for picture in sized)
+    width = MARGIN + sum(picture.shape[1] + 2 * BORDER + MARGIN for picture in sized)
+    height = MARGIN + tall + 2 * BORDER + 34
+    canvas = _blank(height + height % 2, width + width % 2)  # yuv420p halves the colour planes
+    x = MARGIN
+    for picture, caption, colour in zip(sized, captions, colours, strict=True):
+        h, w = picture.shape[:2]
+        canvas[MARGIN : MARGIN + h + 2 * BORDER, x : x + w + 2 * BORDER] = colour
+        canvas[MARGIN + BORDER : MARGIN + BORDER + h, x + BORDER : x + BORDER + w] = picture
+        _write(canvas, caption, x, MARGIN + tall + 2 * BORDER + 6, 12, colour if colour != PANEL else MUTED)
+        x += w + 2 * BORDER + MARGIN
+    return canvas
+
+
 def _panels(comparison: Comparison, title: str) -> Iterator[Picture]:
     keys = comparison.keys(image=True)
     names = ("reality", "reality through V", "dream", "difference")
