@@ -24,6 +24,8 @@ COMMANDS = {
     "check-env": "doctor:check_env",
     "dream": "report:dream",
     "demo": "report:demo",
+    "play": "play:play",
+    "watch": "play:watch",
     "baseline": "baseline:baseline",
     "collect": "..baselines.scripted:collect",
 }
@@ -82,7 +84,7 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
         return {"version": __version__}
     if name == "train":
         return train(rest)
-    if name not in ("evaluate", "dream"):  # what these run is for their run to say, and for the user to trust
+    if name not in ("evaluate", "dream", "play", "watch"):  # what these run is for their run to say, and for the user to trust
         trust.find_modules_here()
     if name == "bench":
         from longdream.agent import bench

@@ -34,6 +34,7 @@ class Recording:
         self.spec = spec
         self.shown: list[tuple[bytes | None, bytes | None, bool]] = []
         self.lived: list[Moment] = []
+        self.last: Moment | None = None
 
     def __len__(self) -> int:
         return len(self.shown)
@@ -44,6 +45,9 @@ class Recording:
 
     def add(self, moment: Moment) -> None:
         """Take in a moment that is shown. One that branches off an earlier moment replaces what came after that."""
+        if moment is self.last:  # it is shown again, as after a setting has changed
+            return
+        self.last = moment
         self.shown.append((moment.real and moment.real.picture, moment.dream, moment.eyes))
         while self.lived and self.lived[-1].number >= moment.number:
             self.lived.pop()

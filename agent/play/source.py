@@ -31,7 +31,7 @@ class Source:
     """What sessions are made of.
 
     title: for the page. root: the folder that recordings go to. fps: steps per second that the environment means.
-    notes: what is missing, in words.
+    real: whether its environment can be made here; else there are dreams alone. notes: what is missing, in words.
     """
 
     title: str
@@ -42,6 +42,7 @@ class Source:
     moments: Moments | None
     keys: Keys
     fps: float
+    real: bool
     notes: list[str]
     seed: int = 0
     opened: int = 0
@@ -54,19 +55,11 @@ class Source:
         """
         self.opened += 1
         world = None
-        if self.spec_is_real:
+        if self.real:
             world = _world(self.env, self.seed)
             if self.mind is not None:
                 check_fit(world, self.spec)
         return Session(self.spec, world, self.mind, self.moments, self.seed + 1000 * (self.opened - 1))
-
-    @property
-    def spec_is_real(self) -> bool:
-        """Whether there is an environment, and not dreams alone."""
-        return not any(note.startswith(NO_ENVIRONMENT) for note in self.notes)
-
-
-NO_ENVIRONMENT = "dreams only"
 
 
 def find_run(what: str) -> Run | None:
@@ -101,7 +94,7 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
         with closing(_world(env, 0)) as world:
             root = Path("recordings") / re.sub(r"[^\w.-]+", "-", what)
             keys = Keys(world.spec.action, world.meaning())
-            return Source(what, root, world.spec, env, None, None, keys, _fps(world), [])
+            return Source(what, root, world.spec, env, None, None, keys, _fps(world), True, [])
     config = run.config
     device = device or ("auto" if config.device == "cuda" else config.device)
     if config.threads:
@@ -114,13 +107,15 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
     notes = []
     meaning = Meaning()
     fps = 8.0
+    real = True
     try:
         with closing(_world(env, config.seed)) as world:
             check_fit(world, run.spec)
             meaning = world.meaning()
             fps = _fps(world)
     except (UserError, EnvError) as error:
-        notes.append(f"{NO_ENVIRONMENT}: {error}")
+        real = False
+        notes.append(f"dreams only: {error}")
     try:
         replay = open_replay(run.folder, tree)
         with closing(replay):
@@ -128,12 +123,12 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
     except UserError as error:
         moments = None
         notes.append(f"no replayed moments: {error}")
-    if moments is None and notes[0].startswith(NO_ENVIRONMENT):
+    if moments is None and not real:
         raise UserError(f"{run.folder} has neither an environment nor a replay here: {notes[0]}")
     mind = Mind(agent)
     title = f"{run.folder.name} in {env.id}"
     keys = Keys(run.spec.action, meaning)
-    return Source(title, run.folder, run.spec, env, mind, moments, keys, fps, notes, config.seed)
+    return Source(title, run.folder, run.spec, env, mind, moments, keys, fps, real, notes, config.seed)
 
 
 def _world(env: EnvConfig, seed: int) -> World:
