@@ -26,6 +26,7 @@ BENCHES = {
     "maze": "envs.maze",
     "memory-maze": "envs.memory_maze",
     "objectives": "model.objectives",
+    "play": "agents.play",
     "remote": "envs.remote",
     "scan": "model.scan",
     "temperature": "agents.temperature",

@@ -87,6 +87,11 @@ def watch(what: Path, port: int = PORT + 1, host: str = HOST, open: bool = True)
 def _check(port: int) -> None:
     if not 0 <= port < 65536:
         raise UserError(f"--port {port}: must be at least 0 and at most 65535")
-    for name, package in (("aiohttp", "aiohttp"), ("PIL", "pillow")):
-        if find_spec(name) is None:
-            raise UserError(f"this needs {package}: pip install 'longdream[play]'")
+    require("aiohttp")
+    require("PIL", "pillow")
+
+
+def require(module: str, package: str = "") -> None:
+    """Raise UserError where a package of the extra `play` is not installed."""
+    if find_spec(module) is None:
+        raise UserError(f"this needs {package or module}: pip install 'longdream[play]'")

@@ -13,7 +13,11 @@ from longdream.agent.core.device import own_randomness
 from longdream.envs.contract import EnvSpec, UserError
 from longdream.envs.make import World
 from longdream.worldmodel.dream import Starts, imagine
+from longdream.worldmodel.objectives.base import Forcing
 
+STEPS = 4
+"""Denoising steps of a dream that is shown, if the run's own are fewer. One step gives a mean of what may come, which
+looks like a smear."""
 PSNR_CAP = 60.0
 """Upper bound of PSNR in dB, for frames that are nearly equal: JSON has no infinity."""
 
@@ -76,6 +80,12 @@ class Comparison:
             "reward": {"expected": _plain(self.expected[rows]), "real": _plain(self.reward[rows])},
             "going_on": {"expected": _plain(self.going_on[rows]), "real": _plain(self.alive[rows])},
         }
+
+
+def steps_to_show(objective: Any, own: int) -> int:
+    """Denoising steps per frame of a dream that is shown: at least STEPS where the objective denoises in steps,
+    otherwise the run's own."""
+    return max(STEPS, own) if isinstance(objective, Forcing) else own
 
 
 def psnr(mse: np.ndarray) -> np.ndarray:

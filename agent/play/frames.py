@@ -12,6 +12,8 @@ from longdream.agent.dream_env.spaces import picture
 from longdream.envs.contract import EnvSpec, UserError
 from longdream.envs.images import resize_area
 
+LOSSLESS_SIDE = 128
+"""Pictures up to this side are sent as they are, as lossless WebP; larger ones as JPEG."""
 QUALITY = 92
 MAX_SIDE = 256
 """Larger pictures are sent at half their size or less; a page shows them larger anyway."""
@@ -21,7 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 def encode(obs: dict[str, np.ndarray], i: int = 0) -> bytes:
-    """Row i of observations as a JPEG: the first image at its own size, or bars for numbers."""
+    """Row i of observations as WebP or JPEG: the first image at its own size, or bars for numbers."""
     shown = None
     for value in obs.values():
         if value.ndim == 4:
@@ -32,7 +34,10 @@ def encode(obs: dict[str, np.ndarray], i: int = 0) -> bytes:
     if shown is None:
         shown = picture({key: value[i] for key, value in obs.items()})
     out = io.BytesIO()
-    Image.fromarray(shown).save(out, "JPEG", quality=QUALITY, subsampling=0)
+    if max(shown.shape[:2]) <= LOSSLESS_SIDE:
+        Image.fromarray(shown).save(out, "WEBP", lossless=True, method=0, quality=0)
+    else:
+        Image.fromarray(shown).save(out, "JPEG", quality=QUALITY, subsampling=0)
     return out.getvalue()
 
 

@@ -12,6 +12,7 @@ from longdream.agent.core.actor import Carry
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import autocast, own_randomness
 from longdream.agent.dream_env.starts import Moments
+from longdream.agent.evaluation.comparison import steps_to_show
 from longdream.agent.play.frames import encode
 from longdream.controller.distributions import Categoricals
 from longdream.controller.types import Judging
@@ -31,7 +32,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Expected:
-    """M's prediction of a row before it came: its picture (JPEG), the reward, and the probability of an end."""
+    """M's prediction of a row before it came: its picture, the reward, and the probability of an end."""
 
     picture: bytes
     reward: float
@@ -47,7 +48,8 @@ class Mind:
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self.config = agent.config
-        self.objective_steps = agent.config.forcing.steps
+        self.steps = steps_to_show(agent.model.objective, agent.config.forcing.steps)
+        """Denoising steps at first."""
 
     def empty(self) -> Carry:
         """Nothing was seen yet."""

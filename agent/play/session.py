@@ -107,7 +107,7 @@ class Session:
         self.episodes = 0
         self.settings = Settings(mode="both" if world and mind else "reality" if world else "dream")
         if mind is not None:
-            self.settings.steps = mind.objective_steps
+            self.settings.steps = mind.steps
         self.history: list[Moment] = []
         self.other: list[Moment] = []
         """Another future of a moment in the history, from the moment after it on."""

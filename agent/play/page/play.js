@@ -97,7 +97,8 @@ function show(buffer) {
   const header = JSON.parse(decoder.decode(new Uint8Array(buffer, 4, length)));
   let offset = 4 + length;
   const pictures = Object.entries(header.pictures).map(([name, bytes]) => {
-    const blob = new Blob([new Uint8Array(buffer, offset, bytes)], { type: "image/jpeg" });
+    const data = new Uint8Array(buffer, offset, bytes);
+    const blob = new Blob([data], { type: data[0] === 0xff ? "image/jpeg" : "image/webp" });
     offset += bytes;
     return createImageBitmap(blob).then((bitmap) => [name, bitmap]);
   });
@@ -401,7 +402,7 @@ function recorded(names) {
     const link = document.createElement("a");
     link.href = address + token;
     link.textContent = path;
-    link.download = "";
+    link.download = path.split("/").pop();
     line.append(link);
     return line;
   });
