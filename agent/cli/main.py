@@ -30,6 +30,8 @@ COMMANDS = {
     "collect": "..baselines.scripted:collect",
 }
 """Module, beside this one, and function of each command that is a function; imported when it is called."""
+OPENING = ("evaluate", "dream", "play", "watch")
+"""Commands that open runs."""
 TRAINERS = {
     "online": "trainer:OnlineTrainer",
     "imagination": "imagined:ImaginationTrainer",
@@ -84,7 +86,7 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
         return {"version": __version__}
     if name == "train":
         return train(rest)
-    if name not in ("evaluate", "dream", "play", "watch"):  # what these run is for their run to say, and for the user to trust
+    if name not in OPENING:  # what these run is for their run to say, and for the user to trust
         trust.find_modules_here()
     if name == "bench":
         from longdream.agent import bench

@@ -238,7 +238,10 @@ class Player:
             header["value"] = round(now.judgement.value, 4)
             header["probs"] = [[round(p, 4) for p in part] for part in now.judgement.probs]
         if other is not None:
-            header["other"] = {"dreamt": round(other.dreamt, 4), "total": round(other.real.total, 4) if other.real else 0}
+            header["other"] = {
+                "dreamt": round(other.dreamt, 4),
+                "total": round(other.real.total, 4) if other.real else 0,
+            }
         return header
 
     # -- commands -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,12 @@ from aiohttp import WSMsgType, web
 from longdream.envs.contract import UserError
 
 PAGE = Path(__file__).parent / "page"
-FILES = {"look.css": "text/css", "play.js": "text/javascript", "watch.js": "text/javascript"}
+FILES = {
+    "icon.svg": "image/svg+xml",
+    "look.css": "text/css",
+    "play.js": "text/javascript",
+    "watch.js": "text/javascript",
+}
 """Files of both pages, which hold nothing of a run, by their types."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob:; "

@@ -207,7 +207,9 @@ class WatchService:
             for name, run in self.runs.items()
             if seen.get(name) != run.version
         }
-        return json.dumps({"root": str(self.root), "names": list(self.runs), "runs": changed, "machine": self._machine()})
+        return json.dumps(
+            {"root": str(self.root), "names": list(self.runs), "runs": changed, "machine": self._machine()}
+        )
 
     def _machine(self) -> dict[str, Any]:
         import torch

@@ -230,8 +230,8 @@ async def _long(address: str, pid: int, seconds: float, mode: str) -> dict[str, 
     result |= {"drift_s": round(late, 3), "memory_mb": [round(first[0], 1), round(last[0], 1)]}
     result |= {"open_files": [first[1], last[1]]}
     print(
-        f"{result['seconds']} s of simulated keys: {int(frames):,} frames, clock {late:+.3f} s, memory {first[0]:.0f} to "
-        f"{last[0]:.0f} MB, open files {first[1]} to {last[1]}"
+        f"{result['seconds']} s of simulated keys: {int(frames):,} frames, clock {late:+.3f} s, memory "
+        f"{first[0]:.0f} to {last[0]:.0f} MB, open files {first[1]} to {last[1]}"
     )
     return result
 
