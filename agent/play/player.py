@@ -359,7 +359,7 @@ class Player:
 
     async def _do_record(self, message: dict[str, Any]) -> bool:
         await self._record(bool(message.get("on")), _word(message.get("form", "mp4"), ("mp4", "gif"), "form"))
-        return False
+        return True
 
     async def _record(self, on: bool, form: Any) -> None:
         if on:

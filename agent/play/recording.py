@@ -20,8 +20,9 @@ from longdream.envs.contract import EnvSpec
 Format = Literal["mp4", "gif"]
 MOST = 10_000
 """Moments of a recording, at most."""
-QUALITY = "10"
-"""Constant rate factor of H.264 for frames that somebody learns from: hardly visible losses."""
+QUALITY = "4"
+"""Constant rate factor of H.264 for frames that somebody learns from: losses that cannot be seen. Colours are not
+halved, which would blur small pictures."""
 
 
 class Recording:
@@ -111,13 +112,13 @@ class Recording:
         height, width, channels = images[0].shape
         with av.open(str(path), "w") as file:
             stream = file.add_stream("libx264", rate=max(1, round(fps)), options={"crf": QUALITY})
-            stream.width = width - width % 2  # H.264 has colours for every second pixel
-            stream.height = height - height % 2
-            stream.pix_fmt = "yuv420p"
+            stream.width = width
+            stream.height = height
+            stream.pix_fmt = "yuv444p"
             for image in images:
                 rgb = image.repeat(3, -1) if channels == 1 else image[..., :3]
-                rgb = np.ascontiguousarray(rgb[: stream.height, : stream.width])
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+                file.mux(stream.encode(frame))
             file.mux(stream.encode())
         actions = np.concatenate([moment.action for moment in episode[1:] if moment.action is not None])
         if len(self.spec.action.parts) == 1:

@@ -186,6 +186,7 @@ class PlayService:
         self.left: dict[str, float] = {}
         """When the page of a session was lost, by session."""
         self.sockets: dict[str, web.WebSocketResponse] = {}
+        self.opening = asyncio.Lock()
         self.written: dict[str, Path] = {}
         """Files that were recorded, by the names under which they are served."""
 
@@ -227,7 +228,8 @@ class PlayService:
         await socket.prepare(request)
         try:
             await asyncio.shield(self.source)
-            name, player = await self._player(request.query.get("session", ""))
+            async with self.opening:
+                name, player = await self._player(request.query.get("session", ""))
         except UserError as error:
             await socket.send_str(json.dumps({"error": str(error), "final": True}))
             await socket.close()
