@@ -28,14 +28,14 @@ def meaning_of(env: Any) -> Meaning:
 
 
 def _names(env: Any) -> tuple[str, ...]:
-    found = _attribute(env, "action_names")
-    if found is None and callable(method := _attribute(env, "get_action_meanings")):
-        found = _called(method)
-    if found is None and isinstance(kind := _attribute(env, "actions"), type) and issubclass(kind, Enum):
-        found = [member.name for member in sorted(kind, key=lambda member: member.value)]
-    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+    names = _attribute(env, "action_names")
+    if names is None and callable(method := _attribute(env, "get_action_meanings")):
+        names = _called(method)
+    if names is None and isinstance(kind := _attribute(env, "actions"), type) and issubclass(kind, Enum):
+        names = [member.name for member in sorted(kind, key=lambda member: member.value)]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return ()
-    return tuple(name.replace("_", " ").lower() for name in found)
+    return tuple(name.replace("_", " ").lower() for name in names)
 
 
 def _keys(env: Any) -> tuple[tuple[tuple[str, ...], int], ...]:

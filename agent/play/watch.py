@@ -174,8 +174,8 @@ class WatchService:
     def _folders(self) -> list[Path]:
         if self.alone:
             return [self.root]
-        found = [path.parent for path in self.root.glob("*/config.yaml")]
-        newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+        folders = [path.parent for path in self.root.glob("*/config.yaml")]
+        newest = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
         return newest[:MOST_RUNS]
 
     def routes(self) -> list[web.RouteDef]:

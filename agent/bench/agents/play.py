@@ -135,12 +135,12 @@ class Client:
                 return json.loads(message.data[4 : 4 + length])
             if not isinstance(message.data, str):
                 raise UserError("longdream play closed the socket")
-            told = json.loads(message.data)
-            if "error" in told:
-                raise UserError(told["error"])
-            self.name = told.get("session", self.name)
-            if "keys" in told:
-                self.bindings = [binding["keys"] for binding in told["keys"]["bindings"]]
+            answer = json.loads(message.data)
+            if "error" in answer:
+                raise UserError(answer["error"])
+            self.name = answer.get("session", self.name)
+            if "keys" in answer:
+                self.bindings = [binding["keys"] for binding in answer["keys"]["bindings"]]
 
     async def hold(self, keys: list[str]) -> int:
         """Hold these keys from now on; the number of this message."""

@@ -127,7 +127,7 @@ function count(header) {
   stamps.push(time);
   while (stamps.length > 60 || time - stamps[0] > 3000) stamps.shift();
   const rate = stamps.length > 1 ? (1000 * (stamps.length - 1)) / (time - stamps[0]) : 0;
-  $("rate").textContent = header.playing && rate ? `${rate.toFixed(0)} frames/s` : "";
+  $("rate").textContent = header.playing && rate >= 5 ? `${rate.toFixed(0)} frames/s` : "";
   for (const [sent, when] of measured.sent) {
     if (sent > header.seq) break;
     measured.latency.push(time - when);
