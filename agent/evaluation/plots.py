@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from math import ceil
@@ -61,7 +61,7 @@ def stack(blocks: list[Picture]) -> Picture:
     return np.concatenate(padded)
 
 
-def beside(pictures: list[Picture], captions: list[str], colours: list[Colour], side: int = 192) -> Picture:
+def beside(pictures: Sequence[Picture], captions: Sequence[str], colours: Sequence[Colour], side: int = 192) -> Picture:
     """Pictures `(H, W, 3)` in one row, each in a frame of its colour above its caption; width and height are even.
 
     side: the pictures are enlarged by a whole factor, or subsampled, to about this many pixels."""

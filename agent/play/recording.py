@@ -96,14 +96,16 @@ class Recording:
         if not any(known.kind == "image" for known in self.spec.obs.values()):
             return
         episode: list[Moment] = []
-        for moment in [*self.lived, None]:
-            follows = moment is not None and moment.real is not None and moment.action is not None
-            if not follows or (episode and moment.number != episode[-1].number + 1):
+        for moment in self.lived:
+            follows = bool(episode) and moment.action is not None and moment.number == episode[-1].number + 1
+            if not follows or moment.real is None:
                 if len(episode) > 1:
                     yield episode
                 episode = []
-            if moment is not None and moment.real is not None:
+            if moment.real is not None:
                 episode.append(moment)
+        if len(episode) > 1:
+            yield episode
 
     def _write_mp4(self, path: Path, episode: list[Moment], fps: float) -> None:
         """Layout mp4: frames, and beside them the action that was taken at each but the last."""

@@ -118,17 +118,21 @@ class Logger:
             with self.view(str(path)):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_name(f".{path.name}.tmp")
-                temporary.write_bytes(drawn.data)
-                temporary.replace(path)
+                try:
+                    temporary.write_bytes(drawn.data)
+                    temporary.replace(path)
+                finally:  # of a full disk
+                    temporary.unlink(missing_ok=True)
         if self._tensorboard and pictures:
             with self.view("TensorBoard's files", self._give_up_tensorboard):
-                from tensorboard.compat.proto.summary_pb2 import Summary
+                from tensorboard.compat.proto import summary_pb2
 
+                summary: Any = summary_pb2  # made by protobuf, which type checkers cannot read
                 values = []
                 for name, (data, height, width) in pictures.items():
-                    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
-                    values.append(Summary.Value(tag=f"pictures/{name}", image=image))
-                self._view_writer()._get_file_writer().add_summary(Summary(value=values), step)
+                    image = summary.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+                    values.append(summary.Summary.Value(tag=f"pictures/{name}", image=image))
+                self._view_writer()._get_file_writer().add_summary(summary.Summary(value=values), step)
 
     def _mirror(self, step: int, values: dict[str, Value]) -> None:
         if not self._tensorboard:
