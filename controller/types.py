@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from longdream.controller.distributions import Distribution
 from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts
 from longdream.worldmodel.dynamics import State
 from longdream.worldmodel.types import Loss
@@ -17,7 +18,8 @@ class Controller(Protocol):
     categorical action factors, none for a box; actions is A, the length of an encoded action.
 
     It may also set `capturable = True`: a CUDA graph can capture `act`, which does the same work at every call and
-    moves nothing to the host. It may also be `Planning`, `Improving`, `Replaying` or `Exporting`. The loss of a C
+    moves nothing to the host. It may also be `Planning`, `Judging`, `Improving`, `Replaying` or
+    `Exporting`. The loss of a C
     without trainable parameters is never computed.
     """
 
@@ -40,6 +42,19 @@ class Planning(Protocol):
 
     def plan(self, model: Dreamer, feat: Tensor, state: State, greedy: bool) -> Tensor:
         """The encoded action `(B, A)` at feat `(B, F)` and M's state there, without gradient."""
+        ...
+
+
+@runtime_checkable
+class Judging(Protocol):
+    """A C that can tell what it thinks of a moment: `longdream play` shows it."""
+
+    def value(self, feat: Tensor) -> Tensor:
+        """The expected return `(...)` at feat `(..., F)`."""
+        ...
+
+    def policy(self, feat: Tensor) -> Distribution:
+        """The distribution over actions at feat `(..., F)`."""
         ...
 
 

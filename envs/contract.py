@@ -309,6 +309,7 @@ class OneCopy(gym.Env):
         self.observation_space = vector.single_observation_space
         self.action_space = vector.single_action_space
         self.render_mode = vector.render_mode
+        self.action_names = getattr(vector, "action_names", None)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)

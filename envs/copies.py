@@ -12,6 +12,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec as Registration
 
 from longdream.envs.contract import EnvError, UserError, env_spec
+from longdream.envs.meaning import Meaning, meaning_of
 from longdream.envs.process import stops_the_program
 from longdream.envs.remote import FAULTS
 from longdream.envs.text import without_text
@@ -61,6 +62,14 @@ class Copy(gym.Wrapper):
 
     def render(self) -> Any:
         return self._run("render")
+
+    def meaning(self) -> Meaning:
+        """What the environment says of its actions."""
+        return meaning_of(self.env)
+
+    def get_probes(self) -> dict[str, np.ndarray]:
+        """What the observation hides, where the environment has a `get_probes()` (Memory Maze); else nothing."""
+        return getattr(self.env.unwrapped, "get_probes", dict)()
 
     def close(self) -> None:
         try:

@@ -29,6 +29,7 @@ from longdream.envs.copies import (
     one_line,
     split_limit,
 )
+from longdream.envs.meaning import Meaning, meaning_of
 from longdream.envs.memory_maze.sizes import SIZES
 from longdream.envs.minerl.controls import CONTROLS
 from longdream.envs.process import environments_turn, stops_the_program
@@ -308,6 +309,18 @@ class World:
     def render(self, i: int = 0) -> Any:
         """The rendered image of copy i, (H, W, 3) uint8. None unless kwargs has {"render_mode": "rgb_array"}."""
         return None if self.vector.render_mode is None else self._ask("render", self.timeout_s)[i]
+
+    def meaning(self) -> Meaning:
+        """What the environment says of its actions."""
+        return meaning_of(self.vector) if self.native else self._ask("meaning", self.timeout_s)[0]
+
+    def probes(self, i: int = 0) -> dict[str, np.ndarray]:
+        """What the observation of copy i hides (docs/memory-maze.md); empty where the environment has no probes."""
+        if not self.native:
+            return self._ask("get_probes", self.timeout_s)[i]
+        if not hasattr(self.vector, "get_probes"):
+            return {}
+        return {key: values[i] for key, values in self._ask("get_probes", self.timeout_s).items()}
 
     def close(self) -> None:
         """Close every copy. Repeated calls have no effect. In worker processes it takes `timeout_s` at most."""

@@ -91,6 +91,7 @@ class RecallVecEnv(gym.vector.VectorEnv):
         self.max_steps = max_steps
         self.render_mode = render_mode
         self.chance, self.optimum = chance_and_optimum(doors)
+        self.action_names = ("forward", *(f"door {k}" for k in range(1, doors + 1)))
         self.single_observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.single_action_space = spaces.Discrete(1 + doors)
         self.observation_space = batch_space(self.single_observation_space, num_envs)

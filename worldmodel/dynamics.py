@@ -61,6 +61,15 @@ class State(NamedTuple):
         """The same state with the mixers' states erased, which leaves what the attention remembers."""
         return self._replace(mixers=tuple(torch.zeros_like(s) for s in self.mixers))
 
+    def without_short_memory(self) -> State:
+        """The same state with the last frames erased that the attention sees, which leaves what the mixers remember.
+
+        The latents of the last frame stay: M predicts what changes from there.
+        """
+        keys = tuple(torch.zeros_like(k) for k in self.k)
+        values = tuple(torch.zeros_like(v) for v in self.v)
+        return self._replace(k=keys, v=values, age=torch.zeros_like(self.age))
+
     @classmethod
     def from_layers(cls, states: Sequence[LayerState], last: Tensor) -> State:
         """M's state from the layers' states, bottom to top, and the last frame's latents."""

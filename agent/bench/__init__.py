@@ -25,6 +25,7 @@ BENCHES = {
     "maze": "envs.maze",
     "memory-maze": "envs.memory_maze",
     "objectives": "model.objectives",
+    "play": "agents.play",
     "probe": "model.probe",
     "remote": "envs.remote",
     "scan": "model.scan",

@@ -18,8 +18,8 @@ from longdream.envs.contract import UserError
 WORDS = {
     "run_folder": "the folder of a run, runs/NAME",
     "out": "a new folder",
-    "data": "the folder of recordings",
     "env": "the name of an environment, ID or module:ID",
+    "what": "the folder of a run, runs/NAME, or what --help says",
 }
 """What words mean, for the message that one is missing."""
 
@@ -29,6 +29,7 @@ def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[
 
     A parameter `env_kwargs` is the flag `--env.kwargs`, and as it is a dict, `--env.kwargs.corridor 24` is an entry. A
     flag may also be written with the group of settings that it belongs to, as in `longdream train`: `--env.workers`.
+    `--no-open` is short for `--open false`.
 
     Raises:
         UserError: an unknown flag, a missing word, or a value of another type.
@@ -55,7 +56,8 @@ def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[
         name, key = split(flag)
         return dict[str, Any] if key else hints[name]
 
-    words, given_flags = flags.split(arguments, hint)
+    switches = {f"--no-{name}": f"--{name}=false" for name in optional if hints[name] is bool}
+    words, given_flags = flags.split([switches.get(argument, argument) for argument in arguments], hint)
     if given_flags is None:
         _help(program, function, parameters)
         return None

@@ -25,10 +25,14 @@ COMMANDS = {
     "dream": "report:dream",
     "export": "export:export",
     "demo": "report:demo",
+    "play": "play:play",
+    "watch": "play:watch",
     "baseline": "baseline:baseline",
     "collect": "..baselines.scripted:collect",
 }
 """Module, beside this one, and function of each command that is a function; imported when it is called."""
+OPENING = ("evaluate", "dream", "play", "watch")
+"""Commands that open runs."""
 TRAINERS = {
     "online": "trainer:OnlineTrainer",
     "imagination": "imagined:ImaginationTrainer",
@@ -83,7 +87,7 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
         return {"version": __version__}
     if name == "train":
         return train(rest)
-    if name not in ("evaluate", "dream"):  # what these run is for their run to say, and for the user to trust
+    if name not in OPENING:  # what these run is for their run to say, and for the user to trust
         trust.find_modules_here()
     if name == "bench":
         from longdream.agent import bench

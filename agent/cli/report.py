@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from longdream.agent.evaluation.comparison import Comparison
 
 Device = Literal["auto", "cpu", "cuda"]
-STEPS = 4
-"""Denoising steps of a dream that is shown, if the run's own are fewer. One step gives a mean of what may come, which
-looks like a smear."""
 
 
 # -- dream against reality --------------------------------------------------------------------------------------------
@@ -64,7 +61,7 @@ def dream(
         UserError: a value is out of its range, there is no such run, nothing has been saved in it yet, or an episode is
             not longer than the context.
     """
-    from longdream.agent.evaluation.comparison import compare
+    from longdream.agent.evaluation.comparison import compare, steps_to_show
     from longdream.agent.evaluation.plots import film, save_film, save_picture, sheet, stack
     from longdream.agent.evaluation.policy import check_fit
     from longdream.agent.evaluation.rollout import EVALUATION_SEED
@@ -85,7 +82,7 @@ def dream(
     if out is None:
         check_own_path(run_folder, video)
     agent, config, _, trained = load_agent(run_folder, device)
-    steps = steps or _steps(agent.model.objective, config.forcing.steps)
+    steps = steps or steps_to_show(agent.model.objective, config.forcing.steps)
     env = config.env
     comparisons = []
     for i in range(seed, seed + episodes):
@@ -123,13 +120,6 @@ def _unused(folder: Path) -> Path:
 
     names = (film_path(folder / ("dream.mp4" if i == 1 else f"dream-{i}.mp4")) for i in count(1))
     return next(name for name in names if not name.exists() and not name.with_suffix(".png").exists())
-
-
-def _steps(objective: Any, own: int) -> int:
-    """Denoising steps per frame: at least STEPS where the objective denoises in steps, otherwise the run's own."""
-    from longdream.worldmodel.objectives.base import Forcing
-
-    return max(STEPS, own) if isinstance(objective, Forcing) else own
 
 
 def _sentence(i: int, comparison: Comparison) -> str:

@@ -16,6 +16,8 @@ USAGE = """longdream: agents that learn inside a learned world model with long-t
   longdream baseline --env ID                  a model-free algorithm in the real environment, to compare with
   longdream dream runs/NAME                    a dream beside reality, as video
   longdream export runs/NAME FOLDER            an agent to hand on: settings, card, weights in one file
+  longdream play runs/NAME|ENV                 step into the dream beside reality, in a browser
+  longdream watch runs/NAME|runs/              follow runs in a browser while they train
   longdream envs                               environments that can be named
   longdream check-env ID|module:ID             what is wrong with an environment, and how to fix it
   longdream collect --env ID --out DIR         episodes of a scripted policy as NPZ files

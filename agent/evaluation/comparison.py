@@ -13,7 +13,11 @@ from longdream.agent.core.device import own_randomness
 from longdream.envs.contract import EnvSpec, UserError
 from longdream.envs.make import World
 from longdream.worldmodel.dream import Starts, imagine
+from longdream.worldmodel.objectives.base import Forcing
 
+STEPS = 4
+"""Denoising steps of a dream that is shown, if the run's own are fewer. One step gives a mean of what may come, which
+looks like a smear."""
 PSNR_CAP = 60.0
 """Upper bound of PSNR in dB, for frames that are nearly equal: JSON has no infinity."""
 
@@ -26,6 +30,7 @@ class Comparison:
         the dream, which before row `context` consists of reconstructions, M's context.
     reward, expected: `(T,)`, the real reward of each row, and M's expected reward in the dream.
     alive, going_on: `(T,)`, 0 where the episode terminated and 1 elsewhere, and M's probability of going on.
+    surprise: `(T, 3)`, latent, reward and end, each row given all rows before it; None where it was not measured.
     """
 
     spec: EnvSpec
@@ -39,6 +44,7 @@ class Comparison:
     going_on: np.ndarray
     rewarded: bool = True
     """Whether rewards and ends are known."""
+    surprise: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.reward)
@@ -78,6 +84,12 @@ class Comparison:
         }
 
 
+def steps_to_show(objective: Any, own: int) -> int:
+    """Denoising steps per frame of a dream that is shown: at least STEPS where the objective denoises in steps,
+    otherwise the run's own."""
+    return max(STEPS, own) if isinstance(objective, Forcing) else own
+
+
 def psnr(mse: np.ndarray) -> np.ndarray:
     """PSNR in dB from mean squared errors of images with values in 0 to 255."""
     return np.minimum(10 * np.log10(255**2 / np.maximum(mse, 1e-9)), PSNR_CAP)
@@ -96,13 +108,15 @@ def compare(
     seed: int = 0,
     temperature: float = 1.0,
     steps: int | None = None,
+    greedy: bool = True,
 ) -> Comparison:
-    """Play a greedy episode of up to `frames` rows in a world of one copy, and dream it again.
+    """Play an episode of up to `frames` rows in a world of one copy, and dream it again.
 
     Args:
         context: frames at the start that M receives.
         steps: denoising steps per frame; None for the config's forcing.steps. With one step, a dreamt frame of
             continuous latents is the mean of the possible futures; with several it is a sample.
+        greedy: whether the agent takes its most probable actions instead of sampling them.
 
     Raises:
         UserError: the episode ends before there is anything to dream.
@@ -114,19 +128,22 @@ def compare(
     rows = []
     feats = []
     actions = []
+    surprises = []
     expected = [0.0]
     going_on = [1.0]
     with own_randomness(seed, agent.device):
         row = world.reset()
         carry = agent.initial(1)
         while True:
-            carry, _ = agent.observe(carry, row, measure=False)
+            carry, surprise = agent.observe(carry, row)
+            assert surprise is not None
+            surprises.append(torch.stack([*surprise], 1))
             rows.append(row)
             feats.append(carry.feat)
             start = carry if len(rows) == context else start
             if row.terminated[0] or row.truncated[0] or len(rows) == frames:
                 break
-            carry = agent.acted(carry, agent.act(carry, greedy=True))
+            carry = agent.acted(carry, agent.act(carry, greedy))
             actions.append(carry.action)
             reward, cont = model.reward_continue.expect(carry.feat, carry.action)
             expected.append(reward.item())
@@ -157,4 +174,5 @@ def compare(
         expected=np.array(expected[:context] + dream.reward[0].tolist()),
         alive=1.0 - terminated,
         going_on=np.array(going_on[:context] + dream.cont[0].tolist()),
+        surprise=torch.cat(surprises).float().cpu().numpy(),
     )

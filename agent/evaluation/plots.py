@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from math import ceil
@@ -61,6 +61,42 @@ def stack(blocks: list[Picture]) -> Picture:
     return np.concatenate(padded)
 
 
+def beside(pictures: Sequence[Picture], captions: Sequence[str], colours: Sequence[Colour], side: int = 192) -> Picture:
+    """Pictures `(H, W, 3)` in one row, each in a frame of its colour above its caption; width and height are even.
+
+    side: the pictures are enlarged by a whole factor, or subsampled, to about this many pixels."""
+    sized = [_sized(picture, side) for picture in pictures]
+    tall = max(len(picture) for picture in sized)
+    width = MARGIN + sum(picture.shape[1] + 2 * BORDER + MARGIN for picture in sized)
+    height = MARGIN + tall + 2 * BORDER + 34
+    canvas = _blank(height + height % 2, width + width % 2)  # yuv420p halves the colour planes
+    x = MARGIN
+    for picture, caption, colour in zip(sized, captions, colours, strict=True):
+        h, w = picture.shape[:2]
+        canvas[MARGIN : MARGIN + h + 2 * BORDER, x : x + w + 2 * BORDER] = colour
+        canvas[MARGIN + BORDER : MARGIN + BORDER + h, x + BORDER : x + BORDER + w] = picture
+        _write(canvas, caption, x, MARGIN + tall + 2 * BORDER + 6, 12, colour if colour != PANEL else MUTED)
+        x += w + 2 * BORDER + MARGIN
+    return canvas
+
+
+def bars(lines: list[tuple[str, np.ndarray, Colour]], width: int = 640, height: int = 80) -> Picture:
+    """Numbers `(T,)` that are not negative as bars over time, one row for each with its name and its largest value."""
+    canvas = _blank(len(lines) * (height + 30) + 10, width)
+    for i, (name, values, colour) in enumerate(lines):
+        top = 10 + i * (height + 30)
+        largest = float(values.max(initial=0))
+        _write(canvas, name, MARGIN, top, 12, MUTED)
+        _write(canvas, _two(largest), width - MARGIN, top, 12, MUTED, right=True)
+        edges = np.linspace(MARGIN, width - MARGIN, len(values) + 1).round().astype(int)
+        tall = (height * values / (largest or 1.0)).round().astype(int)
+        canvas[top + 22 + height : top + 23 + height, MARGIN : width - MARGIN] = PANEL
+        for left, right, bar in zip(edges, edges[1:], tall, strict=False):
+            gap = int(right - left > 3)
+            canvas[top + 22 + height - bar : top + 22 + height, left : right - gap] = colour
+    return canvas
+
+
 def _panels(comparison: Comparison, title: str) -> Iterator[Picture]:
     keys = comparison.keys(image=True)
     names = ("reality", "reality through V", "dream", "difference")
@@ -98,9 +134,9 @@ def _panels(comparison: Comparison, title: str) -> Iterator[Picture]:
 
 def _views(comparison: Comparison, key: str) -> tuple[Picture, ...]:
     """Frames of one image key, each `(T, H, W, 3)`: reality, V's reconstruction, dream, and |dream - reality|."""
-    real = _rgb(comparison.real[key])
-    kept = _rgb(comparison.kept[key])
-    dreamt = _rgb(comparison.dreamt[key])
+    real = rgb(comparison.real[key])
+    kept = rgb(comparison.kept[key])
+    dreamt = rgb(comparison.dreamt[key])
     gap = np.abs(real.astype(np.int16) - dreamt).mean(-1) / 255
     heat = (colormaps["inferno"](np.sqrt(gap))[..., :3] * 255).astype(np.uint8)  # the root makes small ones visible
     return real, kept, dreamt, heat
@@ -194,9 +230,9 @@ def _plots(comparison: Comparison, title: str) -> tuple[Picture, list[tuple[slic
     rows = ceil(len(lines) / 2)
     time = np.arange(len(comparison))
     context = comparison.context
-    background = _hex(BACKGROUND)
-    muted = _hex(MUTED)
-    text = _hex(TEXT)
+    background = hex_of(BACKGROUND)
+    muted = hex_of(MUTED)
+    text = hex_of(TEXT)
     figure = Figure(figsize=(9.6, 0.6 + 1.7 * rows), dpi=100, facecolor=background)
     canvas = FigureCanvasAgg(figure)
     if left_out > 0:
@@ -210,10 +246,10 @@ def _plots(comparison: Comparison, title: str) -> tuple[Picture, list[tuple[slic
         axes.set_facecolor(background)
         axes.set_title(name, color=muted, fontsize=9, loc="left", pad=3)
         axes.tick_params(colors=muted, labelsize=8, labelbottom=True)
-        axes.spines[:].set_color(_hex(PANEL))
-        axes.axvspan(0, context - 1, color=_hex(CONTEXT), alpha=0.35, lw=0, label="shown to M")
+        axes.spines[:].set_color(hex_of(PANEL))
+        axes.axvspan(0, context - 1, color=hex_of(CONTEXT), alpha=0.35, lw=0, label="shown to M")
         axes.plot(time, real, color=text, lw=1.2, label="reality")
-        axes.plot(time[context - 1 :], dreamt[context - 1 :], color=_hex(IMAGINED), lw=1.4, label="dream")
+        axes.plot(time[context - 1 :], dreamt[context - 1 :], color=hex_of(IMAGINED), lw=1.4, label="dream")
         axes.margins(x=0)
     legend = grid[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=8, borderpad=0)
     for label in legend.get_texts():
@@ -241,7 +277,8 @@ def _unfolding(comparison: Comparison, title: str) -> Iterator[Picture]:
         yield canvas
 
 
-def _hex(colour: Colour) -> str:
+def hex_of(colour: Colour) -> str:
+    """The colour as matplotlib and the web write it."""
     return f"#{bytes(colour).hex()}"
 
 
@@ -249,7 +286,7 @@ def _blank(height: int, width: int) -> Picture:
     return np.full((height, width, 3), BACKGROUND, np.uint8)
 
 
-def _rgb(images: np.ndarray) -> np.ndarray:
+def rgb(images: np.ndarray) -> np.ndarray:
     """Images `(..., C)` with 1, 3 or 4 channels as `(..., 3)`."""
     return images.repeat(3, -1) if images.shape[-1] == 1 else images[..., :3]
 

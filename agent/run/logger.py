@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -21,6 +21,16 @@ from longdream.agent.run.files import opened
 from longdream.agent.run.metrics import RATES
 
 Value = float | int | str | None
+PICTURES = Path("videos") / "training"
+"""Folder in a run of the newest pictures of each kind."""
+
+
+class Drawn(NamedTuple):
+    """A picture as a PNG, or moving pictures as a GIF, and its size in pixels."""
+
+    data: bytes
+    height: int
+    width: int
 
 
 class Logger:
@@ -97,18 +107,50 @@ class Logger:
         self._bytes += len(line)
         self._sum = zlib.crc32(line, self._sum)
 
+    def draw(self, step: int, pictures: dict[str, Drawn]) -> None:
+        """Show pictures by name: in TensorBoard's Images and, the newest of each name, as files in PICTURES.
+
+        GIFs are written as such: what TensorBoard's `add_video` needs to make them of frames (MoviePy) is not
+        installed with the project, and its version 2 makes none, without an error.
+        """
+        for name, drawn in pictures.items():
+            path = self.folder / PICTURES / f"{name}{'.gif' if drawn.data[:3] == b'GIF' else '.png'}"
+            with self.view(str(path)):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_name(f".{path.name}.tmp")
+                try:
+                    temporary.write_bytes(drawn.data)
+                    temporary.replace(path)
+                finally:  # of a full disk
+                    temporary.unlink(missing_ok=True)
+        if self._tensorboard and pictures:
+            with self.view("TensorBoard's files", self._give_up_tensorboard):
+                from tensorboard.compat.proto import summary_pb2
+
+                summary: Any = summary_pb2  # made by protobuf, which type checkers cannot read
+                values = []
+                for name, (data, height, width) in pictures.items():
+                    image = summary.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+                    values.append(summary.Summary.Value(tag=f"pictures/{name}", image=image))
+                self._view_writer()._get_file_writer().add_summary(summary.Summary(value=values), step)
+
     def _mirror(self, step: int, values: dict[str, Value]) -> None:
         if not self._tensorboard:
             return
         with self.view("TensorBoard's files", self._give_up_tensorboard):
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
-
-                _silence_writers()
-                self._writer = SummaryWriter(log_dir=str(self.folder / "tensorboard"), purge_step=self._purge)
+            writer = self._view_writer()
             for key, value in values.items():
                 if isinstance(value, int | float):
-                    self._writer.add_scalar(key, value, step)
+                    writer.add_scalar(key, value, step)
+
+    def _view_writer(self) -> Any:
+        """TensorBoard's writer, opened when it is needed first."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
+
+            _silence_writers()
+            self._writer = SummaryWriter(log_dir=str(self.folder / "tensorboard"), purge_step=self._purge)
+        return self._writer
 
     def _give_up_tensorboard(self) -> None:
         self._tensorboard = False

@@ -79,6 +79,7 @@ class ImaginationTrainer(Trainer):
         returns = play(
             self.agent, config.evaluation_env, settings.episodes, config.seed, "agent", settings, self.signals
         )
+        self.show(self.agent)
         return {"evaluate/return_mean": returns.return_mean, "evaluate/return_std": returns.return_std}
 
     def state(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from longdream.agent.core.learner import Learner
 from longdream.agent.data.base import ReplayBuffer
 from longdream.agent.data.device_replay import DeviceReplay
 from longdream.agent.data.replay import Replay
+from longdream.agent.evaluation.pictures import evaluation_pictures
 from longdream.agent.evaluation.policy import evaluate_agent, make_world, play
 from longdream.agent.run import folder as run_folder
 from longdream.agent.run.logger import Logger
@@ -198,10 +199,17 @@ class Trainer:
         self.logger.note(f"evaluating over {episodes} episodes")
         summary = evaluate_agent(agent, config.evaluation_env, episodes, config.seed, config.evaluate, self.signals)
         self.logger.write(self.progress, {f"final/{key}": summary[key] for key in RETURNS if key in summary})
+        self.show(agent)
         if isinstance(agent.controller, Exporting):
             with self.logger.view("what C exports"):
                 agent.controller.export(self.folder)
         return summary | {"dream_steps": agent.dream_steps}
+
+    def show(self, agent: Agent) -> None:
+        """Show an episode of the evaluation in pictures: dream beside reality, V's reconstructions, surprise."""
+        config = self.config
+        pictures = evaluation_pictures(agent, config.evaluation_env, config.seed, config.evaluate.greedy, self.signals)
+        self.logger.draw(self.progress, pictures)
 
     def rate_scale(self) -> float:
         """Factor on the learning rates: from 1 linearly to `learn.decay` at the end."""
@@ -392,6 +400,7 @@ class OnlineTrainer(Timed, Trainer):
             returns = play(
                 self.agent, config.evaluation_env, settings.episodes, config.seed, "agent", settings, self.signals
             ).to_json()
+            self.show(self.agent)
         self.logger.write(self.progress, {f"evaluate/{key}": returns[key] for key in RETURNS if key in returns})
         self.count["evaluated"] = self.progress
 

@@ -18,6 +18,7 @@ from longdream.agent.data.video.library import open_library
 from longdream.agent.data.video.loader import Loader, Place, check_lengths
 from longdream.agent.data.video.transfer import Transfer
 from longdream.agent.evaluation.open_loop import OpenLoop, check_held_out, evaluate_open_loop
+from longdream.agent.evaluation.pictures import drawings
 from longdream.agent.evaluation.plots import film, film_path, save_film, save_picture, sheet
 from longdream.agent.evaluation.plots import stack as stacked
 from longdream.agent.run import folder as run_folder
@@ -208,8 +209,10 @@ class VideoTrainer(Trainer):
         evaluations = self.config.evaluate.times if self.held_out else 0
         metrics: dict[str, Any] = {}
         if self.is_due("evaluated", evaluations + 1, before_the_end=True):
-            result = self._evaluate(0)
+            result = self._evaluate(1)
             metrics = {f"held_out/{key}": value for key, value in result.means().items()} if result else {}
+            if result:
+                self.logger.draw(self.progress, drawings(result.drawn[0]))
             self.count["evaluated"] = self.progress
         if not self.is_due("logged", LINES) and not metrics:
             return

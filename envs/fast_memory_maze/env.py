@@ -68,6 +68,7 @@ class FastMemoryMazeVecEnv(gym.vector.VectorEnv):
         "render_fps": 4,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
+    action_names = ACTIONS
 
     def __init__(
         self,
@@ -346,8 +347,12 @@ class FastMemoryMazeEnv(OneCopy):
     def close(self) -> None:
         self.vector.close()
 
+    def get_probes(self) -> dict[str, Any]:
+        """The state that the image does not show: the probes of docs/memory-maze.md."""
+        return {key: value[0] for key, value in self.vector.get_probes().items()}
+
     def _info(self) -> dict[str, Any]:
-        return {key: value[0] for key, value in self.vector.get_probes().items()} if self.vector.probes else {}
+        return self.get_probes() if self.vector.probes else {}
 
 
 def _staggered_lengths(copies: int, max_steps: int) -> np.ndarray:

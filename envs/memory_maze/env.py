@@ -50,6 +50,7 @@ class MemoryMazeEnv(gym.Env):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array", "top"], "render_fps": 4}  # noqa: RUF012 as in gym.Env
+    action_names = ACTIONS
 
     def __init__(
         self,
@@ -106,8 +107,12 @@ class MemoryMazeEnv(gym.Env):
         self.simulation.close()
         self.running = False
 
+    def get_probes(self) -> dict[str, Any]:
+        """The state that the image does not show: the probes of docs/memory-maze.md."""
+        return self.simulation.probes()
+
     def _info(self) -> dict[str, Any]:
-        return self.simulation.probes() if self.probes else {}
+        return self.get_probes() if self.probes else {}
 
 
 def simulation_class(draws: bool = True) -> type[Simulation]:

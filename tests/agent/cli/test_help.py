@@ -16,6 +16,8 @@ LINES = {
     "check-env --help": "usage: longdream check-env ENV",
     "dream --help": "--steps INT",
     "demo --help": "usage: longdream demo",
+    "play --help": "--open BOOL",
+    "watch --help": "usage: longdream watch WHAT",
     "baseline --help": "--evaluate_every INT",
     "collect --help": "--policy oracle|navigator|random",
     "train --help": "--worldmodel.mixer STR",

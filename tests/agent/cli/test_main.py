@@ -247,6 +247,8 @@ def test_what_a_resumed_run_may_change(here: Path, capsys: pytest.CaptureFixture
         ["doctor"],
         ["bench"],
         ["demo"],
+        ["play"],
+        ["watch"],
         *(["bench", b] for b in bench.BENCHES),
     ],
 )

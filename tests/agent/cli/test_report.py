@@ -15,7 +15,7 @@ from longdream.agent.cli import report
 from longdream.agent.config import options
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent
-from longdream.agent.evaluation.comparison import PSNR_CAP, Comparison, compare
+from longdream.agent.evaluation.comparison import PSNR_CAP, Comparison, compare, steps_to_show
 from longdream.agent.evaluation.plots import CONTEXT, IMAGINED, _plots, film, save_film, sheet
 from longdream.agent.evaluation.tables import summary_table
 from longdream.agent.train.trainer import OnlineTrainer
@@ -318,4 +318,4 @@ def test_an_earlier_dream_is_kept(vectors: Path, tmp_path: Path, capsys: pytest.
 def test_a_dream_is_shown_in_several_denoising_steps(settings: dict, shown: int) -> None:
     config = tiny(**settings)
     world = World(config.env.id, 1, 0, config.env.kwargs)
-    assert report._steps(Agent(config, world.spec).model.objective, config.forcing.steps) == shown
+    assert steps_to_show(Agent(config, world.spec).model.objective, config.forcing.steps) == shown

@@ -1,0 +1,122 @@
+"""What an agent sees, expects, imagines and would do at one moment, as values: nothing is kept here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from longdream.agent.core.actor import Carry
+from longdream.agent.core.agent import Agent
+from longdream.agent.core.device import autocast, own_randomness
+from longdream.agent.dream_env.starts import Moments
+from longdream.agent.evaluation.comparison import steps_to_show
+from longdream.agent.play.frames import encode
+from longdream.controller.distributions import Categoricals
+from longdream.controller.types import Judging
+from longdream.envs.contract import Row
+
+Memory = Literal["scan", "attention", "both"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What C says at a moment: the expected return, and the probabilities of each factor's classes; None and empty
+    where this kind of C tells nothing, and of a box the mean of each number."""
+
+    value: float | None = None
+    probs: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """M's prediction of a row before it came: its picture, the reward, and the probability of an end."""
+
+    picture: bytes
+    reward: float
+    end: float
+
+
+class Mind:
+    """V, M and C of an agent for one stream. A `Carry` holds all that it knows; seeds make what is drawn repeatable.
+
+    agent: only read, so that several streams share it.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.config = agent.config
+        self.steps = steps_to_show(agent.model.objective, agent.config.forcing.steps)
+        """Denoising steps at first."""
+
+    def empty(self) -> Carry:
+        """Nothing was seen yet."""
+        return self.agent.initial(1)
+
+    def see(self, carry: Carry, row: Row) -> tuple[Carry, tuple[float, float, float]]:
+        """Take in a row of one copy: the carry after it, and its surprise (latent, reward, end)."""
+        after, surprise = self.agent.observe(carry, row)
+        assert surprise is not None
+        latent, reward, end = torch.stack([part[0].float() for part in surprise]).tolist()
+        return after, (latent, reward, end)
+
+    @torch.no_grad()
+    def imagine(self, carry: Carry, temperature: float, steps: int, seed: int) -> tuple[Carry, Expected]:
+        """Dream the frame after `carry.action`: the carry after it, and what was expected.
+
+        Args:
+            steps: denoising steps. seed: of what is drawn.
+        """
+        model = self.agent.model
+        with own_randomness(seed, self.agent.device), autocast(self.config.precision, self.agent.device):
+            reward, cont = model.reward_continue.expect(carry.feat, carry.action)
+            z, feat, state = model.dream_step(carry.feat, carry.state, carry.action, temperature, steps)
+            decoded = model.encoder.decode(z, feat)
+        shown = encode({key: value.cpu().numpy() for key, value in decoded.items()})
+        return Carry(feat, state, carry.action), Expected(shown, reward.item(), 1 - cont.item())
+
+    @torch.no_grad()
+    def judge(self, carry: Carry) -> Judgement:
+        """What C says at this moment."""
+        controller = self.agent.controller
+        if not isinstance(controller, Judging):
+            return Judgement()
+        with autocast(self.config.precision, self.agent.device):
+            value = controller.value(carry.feat)[0].item()
+            policy = controller.policy(carry.feat)
+        if isinstance(policy, Categoricals):
+            return Judgement(value, tuple(tuple(part[0].tolist()) for part in policy.probs))
+        return Judgement(value, (tuple(policy.mode()[0].tolist()),))
+
+    def choose(self, carry: Carry, greedy: bool, seed: int) -> np.ndarray:
+        """C's encoded action `(1, A)`."""
+        with own_randomness(seed, self.agent.device):
+            return self.agent.act(carry, greedy)
+
+    def acted(self, carry: Carry, action: np.ndarray) -> Carry:
+        """The carry once `action` `(1, A)` is taken."""
+        return self.agent.acted(carry, action)
+
+    def forget(self, carry: Carry, what: Memory) -> Carry:
+        """The carry with M's scans erased, its attention, or both. C sees it from the next frame on."""
+        state = carry.state
+        if what in ("scan", "both"):
+            state = state.without_long_memory()
+        if what in ("attention", "both"):
+            state = state.without_short_memory()
+        return carry._replace(state=state)
+
+    @torch.no_grad()
+    def wake(self, moments: Moments, i: int) -> tuple[Carry, bytes]:
+        """A moment to dream on from, and its picture."""
+        one = moments.take(torch.tensor([i % len(moments.z)], device=self.agent.device))
+        decoded = self.agent.model.encoder.decode(one.z, one.feat)
+        action = torch.zeros(1, self.agent.spec.action.size, device=self.agent.device)
+        return Carry(one.feat, one.state, action), encode({key: v.cpu().numpy() for key, v in decoded.items()})
+
+    def in_row(self, obs: dict[str, np.ndarray]) -> Row:
+        """An observation `(1, ...)` as the first row of an episode."""
+        no = np.zeros(1, np.bool_)
+        return Row(obs, ~no, np.zeros(1, np.float32), no, no)
