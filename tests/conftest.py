@@ -43,6 +43,7 @@ SLOW = (
     "envs/fast_memory_maze/test_fast_memory_maze.py",
     "envs/remote/test_remote_faults.py",
     "agent/bench/test_bench.py",
+    "agent/bench/test_faults.py",
     "agent/train/test_controllers.py",
     "agent/train/test_faults.py",
     "agent/train/test_imagined.py",

@@ -22,7 +22,7 @@ W = TypeVar("W", bound=World)
 DEFAULTS = EvaluateConfig()
 QUIET_S = 20.0
 """Seconds after which an evaluation prints its progress."""
-LONG = 1_000
+LONG = 200
 """Steps of a copy without an end after which that line names the fix."""
 ENDLESS = " (if none ever does: --env.kwargs.max_episode_steps N)"
 LABELS: dict[Who, str] = {"agent": "the agent", "random": "random actions"}

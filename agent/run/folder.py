@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -36,6 +37,8 @@ PRETRAINED = Path(__file__).resolve().parents[2] / "runs" / "pretrained"
 """Folder of the exported agents that come with the program."""
 SAVED = ".saved"
 """File of a run that has saved a checkpoint: where they are lost, it is not begun anew."""
+LONGEST_NAME = 255
+"""Bytes of the name of a folder, on common file systems."""
 BEGUN = ".begun.json"
 """File of a run with its settings as this program wrote them into config.yaml. Each checkpoint has a copy, too."""
 
@@ -91,6 +94,8 @@ def unused(name: str | None, label: str, seed: int, root: Path | str = "runs") -
             folder = root / f"{label}-s{seed}-{k}"
         else:
             folder = root / name
+        if len(os.fsencode(folder.name)) > LONGEST_NAME:  # (which is only seen where `root` exists)
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         os.lstat(folder)
     except FileNotFoundError:
         return folder

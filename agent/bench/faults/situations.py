@@ -302,6 +302,11 @@ def _write_config(change: Callable[[str], str], folder: Path) -> None:
     path.write_text(change(path.read_text()))
 
 
+def _show_something_else(folder: Path) -> None:
+    (folder / "summary.json").unlink()
+    _write_config(lambda text: text.replace("fault: none", "fault: none\n    size: 4"), folder)
+
+
 def _bomb(text: str) -> str:
     return "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 28))
 
@@ -333,7 +338,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str, int]] = {
         2,
     ),
     "its environment shows something else": (
-        partial(_write_config, lambda text: text.replace("fault: none", "fault: none\n    size: 4")),
+        _show_something_else,
         "does not fit this agent",
         2,
     ),

@@ -457,6 +457,7 @@ def test_names_and_places_that_cannot_be(
     assert cli.main(arguments) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err and err.splitlines()[-1].startswith("longdream: ")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
