@@ -104,7 +104,7 @@ def watch() -> None:
     with page_of("watch", "runs/demo") as page:
         page.wait_for_selector("#curves canvas")
         page.wait_for_timeout(1500)  # pictures are decoded
-        page.screenshot(path=IMAGES / "watch.png", clip={"x": 0, "y": 0, "width": WIDE["width"], "height": 1100})
+        page.screenshot(path=IMAGES / "watch.png", full_page=True, clip={"x": 0, "y": 0, **WIDE, "height": 1100})
 
 
 # -- everything else --------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ def seeded() -> None:
 
 SLOW = (
     "envs/memory_maze/test_identity.py",
+    "agent/play/test_browser.py",
     "agent/train/test_resume.py",
     "envs/fast_memory_maze/test_original.py",
     "agent/run/test_checkpoint.py",

@@ -19,8 +19,6 @@ from longdream.agent.bench.common import MB, Device
 from longdream.agent.cli.play import require
 from longdream.envs.contract import UserError
 
-SPEED = 30.0
-"""Steps per second of the long session and of the keys that are timed."""
 RECONNECT_S = 60.0
 """Seconds of a long session after which its connection is lost and comes back."""
 WARM_S = 60.0
@@ -32,6 +30,7 @@ def measure(
     seconds: float = 10.0,
     keys: int = 100,
     long: float = 0.0,
+    speed: float = 30.0,
     steps: tuple[int, ...] = (1, 4),
     modes: tuple[Literal["dream", "both", "reality"], ...] = ("dream", "both"),
     device: Device | None = None,
@@ -39,9 +38,9 @@ def measure(
     """Frames per second and key to picture of `longdream play`, at the server, over a real socket.
 
     The command runs in a process of its own. A client confirms each frame as a page does. Frames are counted with the
-    clock set to 60 a second while a key is held. From key to picture is the time from sending a key at a random moment,
-    at 30 steps a second, to the frame that it led to. A long session holds simulated keys at 30 steps a second and
-    loses its connection once a minute.
+    clock set to 60 a second while a key is held. From key to picture is the time from sending a key at a random moment
+    to the frame that it led to. A long session holds simulated keys and loses its connection once a minute. Its clock
+    falls behind where the machine cannot make so many steps a second.
 
     examples
       longdream bench play runs/demo
@@ -52,6 +51,7 @@ def measure(
         seconds: for each count of frames
         keys: how many are timed
         long: seconds of the long session; 0 for none
+        speed: steps per second of the long session and of the keys that are timed
         steps: denoising steps per frame
         modes: dream, both or reality
         device: where the agent computes (default: as in the run)
@@ -64,11 +64,20 @@ def measure(
     require("aiohttp")
     if seconds <= 0 or keys < 1 or long < 0 or min(steps, default=0) < 1 or not modes:
         raise UserError(f"--seconds {seconds:g}, --keys {keys}, --long {long:g}, --steps {steps}: must be more than 0")
-    return asyncio.run(_measure(run_folder, seconds, keys, long, steps, modes, device))
+    if not 0.5 <= speed <= 60:
+        raise UserError(f"--speed {speed:g}: must be at least 0.5 and at most 60")
+    return asyncio.run(_measure(run_folder, seconds, keys, long, speed, steps, modes, device))
 
 
 async def _measure(
-    run: Path, seconds: float, keys: int, long: float, steps: tuple[int, ...], modes: tuple[str, ...], device: Any
+    run: Path,
+    seconds: float,
+    keys: int,
+    long: float,
+    speed: float,
+    steps: tuple[int, ...],
+    modes: tuple[str, ...],
+    device: Any,
 ) -> dict[str, Any]:
     began = time.perf_counter()
     command = [sys.executable, "-m", "longdream", "play", str(run), "--no-open", "--port", "0"]
@@ -90,9 +99,9 @@ async def _measure(
         async with _client(address) as client:
             result["first_frame_s"] = round(time.perf_counter() - began, 2)
             print(f"page after {result['first_page_s']} s, picture after {result['first_frame_s']} s")
-            result["rows"] = [await _row(client, mode, n, seconds, keys) for mode in modes for n in steps]
+            result["rows"] = [await _row(client, mode, n, seconds, keys, speed) for mode in modes for n in steps]
         if long:
-            result["long"] = await _long(address, process.pid, long, modes[0])
+            result["long"] = await _long(address, process.pid, long, speed, modes[0])
         drain.cancel()
         return result
     finally:
@@ -161,7 +170,7 @@ async def _client(address: str, name: str = "") -> AsyncIterator[Client]:
             yield client
 
 
-async def _row(client: Client, mode: str, steps: int, seconds: float, keys: int) -> dict[str, Any]:
+async def _row(client: Client, mode: str, steps: int, seconds: float, keys: int, speed: float) -> dict[str, Any]:
     await client.send(do="set", mode=mode, steps=steps, speed=60)
     await client.send(do="play", on=True)
     await client.hold(client.bindings[0])
@@ -173,7 +182,7 @@ async def _row(client: Client, mode: str, steps: int, seconds: float, keys: int)
         await client.frame()
         frames += 1
     fps = frames / (time.perf_counter() - began)
-    times = await _key_times(client, keys)
+    times = await _key_times(client, keys, speed)
     centiles = statistics.quantiles(times, n=20) if len(times) > 1 else times * 20
     row = {"mode": mode, "steps": steps, "fps": round(fps, 1)}
     row |= {"key_ms": [round(statistics.median(times), 1), round(centiles[-1], 1)]}
@@ -181,9 +190,9 @@ async def _row(client: Client, mode: str, steps: int, seconds: float, keys: int)
     return row
 
 
-async def _key_times(client: Client, keys: int) -> list[float]:
-    """Milliseconds from a key to the first frame that it led to, while time goes on at SPEED."""
-    await client.send(do="set", speed=SPEED)
+async def _key_times(client: Client, keys: int, speed: float) -> list[float]:
+    """Milliseconds from a key to the first frame that it led to, while time goes on."""
+    await client.send(do="set", speed=speed)
     rng = random.Random(0)
     times = []
     for i in range(keys):
@@ -198,8 +207,8 @@ async def _key_times(client: Client, keys: int) -> list[float]:
     return times
 
 
-async def _long(address: str, pid: int, seconds: float, mode: str) -> dict[str, Any]:
-    """A session of simulated keys, at SPEED, whose connection is lost now and then."""
+async def _long(address: str, pid: int, seconds: float, speed: float, mode: str) -> dict[str, Any]:
+    """A session of simulated keys, whose connection is lost now and then."""
     rng = random.Random(0)
     name = ""
     began = time.perf_counter()
@@ -208,10 +217,10 @@ async def _long(address: str, pid: int, seconds: float, mode: str) -> dict[str, 
     while (left := began + seconds - time.perf_counter()) > 0:
         async with _client(address, name) as client:
             name = client.name
-            await client.send(do="set", mode=mode, steps=1, speed=SPEED)
+            await client.send(do="set", mode=mode, steps=1, speed=speed)
             await client.send(do="play", on=True)
             await client.hold(rng.choice(client.bindings))
-            for _ in range(int(SPEED)):
+            for _ in range(int(speed)):
                 await client.frame()
             start = time.perf_counter()
             count = 0
@@ -220,7 +229,7 @@ async def _long(address: str, pid: int, seconds: float, mode: str) -> dict[str, 
                 count += 1
                 if rng.random() < 0.1:
                     await client.hold(rng.choice(client.bindings))
-            late += time.perf_counter() - start - count / SPEED
+            late += time.perf_counter() - start - count / speed
             frames += count
         if first is None and time.perf_counter() - began >= min(WARM_S, seconds / 2):
             first = _cost(pid)
