@@ -66,10 +66,9 @@ def _mean(value: Tensor) -> Tensor:
 
 @torch.compiler.disable
 def _gathered(value: Tensor) -> Tensor:
-    value = value.detach().contiguous()
-    out = value.new_empty(count() * value.numel())
-    call(dist.all_gather_into_tensor, out, value.flatten())
-    return out.view(-1, *value.shape)
+    out = value.new_empty(count(), *value.shape)
+    call(dist.all_gather, list(out.unbind()), value.detach().contiguous())
+    return out
 
 
 def call(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
