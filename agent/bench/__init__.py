@@ -27,6 +27,7 @@ BENCHES = {
     "memory-maze": "envs.memory_maze",
     "objectives": "model.objectives",
     "remote": "envs.remote",
+    "scale": "agents.scale",
     "scan": "model.scan",
     "temperature": "agents.temperature",
     "update": "model.update",

@@ -6,6 +6,7 @@ A checkpoint is that of rank 0: weights, optimizers, and all that is its own. Wh
 
 from __future__ import annotations
 
+import shutil
 import warnings
 import zlib
 from pathlib import Path
@@ -111,3 +112,13 @@ def means(averages: Averages) -> dict[str, float]:
 def replay_folder(folder: Path) -> Path:
     """Where this rank's replay lies in the folder of a run."""
     return folder / (f"replay-{here().rank}" if here().rank else "replay")
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete the replays of ranks that a run no longer has, once no checkpoint that goes on needs them."""
+    if here().rank:
+        return
+    for path in folder.glob("replay-*"):
+        number = path.name.removeprefix("replay-")
+        if number.isdecimal() and int(number) >= here().count:
+            shutil.rmtree(path, ignore_errors=True)

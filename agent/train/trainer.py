@@ -373,6 +373,7 @@ class OnlineTrainer(Timed, Trainer):
 
     def saved(self) -> None:
         self.replay.commit_eviction()
+        parts.remove_stale(self.folder)
 
     def state(self) -> dict[str, Any]:
         """A world that is lost has no state: new episodes will follow its last rows.
