@@ -22,9 +22,10 @@ SHUTDOWN_S = 300
 
 
 def gpus_of(arguments: Sequence[str]) -> tuple[int, list[str]]:
-    """The N of `longdream train ... --gpus N`, 0 without one that can be read, and the arguments without it."""
+    """The N of `longdream train ... --gpus N`, or of `bench world-model`, and the arguments without it; 0 without one that
+    can be read."""
     rest = list(arguments)
-    if rest[:1] != ["train"] or "RANK" in os.environ:
+    if (rest[:1] != ["train"] and rest[:2] != ["bench", "world-model"]) or "RANK" in os.environ:
         return 0, rest
     for i, argument in enumerate(rest):
         flag, equals, value = argument.partition("=")

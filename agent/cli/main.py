@@ -93,7 +93,9 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
     if name == "bench":
         from longdream.agent import bench
 
-        return bench.run(rest)
+        with launch.as_rank() as rank:
+            result = bench.run(rest)
+        return None if rank else result
     if name not in COMMANDS:
         from longdream.agent.config.flags import suggest
 

@@ -263,9 +263,19 @@ def joined() -> Iterator[Ranks]:
         _here = _join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), signals)
         try:
             yield _here
-            call(dist.destroy_process_group)
+            leave()
         finally:
             _here = Ranks()
+
+
+def leave() -> int:
+    """End what the ranks do together: what follows is each one's own. Returns the number that this one had."""
+    global _here
+    rank = _here.rank
+    if _here.count > 1:
+        call(dist.destroy_process_group)
+        _here = Ranks(rank)
+    return rank
 
 
 def timeout_s() -> float:
