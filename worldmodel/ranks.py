@@ -7,11 +7,14 @@ sent: every function returns what a program that knows of no ranks would compute
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class RankLost(RuntimeError):
@@ -54,17 +57,18 @@ def total_weight(weights: Tensor, least: float = 1.0) -> Tensor:
     return mean(total).clamp(min=least / ranks)
 
 
-# Beside the compiler: what it would trace depends on the process group.
+eager: Callable[[F], F] = cast(Any, torch.compiler.disable)
+"""Beside the compiler: what it would trace depends on the process group."""
 
 
-@torch.compiler.disable
+@eager
 def _mean(value: Tensor) -> Tensor:
     total = value.detach().clone()
     call(dist.all_reduce, total)
     return total / count()
 
 
-@torch.compiler.disable
+@eager
 def _gathered(value: Tensor) -> Tensor:
     out = value.new_empty(count(), *value.shape)
     call(dist.all_gather, list(out.unbind()), value.detach().contiguous())

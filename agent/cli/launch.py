@@ -1,5 +1,8 @@
 """`longdream train --gpus N`: the ranks of one machine, started by torchrun's own engine; and how a rank ends."""
 
+# pyright: reportPrivateImportUsage=false
+# torch.distributed: its stores
+
 from __future__ import annotations
 
 import atexit
@@ -22,8 +25,8 @@ SHUTDOWN_S = 300
 
 
 def gpus_of(arguments: Sequence[str]) -> tuple[int, list[str]]:
-    """The N of `longdream train ... --gpus N`, or of `bench world-model`, and the arguments without it; 0 without one that
-    can be read."""
+    """The N of `longdream train ... --gpus N`, or of `bench world-model`, 0 without one that can be read; and the
+    arguments without it."""
     rest = list(arguments)
     if (rest[:1] != ["train"] and rest[:2] != ["bench", "world-model"]) or "RANK" in os.environ:
         return 0, rest

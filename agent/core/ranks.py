@@ -4,6 +4,9 @@ What they learn is averaged where it is computed (worldmodel/ranks.py). Here the
 run is, when it is saved, that a signal came or that one of them failed.
 """
 
+# pyright: reportPrivateImportUsage=false
+# torch.distributed: its stores
+
 from __future__ import annotations
 
 import json

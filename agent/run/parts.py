@@ -91,7 +91,7 @@ def check_weights(learner: Learner) -> None:
     for module in learner.modules().values():
         for value in module.state_dict().values():
             if isinstance(value, torch.Tensor):
-                checksum = zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), checksum)
+                checksum = zlib.crc32(value.detach().cpu().numpy().tobytes(), checksum)
     if len({*here().numbers(checksum)[:, 0]}) > 1:
         raise RankFailed("the ranks have different weights: all must run the same version of the same program")
 

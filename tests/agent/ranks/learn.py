@@ -33,11 +33,12 @@ class Shared(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("rand", "randint"):
             *bounds, size = args
-            draw = {"rand": torch.rand, "randint": torch.randint}[name]
+            draw: Any = {"rand": torch.rand, "randint": torch.randint}[name]
             return self.rows(size, lambda shape: draw(*bounds, shape, generator=self.generator))
         if name == "randint_like":
             like, *bounds = args
-            return self.rows(like.shape, lambda s: torch.randint(*bounds, s, generator=self.generator)).to(like.dtype)
+            draw = torch.randint
+            return self.rows(like.shape, lambda s: draw(*bounds, s, generator=self.generator)).to(like.dtype)
         if name in ("rand_like", "randn_like"):
             draw = {"rand_like": torch.rand, "randn_like": torch.randn}[name]
             return self.rows(args[0].shape, lambda shape: draw(shape, generator=self.generator, dtype=args[0].dtype))
