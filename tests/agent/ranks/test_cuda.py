@@ -30,8 +30,8 @@ out, compiled = Path(sys.argv[1]), sys.argv[2] == "compiled"
 with joined():
     ranks = here()
     assert torch.cuda.device_count() == 1
-    settings = {"device": "cuda", "cuda_graphs": True, "compiled": compiled, "forcing.objective": "prior", "learn.warmup": 0}
-    settings |= {"controller.center_advantages": True, "learn.encoder_rows": 1024}
+    settings = {"device": "cuda", "cuda_graphs": True, "compiled": compiled, "learn.encoder_rows": 1024}
+    settings |= {"controller.center_advantages": True, "forcing.objective": "prior", "learn.warmup": 0}
     config = ranks.share(options.update(options.load("tiny"), settings))
     agent = Agent(config, EnvSpec({"image": ObsSpec("image", (16, 16, 3))}, ActionSpec((4,))))
     parts.check_weights(agent)
@@ -63,7 +63,8 @@ def test_captured_updates_leave_the_same_weights_on_both(how: str, tmp_path: Pat
     script = tmp_path / "learn.py"
     script.write_text(LEARN)
     out = tmp_path / "out.json"
-    starter = f"import sys; from longdream.agent.cli.launch import launched; sys.exit(launched(2, {[sys.executable, str(script), str(out), how]!r}))"
+    rank = [sys.executable, str(script), str(out), how]
+    starter = f"import sys; from longdream.agent.cli.launch import launched; sys.exit(launched(2, {rank!r}))"
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     result = subprocess.run([sys.executable, "-c", starter], env=env, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
