@@ -64,7 +64,7 @@ eager: Callable[[F], F] = cast(Any, torch.compiler.disable)
 def _mean(value: Tensor) -> Tensor:
     total = value.detach().clone()
     call(dist.all_reduce, total)
-    return total / count()
+    return total.div_(count())
 
 
 @eager

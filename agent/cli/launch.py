@@ -142,7 +142,7 @@ def as_rank() -> Iterator[int]:
         except Exception as error:
             code, message = output.explain(error) or (1, f"{type(error).__name__}: {error}")
             if not getattr(error, "agreed", False):
-                ranks.tell(message.partition("\n")[0])
+                ranks.tell(message.partition("\n")[0].partition("; go on with: ")[0])
                 if ranks.rank and output.explain(error) is None:
                     traceback.print_exc()
             if ranks.rank:

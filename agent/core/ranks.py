@@ -259,11 +259,15 @@ def joined() -> Iterator[Ranks]:
     Within, this process sees one GPU, its own, and signals wait until they are asked for.
 
     Raises:
-        RankLost: the others cannot be found.
+        RankFailed: the others cannot be found.
     """
     global _here
     with Signals() as signals:
-        _here = _join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), signals)
+        rank = int(os.environ["RANK"])
+        try:
+            _here = _join(rank, int(os.environ["WORLD_SIZE"]), signals)
+        except RankLost as error:
+            raise RankFailed(f"rank {rank} does not find the others: {error}") from error
         try:
             yield _here
             leave()

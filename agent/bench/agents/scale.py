@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -66,6 +67,7 @@ def measure(
     """
     if not ranks or min(ranks) < 1 or repeats < 1:
         raise UserError(f"--ranks {','.join(map(str, ranks))}, --repeats {repeats}: must be at least 1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # the profiler's own notes
     table: list[dict[str, Any]] = []
     for count in ranks:
         check(scaled(options.update(options.load(preset), settings or {}), count))
