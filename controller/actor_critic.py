@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longdream.controller.config import ControllerConfig
 from longdream.controller.distributions import Distribution, distribution, outputs
 from longdream.controller.returns import ReturnScale, lambda_returns
+from longdream.worldmodel import ranks
 from longdream.worldmodel.dream import Clip, Dream
 from longdream.worldmodel.heads import TwoHot
 from longdream.worldmodel.networks import mark_training_only, mlp
@@ -54,12 +55,12 @@ class ActorCritic(nn.Module):
         returns = lambda_returns(dream.reward, discount, value, config.lam)
         # probability that the dream has not ended before a step, with the discount
         weight = torch.cat([dream.weight[:, None], discount[:, :-1]], 1).cumprod(1)
-        total = weight.sum().clamp(min=1e-6)
+        total = ranks.total_weight(weight, 1e-6)
 
         policy = self.policy(dream.feat[:, :-1])
         advantage = (returns - value[:, :-1]) / self.scale.update(returns)
         if config.center_advantages:
-            advantage = advantage - (weight * advantage).sum() / total
+            advantage = advantage - ranks.mean((weight * advantage).sum() / total)
         entropy = policy.entropy()
         actor = -(weight * (advantage * policy.log_prob(dream.action) + config.entropy * entropy)).sum() / total
 
@@ -85,7 +86,7 @@ class ActorCritic(nn.Module):
         returns = lambda_returns(clip.reward, self.config.gamma * clip.cont, value, self.config.lam, clip.known)
         known = clip.known.float()
         each = self._value_loss(clip.feat[:, :-1], logits[:, :-1], returns)
-        loss = (known * each).sum() / known.sum().clamp(min=1)
+        loss = (known * each).sum() / ranks.total_weight(known)
         return Loss(loss, {"replay_critic": loss.detach()})
 
     def _value_loss(self, feat: Tensor, logits: Tensor, returns: Tensor) -> Tensor:

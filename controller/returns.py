@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longdream.worldmodel import ranks
+
 
 def lambda_returns(
     reward: Tensor, discount: Tensor, value: Tensor, lam: float, follows: Tensor | None = None
@@ -79,8 +81,9 @@ class ReturnScale(torch.nn.Module):
 
     @torch.no_grad()
     def update(self, returns: Tensor) -> Tensor:
-        """Update the averages with returns of any shape; returns the scale, a scalar tensor."""
-        low, high = torch.quantile(returns.flatten(), self.ends.to(returns)).unbind()
+        """Update the averages with returns of any shape, and with those of other ranks; returns the scale, a scalar
+        tensor."""
+        low, high = torch.quantile(ranks.gathered(returns).flatten(), self.ends.to(returns)).unbind()
         # returns that are not finite must not spoil the averages of later updates
         finite = (high - low).isfinite()
         rate = torch.where(self.started, self.rate, 1.0)

@@ -85,8 +85,8 @@ class Copy(gym.Wrapper):
         state = {"root": self.root, "episode": self.episode, "actions": np.array(self.actions)}
         return {**state, "ended": self.ended}
 
-    def set_state(self, states: list[dict[str, Any]]) -> None:
-        """Replay this copy's episode up to the step at which its state was saved."""
+    def set_state(self, states: dict[int, dict[str, Any]]) -> None:
+        """Replay this copy's episode up to the step at which its state, that of its number, was saved."""
         state = states[self.index]
         self.root = state["root"]
         self._begin(state["episode"])

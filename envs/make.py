@@ -136,6 +136,7 @@ class World:
         mode: "sync" or "async".
         timeout_s: time limit in seconds for a copy that runs in its own process: to be made, to step, to reset, to
             close.
+        first: number of the first copy, where others run elsewhere: copy i is number `first` + i to its seeds.
 
     Raises:
         UserError: the environment does not exist, cannot be made, or has a space that is not supported.
@@ -151,6 +152,7 @@ class World:
         kwargs: dict[str, Any] | None = None,
         mode: Literal["sync", "async"] = "sync",
         timeout_s: float = 60.0,
+        first: int = 0,
     ) -> None:
         if num_envs < 1 or seed < 0:
             raise UserError(
@@ -161,6 +163,7 @@ class World:
         self.env_id = env_id
         self.num_envs = num_envs
         self.seed = seed
+        self.first = first
         self.timeout_s = timeout_s
         registration = find(env_id)
         kwargs, limit = split_limit(kwargs or {})
@@ -183,7 +186,7 @@ class World:
         """The first row of every copy. Always starts again from episode 0, as in a new World."""
         seeds: list[int | None] = [self.seed] * self.num_envs  # a `Copy` derives its own seeds from this root
         if self.native:
-            seeds = [derive_seed(self.seed, i, 0) for i in range(self.num_envs)]
+            seeds = [derive_seed(self.seed, self.first + i, 0) for i in range(self.num_envs)]
         obs, info = self._ask("reset", self.timeout_s, seed=seeds)
         self.faults += int(np.sum(info.get(FAULTS, 0)))
         self.row = Row(
@@ -248,7 +251,7 @@ class World:
             bad = np.flatnonzero(~np.isfinite(values.reshape(self.num_envs, -1)).all(1))
             if len(bad):
                 self.close()
-                workers = name_workers(bad.tolist())
+                workers = name_workers((self.first + bad).tolist())
                 message = f"environment {workers} of {self.env_id} returned an observation {name!r} that is not finite"
                 raise EnvError(message, int(bad[0]))
 
@@ -291,7 +294,7 @@ class World:
             self._ask("reset", self.timeout_s)
             longest_episode = max(len(copy["actions"]) for copy in copies)
             timeout_s = self.timeout_s * (1 + longest_episode // REPLAYED_STEPS_PER_TIMEOUT)
-            self._ask("set_state", timeout_s, states=copies)
+            self._ask("set_state", timeout_s, states=dict(enumerate(copies, self.first)))
         self.row = Row(**state["row"])
 
     def _check_copies(self, copies: list[dict[str, Any]]) -> None:
@@ -340,8 +343,11 @@ class World:
             raise UserError(
                 f"{self.env_id} has only a vector form, {lack}: give it an entry_point for single environments"
             )
-        makers = [partial(make_copy, self.env_id, registration, kwargs, limit, i) for i in range(self.num_envs)]
-        return SyncVectorEnv(makers) if mode == "sync" else Workers(makers, self.env_id, self.timeout_s)
+        numbers = range(self.first, self.first + self.num_envs)
+        makers = [partial(make_copy, self.env_id, registration, kwargs, limit, number) for number in numbers]
+        if mode == "sync":
+            return SyncVectorEnv(makers)
+        return Workers(makers, self.env_id, self.timeout_s, self.first)
 
     def _ask(self, name: str, timeout_s: float, **kwargs: Any) -> Any:
         """Call a method of the vector environment, or of every copy. Every failure is raised as an EnvError."""

@@ -37,6 +37,7 @@ class Workers(VectorEnv):
         makers: make the copies; each is called in its worker's process.
         env_id: name of the environment, for messages.
         timeout_s: time limit in seconds for a copy to be made, and for all to close.
+        first: number of the first copy, for messages.
 
     Raises:
         UserError: the environment cannot be made, or no process can be started.
@@ -45,8 +46,9 @@ class Workers(VectorEnv):
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 (as Gymnasium declares it)
 
-    def __init__(self, makers: Sequence[Callable[[], Copy]], env_id: str, timeout_s: float) -> None:
+    def __init__(self, makers: Sequence[Callable[[], Copy]], env_id: str, timeout_s: float, first: int = 0) -> None:
         self.env_id = env_id
+        self.first = first
         self.num_envs = len(makers)
         self.timeout_s = timeout_s
         self.processes: list[Any] = []
@@ -97,7 +99,7 @@ class Workers(VectorEnv):
             while (running := self._running()) and (left := deadline - time.monotonic()) > 0:
                 wait([self.processes[i].sentinel for i in running], left)
             if running:
-                which = f"environment {name_workers(running)} of {self.env_id}"
+                which = f"environment {self._named(running)} of {self.env_id}"
                 warnings.warn(f"{which} did not close within {self.timeout_s:g} s and was ended", stacklevel=2)
         self.kill()
 
@@ -143,8 +145,8 @@ class Workers(VectorEnv):
             for name in ("observation", "action"):
                 if other[name] != first[name]:
                     raise UserError(
-                        f"the {name} space of {self.env_id} is {first[name]} in one copy and {other[name]} in worker"
-                        f" {i}: all copies must have the same"
+                        f"the {name} space of {self.env_id} is {first[name]} in one copy and {other[name]} in"
+                        f" {self._named([i])}: all copies must have the same"
                     )
         self.single_observation_space = first["observation"]
         self.single_action_space = first["action"]
@@ -171,7 +173,7 @@ class Workers(VectorEnv):
                     dead.append(i)
                     continue
                 except Exception as error:  # of a class that exists in the worker only
-                    which = f"environment {name_workers([i])} of {self.env_id}"
+                    which = f"environment {self._named([i])} of {self.env_id}"
                     answer = EnvError(f"{which} sent what cannot be read in {name}: {one_line(error)}", i)
                 if isinstance(answer, Exception):
                     errors[i] = answer
@@ -188,13 +190,16 @@ class Workers(VectorEnv):
         if dead:
             self.processes[dead[0]].join(1.0)  # the pipe closes before the process
             code = self.processes[dead[0]].exitcode
-            message = f"environment {name_workers(dead)} of {self.env_id} died in {name} (exit code {code})"
+            message = f"environment {self._named(dead)} of {self.env_id} died in {name} (exit code {code})"
             raise EnvError(message, dead[0])
         if silent:
             message = (
-                f"environment {name_workers(silent)} of {self.env_id} gave no answer to {name} within {timeout_s:g} s"
+                f"environment {self._named(silent)} of {self.env_id} gave no answer to {name} within {timeout_s:g} s"
             )
             raise EnvError(f"{message}: it hangs, or env.timeout_s is too short", silent[0])
+
+    def _named(self, places: list[int]) -> str:
+        return name_workers([self.first + place for place in places])
 
     def _running(self) -> list[int]:
         return [i for i, process in enumerate(self.processes) if process.is_alive()]

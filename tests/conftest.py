@@ -38,6 +38,7 @@ def seeded() -> None:
 SLOW = (
     "envs/memory_maze/test_identity.py",
     "agent/play/test_browser.py",
+    "agent/ranks/test_faults.py",
     "agent/train/test_resume.py",
     "envs/fast_memory_maze/test_original.py",
     "agent/run/test_checkpoint.py",
@@ -50,6 +51,8 @@ SLOW = (
     "agent/train/test_imagined.py",
     "envs/minerl/test_minerl.py",
     "agent/train/test_video.py",
+    "agent/ranks/test_equal.py",
+    "agent/ranks/test_video.py",
     "agent/cli/test_main.py",
     "agent/bench/test_world_model.py",
     "worldmodel/mixers/test_mixers.py",

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longdream.worldmodel import ranks
 from longdream.worldmodel.categorical import draw_index, uniform_mixture
 from longdream.worldmodel.config import EncoderConfig
 from longdream.worldmodel.symlog import symexp, symlog
@@ -365,11 +366,12 @@ class RunningScale(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Update the averages with x `(B, n)`, at a rate that decreases to 3e-3."""
+        """Update the averages with x `(B, n)` and that of other ranks, of as many rows, at a rate that decreases to
+        3e-3."""
         self.count += 1
         rate = (1 / self.count).clamp(min=3e-3)
-        self.mean.lerp_(x.mean(0), rate)
-        self.square.lerp_((x - self.mean).square().mean(0), rate)
+        self.mean.lerp_(ranks.mean(x.mean(0)), rate)
+        self.square.lerp_(ranks.mean((x - self.mean).square().mean(0)), rate)
 
     def _deviation(self) -> Tensor:
         return self.square.sqrt().clamp(min=1e-4)

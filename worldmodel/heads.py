@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longdream.worldmodel import ranks
 from longdream.worldmodel.networks import mlp
 from longdream.worldmodel.symlog import symexp
 from longdream.worldmodel.types import Loss
@@ -93,7 +94,7 @@ class RewardContinueHead(nn.Module):
 
         Args:
             feat, action: `(..., F)` and `(..., A)`. reward, cont: the targets `(...)`.
-            counts: `(...)`, the weight of each element in the means.
+            counts: `(...)`, the weight of each element in the means, which are over all ranks' elements.
             weights: of the reward's and of the continuation's mean.
         """
         reward_logits, cont_logit = self(feat, action)
@@ -101,7 +102,8 @@ class RewardContinueHead(nn.Module):
             "reward": self.two_hot.loss(reward_logits, reward),
             "cont": F.binary_cross_entropy_with_logits(cont_logit.float(), cont, reduction="none"),
         }
-        means = {key: (each * counts).sum() / counts.sum().clamp(min=1) for key, each in losses.items()}
+        total = ranks.total_weight(counts)
+        means = {key: (each * counts).sum() / total for key, each in losses.items()}
         value = weights[0] * means["reward"] + weights[1] * means["cont"]
         return Loss(value, {key: mean.detach() for key, mean in means.items()})
 

@@ -28,6 +28,7 @@ BENCHES = {
     "play": "agents.play",
     "probe": "model.probe",
     "remote": "envs.remote",
+    "scale": "agents.scale",
     "scan": "model.scan",
     "temperature": "agents.temperature",
     "update": "model.update",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longdream import __version__
-from longdream.agent.cli import output
+from longdream.agent.cli import launch, output
 from longdream.agent.run import trust
 from longdream.envs.contract import UserError
 
@@ -44,6 +44,9 @@ TRAINERS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 2 a mistake in what was asked, 1 a failure, 128 + n ended by signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    gpus, of_a_rank = launch.gpus_of(arguments)
+    if gpus > 1:
+        return launch.launch(gpus, of_a_rank)
     as_json = "--json" in arguments
     trust.consent("--trust" in arguments)
     arguments = [argument for argument in arguments if argument not in ("--json", "--trust")]
@@ -86,13 +89,17 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
         print(f"longdream {__version__}")
         return {"version": __version__}
     if name == "train":
-        return train(rest)
+        with launch.as_rank() as rank:
+            summary = train(rest)
+        return None if rank else summary
     if name not in OPENING:  # what these run is for their run to say, and for the user to trust
         trust.find_modules_here()
     if name == "bench":
         from longdream.agent import bench
 
-        return bench.run(rest)
+        with launch.as_rank() as rank:
+            result = bench.run(rest)
+        return None if rank else result
     if name not in COMMANDS:
         from longdream.agent.config.flags import suggest
 
@@ -110,7 +117,7 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
     from longdream.agent.config import checks, options
     from longdream.agent.config.flags import split
 
-    words, flags = split(arguments, lambda flag: str if flag in ("name", "resume") else options.hint(flag))
+    words, flags = split(arguments, lambda flag: str if flag in ("name", "resume", "gpus") else options.hint(flag))
     if flags is None:
         from longdream.agent.cli.usage import train_help
 
@@ -120,6 +127,7 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
 
     name = flags.pop("name", None)
     resume = flags.pop("resume", None)
+    launch.check_gpus(flags.pop("gpus", "1"))
     settings = options.from_flags(flags)
     if len(words) > (resume is None):
         hint = "one preset at a time" if resume is None else "a run that is resumed has its settings already"
@@ -151,7 +159,7 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
         raise UserError(f"train what? Name a preset, one of {', '.join(options.presets())}, or a .yaml file")
 
     def choose() -> Path:
-        return Path(resume) if resume is not None else unused(name, label, config.seed)
+        return launch.agreed(Path(resume) if resume is not None else unused(name, label, config.seed))
 
     choose()  # a name that cannot be is said first
     checks.check_given(config, settings)
@@ -175,7 +183,7 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
             print(f"next: longdream dream {folder}")
         return summary
 
-    return begin(choose, start, fixed=name is not None)
+    return begin(choose, start, fixed=name is not None or launch.is_rank())
 
 
 if __name__ == "__main__":

@@ -129,10 +129,11 @@ def explain(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, EnvError):
         return 1, "\n".join([str(error), *notes])
     from longdream.agent.core.actor import NotFinite
+    from longdream.agent.core.ranks import RankFailed
     from longdream.agent.run.checkpoint import NO_ROOM, DiskFull
     from longdream.agent.run.signals import Interrupted
 
-    if isinstance(error, NotFinite | DiskFull):
+    if isinstance(error, NotFinite | DiskFull | RankFailed):
         return 1, "; ".join([str(error), *notes])
     if isinstance(error, Interrupted):
         return 128 + error.number, "; ".join([str(error), *notes])

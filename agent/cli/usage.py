@@ -57,6 +57,7 @@ examples
                  --threads may change
   --init RUN     begin with the weights of this run and, without a PRESET, with its settings
   --world RUN    keep V and M of this run; a new C learns in their dreams alone, from moments of its replay
+  --gpus N       N ranks on this machine train together, each with a GPU (docs/scale.md); torchrun starts more
   --data DIR     short for --video.data: recordings for V and M to learn from, without an environment and without C
   --env ID       short for --env.id
   --steps N      short for --learn.steps

@@ -15,8 +15,9 @@ from longdream.controller.actor_critic import ActorCritic
 from longdream.controller.evolution import Evolution
 from longdream.controller.planner import Planner
 from longdream.controller.tree import Tree
-from longdream.controller.types import Controller, Planning
+from longdream.controller.types import Controller, Improving, Planning
 from longdream.envs.contract import EnvSpec, Row, UserError
+from longdream.worldmodel import ranks
 from longdream.worldmodel.dynamics import State
 from longdream.worldmodel.model import Surprise, WorldModel
 from longdream.worldmodel.types import class_by_name
@@ -164,6 +165,11 @@ def build_controller(config: Config, spec: EnvSpec, features: int) -> Any:
     if settings.kind == "actor_critic" and settings.kwargs:
         raise UserError(f"controller.kwargs.{next(iter(settings.kwargs))}: actor_critic has no settings of its own")
     try:
-        return controller_class(settings.kind)(settings, features, spec.action.parts, spec.action.size)
+        controller = controller_class(settings.kind)(settings, features, spec.action.parts, spec.action.size)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if ranks.count() > 1 and isinstance(controller, Improving):
+        raise UserError(
+            f"controller.kind = {settings.kind} learns in a way of its own, which ranks cannot share: train it on one"
+        )
+    return controller

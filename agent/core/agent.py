@@ -18,6 +18,7 @@ from longdream.agent.core.learner import Finite, Learner, Metrics
 from longdream.agent.core.optimizer import Optimizer
 from longdream.controller.types import Improving, Replaying
 from longdream.envs.contract import EnvSpec, UserError
+from longdream.worldmodel import ranks
 from longdream.worldmodel.dream import Clip, Dream, Dreamer, Starts, dream_bytes, imagine
 from longdream.worldmodel.types import Batch, Loss
 
@@ -202,10 +203,10 @@ class Agent(Learner, Actor):
         return imagine(self._dreamer, starts, lambda feat: self._policy(feat, False), self.config.controller.horizon)
 
     def _count_dreams(self, batch: Batch) -> None:
-        """Count the dreamt steps that C has learned from by gradient; other controllers count theirs themselves."""
+        """Count the dreamt steps, of all ranks, that C has learned from by gradient; others count theirs themselves."""
         if not isinstance(self.controller, Improving) and "controller" in self.optimizers:
             settings = self.config.controller
-            self.dream_steps += len(batch.reward) * settings.imagination_starts * settings.horizon
+            self.dream_steps += ranks.count() * len(batch.reward) * settings.imagination_starts * settings.horizon
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

@@ -128,6 +128,7 @@ def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
             function()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # thread_local: NCCL's own thread, and those that read clips, may use the device meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = function()
     return graph, outputs

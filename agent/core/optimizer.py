@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longdream.worldmodel import ranks
+
 
 class Optimizer:
     """AdamW whose gradients are clipped by the size of the weights (adaptive gradient clipping, Brock et al. 2021,
@@ -52,7 +54,8 @@ class Optimizer:
         return finite, norm
 
     def backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """The clipped gradient of a scalar loss; the weights are only read.
+        """The clipped gradient of a scalar loss, of which each rank has its part: the gradient is that of their mean,
+        and all ranks clip and skip alike. The weights are only read.
 
         Returns:
             whether loss and gradient were finite, and the norm of the gradient before clipping: scalars on the device.
@@ -60,8 +63,10 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         loss.backward()
         weights = [p for p in self.parameters if p.grad is not None]
-        norm = adaptive_clip([p.detach() for p in weights], [p.grad for p in weights if p.grad is not None], self.agc)
-        return torch.isfinite(norm) & torch.isfinite(loss.detach()), norm
+        grads = [p.grad for p in weights if p.grad is not None]
+        loss = average(grads, loss.detach())
+        norm = adaptive_clip([p.detach() for p in weights], grads, self.agc)
+        return torch.isfinite(norm) & torch.isfinite(loss), norm
 
     def apply(self, finite: Tensor) -> None:
         """Step the weights by the gradient, or leave them and the moments unchanged where it was not finite."""
@@ -97,6 +102,17 @@ class Optimizer:
 
     def _as_rate(self, rate: float) -> Any:
         return torch.tensor(rate, device=self.parameters[0].device) if self.fused else rate
+
+
+def average(grads: list[Tensor], loss: Tensor) -> Tensor:
+    """Replace gradients, in place, by their means over ranks, in one flat bucket with the loss, whose mean is
+    returned."""
+    if ranks.count() == 1:
+        return loss
+    flat = ranks.mean(torch.cat([loss.reshape(1), *(grad.reshape(-1) for grad in grads)]))
+    loss, *means = flat.split([1, *(grad.numel() for grad in grads)])
+    torch._foreach_copy_(grads, [mean.view_as(grad) for mean, grad in zip(means, grads, strict=True)])
+    return loss[0]
 
 
 def adaptive_clip(weights: list[Tensor], grads: list[Tensor], agc: float) -> Tensor:

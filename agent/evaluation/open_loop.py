@@ -11,6 +11,7 @@ import torch
 from longdream.agent.config.schema import VideoConfig
 from longdream.agent.core.device import own_randomness
 from longdream.agent.core.learner import Learner
+from longdream.agent.core.ranks import here
 from longdream.agent.data.video.library import Library
 from longdream.agent.data.video.loader import read_clip
 from longdream.agent.data.video.reader import Damaged, Recording
@@ -59,7 +60,8 @@ def check_held_out(recordings: list[Recording], config: VideoConfig) -> None:
 def evaluate_open_loop(
     learner: Learner, library: Library, recordings: list[Recording], clips: int, drawn: int, signals: Signals
 ) -> OpenLoop | None:
-    """Evaluate on `clips` clips, always the same ones of these recordings. The random state of training is unchanged.
+    """Evaluate on `clips` clips, always the same ones of these recordings, of which each rank takes some. The random
+    state of training is unchanged.
 
     None if none of them can be read: a damaged file does not end a run.
 
@@ -75,12 +77,18 @@ def evaluate_open_loop(
     rng = np.random.default_rng(seed)
     fits = [recording for recording in recordings if recording.length >= length]
     places = [(fits[i % len(fits)], float(share)) for i, share in enumerate(rng.random(clips))]
+    mine = here().span(clips)
+    places = places[mine.start : mine.stop]
     totals = {way: np.zeros(config.horizon) for way in WAYS}
     examples: list[Comparison] = []
     count = 0
     # clips have other lengths than in training, for which the compiled layers would be compiled again
-    with own_randomness(seed, learner.device), torch.compiler.set_stance("force_eager"):
-        for i in range(0, clips, TOGETHER):
+    with (
+        here().together(),
+        own_randomness(seed, learner.device),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        for i in range(0, len(places), TOGETHER):
             signals.check()
             rows = []
             for recording, share in places[i : i + TOGETHER]:
@@ -98,6 +106,9 @@ def evaluate_open_loop(
                 totals[way] += psnr(np.square(error).mean((2, 3, 4))).sum(0)
             for b in range(min(len(rows), drawn - len(examples))):
                 examples.append(_comparison(learner, {name: images[b] for name, images in frames.items()}))
+    everywhere = here().gather([count, [totals[way].tolist() for way in WAYS]])
+    count = sum(part[0] for part in everywhere)
+    totals = {way: np.sum([part[1][i] for part in everywhere], axis=0) for i, way in enumerate(WAYS)}
     if not count:
         return None
     return OpenLoop({way: total / count for way, total in totals.items()}, count, examples)

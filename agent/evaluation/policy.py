@@ -11,8 +11,9 @@ import numpy as np
 
 from longdream.agent.config.schema import EnvConfig, EvaluateConfig
 from longdream.agent.core.agent import Agent
+from longdream.agent.core.ranks import here
 from longdream.agent.dream_env.spaces import action_space
-from longdream.agent.evaluation.rollout import EVALUATION_SEED, Returns, Who, rollout
+from longdream.agent.evaluation.rollout import EVALUATION_SEED, Episodes, Returns, Who, play_episodes
 from longdream.agent.run.signals import Signals
 from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, Row, UserError
 from longdream.envs.make import World
@@ -65,7 +66,7 @@ def play(
     signals: Signals | None = None,
     forget_every: int = 0,
 ) -> Returns:
-    """Play `episodes` in a new environment.
+    """Play `episodes` in a new environment. Ranks share its copies, and each has the returns of all.
 
     Args:
         seed: of the run; it selects the evaluation episodes.
@@ -77,13 +78,22 @@ def play(
         EnvError: the environment failed. Interrupted: a signal was received.
     """
     copies = min(settings.copies, episodes)
-    with closing(make_world(WatchedWorld, env, copies, seed + EVALUATION_SEED, signals)) as world:
-        world.signals = signals
-        forgetting = f", its memory erased every {forget_every} steps" if forget_every > 1 else ""
-        forgetting = " without memory" if forget_every == 1 else forgetting
-        world.label = f"evaluating {LABELS[who]}{forgetting}, {episodes} episodes"
-        check_fit(world, agent.spec)
-        return rollout(agent, world, episodes, seed, who, settings.greedy, forget_every)
+    mine = here().span(copies)
+    played = Episodes(np.empty(0), np.empty(0))
+    with here().together():
+        if mine:
+            world = make_world(WatchedWorld, env, len(mine), seed + EVALUATION_SEED, signals, first=mine.start)
+            with closing(world):
+                world.signals = signals
+                forgetting = f", its memory erased every {forget_every} steps" if forget_every > 1 else ""
+                forgetting = " without memory" if forget_every == 1 else forgetting
+                label = f"evaluating {LABELS[who]}{forgetting}, {episodes} episodes"
+                world.label = label if mine.start == 0 else ""
+                check_fit(world, agent.spec)
+                played = play_episodes(agent, world, episodes, seed, who, settings.greedy, forget_every, copies)
+    parts = here().gather([played.returns.tolist(), played.lengths.tolist()])
+    returns, lengths = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return Returns.of(returns, lengths)
 
 
 def make_world(
@@ -93,11 +103,13 @@ def make_world(
     seed: int,
     signals: Signals | None = None,
     saved: dict[str, Any] | None = None,
+    first: int = 0,
 ) -> W:
     """A world whose worker processes ignore Ctrl-C, so that they end when the program ends them.
 
     Args:
         saved: the checkpoint whose agent goes on in it, if any.
+        first: number of its first copy.
 
     Raises:
         UserError: the environment cannot be made, or is not as it was when the checkpoint was saved; the message has
@@ -105,7 +117,7 @@ def make_world(
     """
     try:
         with signals.hidden() if signals else nullcontext():
-            world = kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s)
+            world = kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s, first)
     except UserError as error:
         if env.id in str(error):
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,13 @@ class Returns:
         return asdict(self) | {"return_ci95": list(self.return_ci95)}
 
 
+class Episodes(NamedTuple):
+    """Returns and lengths of n episodes, each `(n,)`."""
+
+    returns: np.ndarray
+    lengths: np.ndarray
+
+
 Who = Literal["agent", "random"]
 
 
@@ -52,11 +59,27 @@ def rollout(
     greedy: bool = True,
     forget_every: int = 0,
 ) -> Returns:
-    """Play `episodes` complete episodes in a new world, and compute statistics of their returns.
+    """Statistics of the returns of complete episodes; see `play_episodes`."""
+    return Returns.of(*play_episodes(agent, world, episodes, seed, who, greedy, forget_every))
+
+
+def play_episodes(
+    agent: Agent,
+    world: World,
+    episodes: int,
+    seed: int,
+    who: Who = "agent",
+    greedy: bool = True,
+    forget_every: int = 0,
+    copies: int | None = None,
+) -> Episodes:
+    """Play complete episodes in a new world.
 
     The number of episodes of each copy is fixed in advance, so that short episodes are not overrepresented.
 
     Args:
+        episodes: of all copies together. copies: how many these are, where the world has only some of them (None: the
+            world's).
         who: the agent, or uniform random actions.
         greedy: whether the agent takes its most probable actions instead of sampling them.
         forget_every: M's long memory is erased before every so many steps, counted from the first row. 0: never.
@@ -64,8 +87,10 @@ def rollout(
     Raises:
         EnvError: the environment failed, or an episode does not end.
     """
-    rng = np.random.default_rng(seed)
-    quota = np.array([episodes // world.num_envs + (i < episodes % world.num_envs) for i in range(world.num_envs)])
+    rng = np.random.default_rng((seed, world.first) if world.first else seed)
+    copies = copies or world.num_envs
+    numbers = world.first + np.arange(world.num_envs)
+    quota = episodes // copies + (numbers < episodes % copies)
     done = np.zeros_like(quota)
     returns = []
     lengths = []
@@ -97,4 +122,4 @@ def rollout(
                 carry = agent.acted(carry, action)
             row = world.step(action)
             rows += 1
-    return Returns.of(np.array(returns), np.array(lengths))
+    return Episodes(np.array(returns), np.array(lengths))

@@ -199,6 +199,27 @@ class _Packer:
         return entry
 
 
+def to_bytes(tree: dict) -> bytes:
+    """A tree as `save` takes it, in one piece."""
+    packer = _Packer()
+    structure = json.dumps(packer.encode({"tree": tree}, ()), allow_nan=False).encode()
+    text = torch.frombuffer(bytearray(structure), dtype=torch.uint8)
+    return safetensors.torch.save({**packer.tensors["state"], TAG: text})
+
+
+def from_bytes(blob: torch.Tensor) -> dict:
+    """The tree that `to_bytes` packed, from its bytes as a tensor.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        tensors = safetensors.torch.load(blob.numpy().tobytes())
+        return _decode(json.loads(tensors.pop(TAG).numpy().tobytes()), {"state": tensors})["tree"]
+    except Exception as error:  # whatever it is that bytes without sense lead to
+        raise ValueError(f"the part of a rank makes no sense ({shown(error)})") from None
+
+
 def _name(path: tuple) -> str:
     return ".".join(map(str, path)) or "value"
 

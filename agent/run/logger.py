@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import threading
 import time
 import zlib
@@ -277,6 +278,29 @@ class Logger:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class Follower(Logger):
+    """The logger of a rank other than the first, which keeps no record: its warnings alone are printed."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def write(self, step: int, metrics: dict[str, Any], **tags: Value) -> None:
+        """Nothing: rank 0 writes what all ranks have."""
+
+    def note(self, text: str) -> None:
+        if text.startswith("warning: "):
+            print(f"warning: rank {self.rank}: {text.removeprefix('warning: ')}", file=sys.stderr)
+
+    def state(self) -> dict:
+        return {}
+
+    def restore(self, state: dict | None) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _silence_writers() -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longdream.agent.config.schema import Config, EnvConfig
 from longdream.agent.core.actor import Actor, Carry
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.cuda_graphs import Graphed
-from longdream.agent.core.device import HostCopy
+from longdream.agent.core.device import HostCopy, resolve_device
 from longdream.agent.data.device_replay import DeviceReplay, DeviceRow
 from longdream.agent.train.collector import SURPRISES, carry_from_tree, carry_to_tree
 from longdream.controller.types import Planning
-from longdream.envs.make import World, derive_seed
+from longdream.envs.contract import UserError
+from longdream.envs.make import World, derive_seed, makes_tensors, vector_takes
 
 
 class DeviceCollector:
@@ -36,7 +39,7 @@ class DeviceCollector:
         n = world.num_envs
         device = agent.device
         self.random = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-        obs = self.vector.reset_tensors([derive_seed(seed, i, 0) for i in range(n)])
+        obs = self.vector.reset_tensors([derive_seed(seed, world.first + i, 0) for i in range(n)])
         no = torch.zeros(n, dtype=torch.bool, device=device)
         self.row = DeviceRow(self._pack(obs), ~no, no.float(), no, no)
         self.over = HostCopy(no)
@@ -163,3 +166,22 @@ class DeviceCollector:
         self.random.set_state(tree["random"].cpu())
         self.env_steps, self.episodes = tree["counters"]
         self.reward.fill_(tree["reward"])
+
+
+def making_tensors(config: Config) -> EnvConfig:
+    """The environment, told on which device to make its tensors and, if it can, to let episodes end at different times:
+    where all copies are of one age, so is what is learned from.
+
+    Raises:
+        UserError: it makes none.
+    """
+    env = config.env
+    if not makes_tensors(env.id):
+        raise UserError(
+            f"{env.id} makes no tensors: keep the replay on disk (replay.keep = disk), or train on an "
+            f"environment that does, like longdream/FastMemoryMaze-9x9-v0"
+        )
+    kwargs: dict[str, Any] = {"device": resolve_device(config.device)}
+    if vector_takes(env.id, "stagger"):
+        kwargs["stagger"] = True
+    return replace(env, kwargs=kwargs | env.kwargs)

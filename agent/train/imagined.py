@@ -11,6 +11,7 @@ import numpy as np
 from longdream.agent.config.checks import check_clip
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent
+from longdream.agent.core.ranks import here
 from longdream.agent.dream_env.starts import open_replay
 from longdream.agent.evaluation.policy import play
 from longdream.agent.run import folder as run_folder
@@ -36,7 +37,9 @@ class ImaginationTrainer(Trainer):
                 f"{config.world} was trained on video: it has no replay for dreams of a controller to start in"
             )
         checkpoint, self.real_steps = source.saved
-        self.rng = np.random.default_rng((config.seed, 1))
+        self.rng = np.random.default_rng(here().seed(config.seed, 1))
+        config = here().share(config)
+        self.batch = config.replay.batch
         self.learner = self.agent = Agent(config, source.spec)
         self.agent.check_memory()
         run_folder.fill_model(self.agent, checkpoint, source.folder)
@@ -57,7 +60,7 @@ class ImaginationTrainer(Trainer):
         settings = self.config.replay
         rows = self.replay.sample(
             self.rng,
-            settings.batch,
+            self.batch,
             settings.length,
             settings.episode_start_fraction,
             settings.priority_fraction,
@@ -90,7 +93,10 @@ class ImaginationTrainer(Trainer):
         }
 
     def restore(self, saved: dict[str, Any]) -> list[str]:
-        self.rng.bit_generator.state = saved["random"]["sample"]
+        if "lost" in saved:
+            self.rng = np.random.default_rng(here().seed(self.config.seed, 1, saved["progress"]))
+        else:
+            self.rng.bit_generator.state = saved["random"]["sample"]
         return []
 
     def finish(self) -> dict[str, Any]:

@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,26 +17,26 @@ import numpy as np
 import torch
 
 from longdream.agent.config.checks import check_clip
-from longdream.agent.config.schema import Config, EnvConfig
+from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent, Stage
-from longdream.agent.core.device import resolve_device
-from longdream.agent.core.learner import Learner
+from longdream.agent.core.ranks import here
 from longdream.agent.data.base import ReplayBuffer
 from longdream.agent.data.device_replay import DeviceReplay
 from longdream.agent.data.replay import Replay
 from longdream.agent.evaluation.pictures import evaluation_pictures
 from longdream.agent.evaluation.policy import evaluate_agent, make_world, play
 from longdream.agent.run import folder as run_folder
-from longdream.agent.run.logger import Logger
+from longdream.agent.run import parts
+from longdream.agent.run.logger import Follower, Logger
 from longdream.agent.run.metrics import RATES, Averages, Rates, Timed
-from longdream.agent.run.saver import Saver
 from longdream.agent.run.signals import Interrupted, Signals
 from longdream.agent.run.warm_start import RAMP, warm_start
 from longdream.agent.train.collector import Collector, RowCollector
-from longdream.agent.train.device_collector import DeviceCollector
+from longdream.agent.train.device_collector import DeviceCollector, making_tensors
+from longdream.agent.train.session import Session
 from longdream.controller.types import Exporting
-from longdream.envs.contract import EnvError, UserError
-from longdream.envs.make import World, makes_tensors, vector_takes
+from longdream.envs.contract import EnvError
+from longdream.envs.make import World
 
 WARMUP_LOG = 100
 """Updates between lines of metrics during warm-up, when no steps are taken."""
@@ -46,8 +45,11 @@ LINES = 50
 RETURNS = ("return_mean", "return_std", "length_mean", "random_mean", "without_memory_mean")
 
 
-class Trainer:
+class Trainer(Session):
     """A run in progress. At the top of the loop in `run` its state is complete: saved there, it resumes exactly.
+
+    Several ranks take their turns together, and rank 0 keeps the record (agent/core/ranks.py). The configuration and
+    `progress` are those of the whole run.
 
     Derived classes build `learner` in their __init__, before which no file is touched, and say what a turn is. The last
     methods are theirs to define.
@@ -61,24 +63,9 @@ class Trainer:
     """What `progress` counts, as summary.json names it."""
     SHOWN: ClassVar[tuple[str, ...]]
     """Metrics on the console's line."""
-    learner: Learner
-    logger: Logger
 
     def __init__(self, config: Config, folder: Path, saved: dict[str, Any] | None, signals: Signals, stack: ExitStack):
-        self.config = config
-        self.folder = folder
-        self.signals = signals
-        self.began = time.monotonic()
-        self.saved_at = self.began
-        self.count: dict[str, Any] = {"wall": 0.0, "logged": 0, "evaluated": 0}
-        """Counters that outlive a session: seconds of earlier sessions, and `progress` at the last line of metrics and
-        at the last evaluation."""
-        if saved:
-            self.count |= saved["count"]
-        self.averages = Averages()
-        root = folder.absolute()  # an environment may change the working directory while a thread writes
-        self.saver = Saver(lambda step, tree: run_folder.save(root, step, tree, config), self.saved)
-        stack.callback(self.saver.settle)
+        super().__init__(config, folder, saved, signals, stack)
         torch.manual_seed(config.seed)
 
     @classmethod
@@ -94,27 +81,32 @@ class Trainer:
             Interrupted: SIGINT, SIGTERM or SIGHUP came. All is saved.
             NotFinite, DiskFull: the run cannot go on. The last checkpoint is intact.
         """
+        ranks = here()
         with ExitStack() as stack:
             signals = stack.enter_context(Signals())
             if config.threads:
                 torch.set_num_threads(config.threads)
             saved = None
-            if resume:
-                stack.enter_context(run_folder.lock(folder))
-                saved = run_folder.newest(folder)
-                summary = run_folder.summary(folder)
-                if saved and summary and summary.get(cls.UNIT) == saved["progress"] >= cls.total(config):
-                    return summary
-            with run_folder.fitting(folder, saved):
-                trainer = cls(config, folder, saved, signals, stack)
-            if config.init and not saved:
-                warm_start(trainer.learner, Path(config.init))
-            if resume:
-                run_folder.write_config(folder, config)
-            else:
-                run_folder.create(folder, config)
-                stack.enter_context(run_folder.lock(folder))
-            trainer.open(stack.enter_context(Logger(folder, console, cls.total(config), cls.SHOWN)), saved)
+            with ranks.together():
+                if resume and not ranks.rank:
+                    stack.enter_context(run_folder.lock(folder))
+                if resume:
+                    saved = parts.newest(folder)
+                    summary = run_folder.summary(folder)
+                    if saved and summary and summary.get(cls.UNIT) == saved["progress"] >= cls.total(config):
+                        return summary
+                with run_folder.fitting(folder, saved):
+                    trainer = cls(config, folder, saved, signals, stack)
+                if config.init and not saved:
+                    warm_start(trainer.learner, Path(config.init))
+            with ranks.together():
+                if resume and not ranks.rank:
+                    run_folder.write_config(folder, config)
+                elif not ranks.rank:
+                    run_folder.create(folder, config)
+                    stack.enter_context(run_folder.lock(folder))
+            log = Follower(ranks.rank) if ranks.rank else Logger(folder, console, cls.total(config), cls.SHOWN)
+            trainer.open(stack.enter_context(log), saved)
             trainer.run()
             return trainer.finish()
 
@@ -128,11 +120,15 @@ class Trainer:
             self.averages = Averages(saved["averages"]["sums"], saved["averages"]["numbers"])
             with run_folder.fitting(self.folder, saved):
                 warnings += self.restore(saved)
-                torch.set_rng_state(saved["random"]["torch"])
-                if self.learner.device.type == "cuda" and saved["random"]["cuda"]:
-                    torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+                parts.restore_randomness(saved, self.learner)
+        elif here().rank:
+            parts.seed_torch(self.learner, 0)
+        if saved and "lost" in saved:
+            self.saved_at = -float("inf")  # before the files that the checkpoint names are replaced
+            warnings += [saved["lost"]] if not here().rank else []
         for warning in warnings:
             logger.note(f"warning: {warning}")
+        parts.check_weights(self.learner)
         return self
 
     def run(self) -> None:
@@ -140,57 +136,19 @@ class Trainer:
         try:
             while True:
                 self.report()
-                self.signals.check()
+                due = self.meet()
                 if self.progress >= self.total(self.config):
                     break
-                self.saver.poll()
-                if time.monotonic() - self.saved_at > self.config.evaluate.save_seconds:
+                if due:
                     self.save()
                 self.turn()
         except (Interrupted, EnvError):
             self.save()
-            self.saver.settle()
-            self.signals.check()  # the signal that ends this run may have reached the environment's processes first
+            self.settle()
+            self.meet()  # the signal that ends this run may have reached the environment's processes first
             raise
         self.save()
-        self.saver.settle()
-
-    def save(self) -> None:
-        """Write a checkpoint, from which `open` goes on exactly, while training goes on."""
-        cuda = torch.cuda.get_rng_state_all() if self.learner.device.type == "cuda" else []
-        state = {
-            **self.learner.state_dict(),
-            **self.state(),
-            "progress": self.progress,
-            "logger": self.logger.state(),
-            "averages": {"sums": dict(self.averages.sums), "numbers": dict(self.averages.numbers)},
-            "count": self.counters(),
-        }
-        state["random"] = {"torch": torch.get_rng_state(), "cuda": cuda, **state.get("random", {})}
-        self.saver.save(self.progress, state)
-        self.saved_at = time.monotonic()
-
-    def saved(self) -> None:
-        """Called once a checkpoint is on disk."""
-
-    def counters(self) -> dict[str, Any]:
-        """`count` as it is kept in a checkpoint."""
-        return self.count | {"wall": self.wall()}
-
-    def write(self, metrics: dict[str, Any]) -> None:
-        """A line of metrics: these, and means over what was added to `averages` since the last line."""
-        learner = self.learner
-        learner.settle()
-        counts = {"count/updates": learner.updates, "count/skipped": learner.skipped, "time/wall": self.wall()}
-        self.logger.write(self.progress, self.averages.means() | counts | metrics)
-        self.averages = Averages()
-        self.count["logged"] = self.progress
-
-    def conclude(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Write summary.json: these values, the number of updates, and the time that they took."""
-        summary = summary | {"updates": self.learner.updates, "wall_s": round(self.wall(), 1)}
-        run_folder.write(self.folder / "summary.json", run_folder.to_json(summary, indent=1) + "\n")
-        return summary
+        self.settle()
 
     def final_evaluation(self, agent: Agent) -> dict[str, Any]:
         """The agent's returns beside those without memory and of random actions, written as metrics."""
@@ -200,13 +158,15 @@ class Trainer:
         summary = evaluate_agent(agent, config.evaluation_env, episodes, config.seed, config.evaluate, self.signals)
         self.logger.write(self.progress, {f"final/{key}": summary[key] for key in RETURNS if key in summary})
         self.show(agent)
-        if isinstance(agent.controller, Exporting):
+        if isinstance(agent.controller, Exporting) and not here().rank:
             with self.logger.view("what C exports"):
                 agent.controller.export(self.folder)
         return summary | {"dream_steps": agent.dream_steps}
 
     def show(self, agent: Agent) -> None:
         """Show an episode of the evaluation in pictures: dream beside reality, V's reconstructions, surprise."""
+        if here().rank:
+            return
         config = self.config
         pictures = evaluation_pictures(agent, config.evaluation_env, config.seed, config.evaluate.greedy, self.signals)
         self.logger.draw(self.progress, pictures)
@@ -221,21 +181,12 @@ class Trainer:
         passed = self.progress * times // total
         return passed > self.count[counter] * times // total and not (before_the_end and passed == times)
 
-    def wall(self) -> float:
-        """Seconds of this run, those of earlier sessions included."""
-        return self.count["wall"] + time.monotonic() - self.began
-
     # -- what derived classes say -------------------------------------------------------------------------------------
 
     @staticmethod
     def total(config: Config) -> int:
         """`progress` at which the run is over."""
         raise NotImplementedError
-
-    @property
-    def progress(self) -> int:
-        """How far the run is, in its unit."""
-        return self.learner.updates
 
     def greeting(self, progress: int) -> str:
         """What is printed when training begins."""
@@ -248,10 +199,6 @@ class Trainer:
 
     def report(self) -> None:
         """Between turns: write the line of metrics, and make the evaluation, that is due."""
-        raise NotImplementedError
-
-    def state(self) -> dict[str, Any]:
-        """More for the checkpoint, under keys that the rest leaves free."""
         raise NotImplementedError
 
     def restore(self, saved: dict[str, Any]) -> list[str]:
@@ -275,13 +222,17 @@ class OnlineTrainer(Timed, Trainer):
         # earlier sessions have survived. rewarded: real steps by the last line.
         counters = {"learning_began": None, "warmup": 0, "updates": 0, "lost_worlds": 0, "faults": 0, "rewarded": 0}
         self.count = counters | self.count
-        self.rng = {name: np.random.default_rng((config.seed, i)) for i, name in enumerate(("act", "sample"))}
+        roots = {name: here().seed(config.seed, i) for i, name in enumerate(("act", "sample"))}
+        self.rng = {name: np.random.default_rng(root) for name, root in roots.items()}
+        config = here().share(config)
         seed = config.seed
-        if lost := self.count["lost_worlds"]:  # the next world plays other episodes, not those of the beginning again
-            seed = int(np.random.SeedSequence((seed, lost)).generate_state(1)[0])
+        lost = (self.count["lost_worlds"], saved["progress"] if saved and "lost" in saved else 0)
+        if any(lost):  # the next world plays other episodes, not those of the beginning again
+            seed = int(np.random.SeedSequence((seed, *lost)).generate_state(1)[0])
         on_device = config.replay.keep == "device"
-        env = _making_tensors(config) if on_device else config.env
-        self.world = make_world(World, env, env.copies, seed, signals, saved)
+        env = making_tensors(config) if on_device else config.env
+        first = here().rank * env.copies
+        self.world = make_world(World, env, env.copies, seed, signals, saved, first)
         self.world_is_lost = False
         stack.callback(self.world.close)
         self.learner = self.agent = Agent(config, self.world.spec)
@@ -295,13 +246,19 @@ class OnlineTrainer(Timed, Trainer):
             replay = DeviceReplay(self.agent.device, self.world.spec, copies, capacity, priority)
             self.collector = DeviceCollector(self.world, self.agent, replay, self.rng["act"], seed)
         else:
-            replay = Replay(folder / "replay", self.world.spec, copies, capacity, priority=priority)
+            replay = Replay(parts.replay_folder(folder), self.world.spec, copies, capacity, priority=priority)
             self.collector = Collector(self.world, self.agent, replay, self.rng["act"])
         self.replay = replay
         stack.callback(replay.close)
         check_clip(config, replay.longest_clip)
         self.seconds: dict[str, float] = defaultdict(float)
-        self.rates = Rates(self.agent, config.replay.batch * config.replay.length)
+        self.rates = Rates(self.agent, self.config.replay.batch * config.replay.length)
+        self.batch = config.replay.batch
+        self.steps = 0
+        self.ready = False
+        """Whether all ranks' replays hold a clip."""
+        self.ended: list[dict[str, float]] = []
+        """Metrics of episodes that ended with the last step."""
 
     @staticmethod
     def total(config: Config) -> int:
@@ -309,7 +266,7 @@ class OnlineTrainer(Timed, Trainer):
 
     @property
     def progress(self) -> int:
-        return self.collector.env_steps
+        return self.steps
 
     def turn(self) -> None:
         """A step of every copy and the updates that are due then, or one update of warm-up."""
@@ -319,14 +276,14 @@ class OnlineTrainer(Timed, Trainer):
         warmup = learn.warmup + learn.warmup_model
         if count["learning_began"] is None:
             self.act(random=not self.config.init)
-            if self.progress >= learn.prefill and self.replay.can_sample(replay.length):
+            if self.progress >= learn.prefill and self.ready:
                 count["learning_began"] = self.progress
         elif count["warmup"] < warmup:
             self.learn("encoder" if count["warmup"] < learn.warmup else "model")
             count["warmup"] += 1
             if count["warmup"] % WARMUP_LOG == 0 or count["warmup"] in (learn.warmup, warmup):
                 self.log()
-        elif not self.replay.can_sample(replay.length):  # resumed without it: these steps bring no updates
+        elif not self.ready:  # resumed without it: these steps bring no updates
             before = self.progress
             self.act(random=False)
             count["learning_began"] += self.progress - before
@@ -339,11 +296,25 @@ class OnlineTrainer(Timed, Trainer):
 
     def act(self, random: bool) -> None:
         """A step of every copy, into the replay."""
-        with self.timed("act"), self.in_world():
-            ended = self.collector.step(random)
-        for episode in ended:
-            self.logger.write(self.progress, episode)
+        self.ended = []
+        with here().together(self._reached) as met, self.timed("act"), self.in_world():
+            self.ended = self.collector.step(random)
+        for episode in self.ended:
             self.averages.add({key.replace("episode/", "train/"): value for key, value in episode.items()})
+        if self._reach(met[0]):
+            for episode in chain(*here().gather(self.ended)):
+                self.logger.write(self.progress, episode)
+
+    def _reached(self) -> tuple[float, ...]:
+        """What the other ranks need to know of this one after a step."""
+        return self.collector.env_steps, self.replay.can_sample(self.config.replay.length), len(self.ended)
+
+    def _reach(self, met: np.ndarray) -> int:
+        """Take in what `_reached` gave on each rank; returns the number of episodes that ended."""
+        steps, ready, ended = met.T
+        self.steps = int(steps.sum())
+        self.ready = bool(ready.all())
+        return int(ended.sum())
 
     def learn(self, stage: Stage) -> None:
         """An update of V, M and C, or of those up to `stage`."""
@@ -351,7 +322,7 @@ class OnlineTrainer(Timed, Trainer):
         with self.timed("replay"):
             rows = self.replay.sample(
                 self.rng["sample"],
-                settings.batch,
+                self.batch,
                 settings.length,
                 settings.episode_start_fraction,
                 settings.priority_fraction,
@@ -383,12 +354,12 @@ class OnlineTrainer(Timed, Trainer):
         """A line of metrics: means over the updates and episodes since the last one, counts and timings."""
         counts = {"lost_worlds": self.count["lost_worlds"], "faults": self.faults()}
         counts |= {"episodes": self.collector.episodes, "rows": len(self.replay)}
-        metrics = {f"count/{key}": value for key, value in counts.items()}
+        metrics = {f"count/{key}": value for key, value in here().total(counts).items()}
         metrics |= {f"time/{key}": value for key, value in (self.seconds | self.agent.seconds).items()}
         metrics |= self.rates.take()
         # episodes are reported when they end; where these are long, the reward per step is known before
         if (steps := self.progress - self.count["rewarded"]) > 0:
-            metrics["train/reward"] = self.collector.take_reward() / steps
+            metrics["train/reward"] = here().total({"": self.collector.take_reward()})[""] / steps
             self.count["rewarded"] = self.progress
         self.write(metrics)
 
@@ -413,6 +384,7 @@ class OnlineTrainer(Timed, Trainer):
 
     def saved(self) -> None:
         self.replay.commit_eviction()
+        parts.remove_stale(self.folder)
 
     def state(self) -> dict[str, Any]:
         """A world that is lost has no state: new episodes will follow its last rows.
@@ -433,12 +405,17 @@ class OnlineTrainer(Timed, Trainer):
         }
 
     def restore(self, saved: dict[str, Any]) -> list[str]:
-        warnings = self.replay.restore(saved["replay"])
+        lost = "lost" in saved
+        warnings = [] if lost else self.replay.restore(saved["replay"])
         if saved["collector"]:
             self.collector.set_state(saved["collector"])
         self.collector.env_steps, self.collector.episodes = saved["collected"]
-        for name, state in saved["random"]["numpy"].items():
-            self.rng[name].bit_generator.state = state
+        for i, (name, state) in enumerate(saved["random"]["numpy"].items()):
+            if lost:
+                self.rng[name] = np.random.default_rng(here().seed(self.config.seed, i, saved["progress"]))
+            else:
+                self.rng[name].bit_generator.state = state
+        self._reach(here().numbers(*self._reached()))
         self.rates.restart()
         return warnings
 
@@ -458,22 +435,3 @@ class OnlineTrainer(Timed, Trainer):
             self.world_is_lost = True
             self.count["lost_worlds"] += 1
             raise
-
-
-def _making_tensors(config: Config) -> EnvConfig:
-    """The environment, told on which device to make its tensors and, if it can, to let episodes end at different times:
-    where all copies are of one age, so is what is learned from.
-
-    Raises:
-        UserError: it makes none.
-    """
-    env = config.env
-    if not makes_tensors(env.id):
-        raise UserError(
-            f"{env.id} makes no tensors: keep the replay on disk (replay.keep = disk), or train on an "
-            f"environment that does, like longdream/FastMemoryMaze-9x9-v0"
-        )
-    kwargs: dict[str, Any] = {"device": resolve_device(config.device)}
-    if vector_takes(env.id, "stagger"):
-        kwargs["stagger"] = True
-    return replace(env, kwargs=kwargs | env.kwargs)

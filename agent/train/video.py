@@ -13,6 +13,7 @@ import torch
 from longdream.agent.config.schema import Config
 from longdream.agent.core.device import autocast
 from longdream.agent.core.learner import Finite, Learner, Metrics
+from longdream.agent.core.ranks import here
 from longdream.agent.data.video.kept import Kept
 from longdream.agent.data.video.library import open_library
 from longdream.agent.data.video.loader import Loader, Place, check_lengths
@@ -106,6 +107,7 @@ class VideoTrainer(Trainer):
 
     def __init__(self, config: Config, folder: Path, saved: dict[str, Any] | None, signals: Signals, stack: ExitStack):
         super().__init__(config, folder, saved, signals, stack)
+        config = here().share(config)
         video = config.video
         self.count = {"frames": 0} | self.count
         self.library = open_library(Path(video.data), video.layout, video.condition, video.actions)
@@ -142,6 +144,8 @@ class VideoTrainer(Trainer):
             saved["counters"]["updates"] if saved else 0,
             place,
             video.retrace,
+            here().rank,
+            here().count,
             self.transfer.bring,
         )
         stack.callback(self.loader.close)
@@ -172,14 +176,16 @@ class VideoTrainer(Trainer):
             )
         self.library.damaged.update(clips["damaged"])
         self.reported = set(clips["damaged"])
-        return Place(**clips["place"] | {"line": tuple(map(tuple, clips["place"]["line"]))})
+        line = () if "lost" in saved else tuple(map(tuple, clips["place"]["line"]))
+        return Place(**clips["place"] | {"line": line})
 
     @staticmethod
     def total(config: Config) -> int:
         return config.learn.warmup + config.learn.updates
 
     def plan(self, update: int) -> tuple[int, int]:
-        """Frames of a clip, and clips, of the batch of an update: V's warm-up has those of the first stage."""
+        """Frames of a clip, and clips of all ranks, of the batch of an update: V's warm-up has those of the first
+        stage."""
         video = self.config.video
         learn = self.config.learn
         stage = max(0, update - learn.warmup) * len(video.lengths) // learn.updates
@@ -200,7 +206,7 @@ class VideoTrainer(Trainer):
         self.waited += time.perf_counter() - began
         self._report_damaged()
         warm = self.learner.updates >= self.config.learn.warmup
-        self.count["frames"] += batch.reward.numel()
+        self.count["frames"] += here().count * batch.reward.numel()
         metrics = self.learner.update(batch, not (warm and self.config.video.freeze), warm, self.rate_scale())
         self.averages.add(metrics, self.learner.finite)
 
@@ -231,7 +237,7 @@ class VideoTrainer(Trainer):
         }
 
     def restore(self, saved: dict[str, Any]) -> list[str]:
-        if saved["carried"]:
+        if saved["carried"] and "lost" not in saved:
             self.learner.state = State(**saved["carried"]).map(lambda t: t.to(self.learner.device))
         return []
 
@@ -251,7 +257,7 @@ class VideoTrainer(Trainer):
             summary |= result.means() | {"context": config.video.context, "clips": result.clips}
             summary["curves"] = {way: [round(float(v), 3) for v in curve] for way, curve in result.psnr.items()}
             self.logger.write(self.progress, {f"final/{key}": value for key, value in result.means().items()})
-            summary |= self._draw(result)
+            summary |= {} if here().rank else self._draw(result)
         return self.conclude(summary | {"damaged": len(library.damaged)})
 
     def _evaluate(self, drawn: int) -> OpenLoop | None:

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from longdream.worldmodel import ranks
 from longdream.worldmodel.config import ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics, Output, State
 
@@ -31,7 +32,7 @@ MAX_DENOISING_STEPS = 64
 class Pass(NamedTuple):
     """Result of an objective's training pass over B clips of T frames.
 
-    loss: scalar. metrics: to log.
+    loss: scalar. Its mean over ranks is the loss over the clips of all (`ranks.total_weight`). metrics: to log.
     feat: `(B, T, F)`. clean: `(B, T)`, the frames whose feature depends on clean frames alone.
     at: `(B, M)`, frames to start dreams from. start_states: the states after them, `(B * M, ...)`, of clean frames.
     end: the state after the clip, of clean frames and without gradient, to continue from in the next clip; only where a
@@ -175,7 +176,7 @@ class Forcing(nn.Module):
         out = run_clip(noisy, level, self.step_size(steps), at)
         target = z if steps is None else self.shortcut_target(run_clip, z, noisy, level, steps)
         error = self.error(out.pred, target, noisy, level)
-        loss = (error * noised).sum() / noised.sum()
+        loss = (error * noised).sum() / ranks.total_weight(noised)
         assert out.states_at is not None
         end = None
         if carried and self.config.history == "clean":

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from longdream.worldmodel import ranks
 from longdream.worldmodel.categorical import cross_entropy, draw_one_hots, kl_divergence, uniform_mixture
 from longdream.worldmodel.config import ForcingConfig
 from longdream.worldmodel.dynamics import Dynamics, State
@@ -76,17 +77,18 @@ class Prior(nn.Module):
         """The loss of a clip, given M's features `(B, T, F)` of it, and metrics. The rest as `run`."""
         prior = self._log_probs(self.head, feat[:, :-1], prev_action[:, 1:], z[:, 1:])
         predicted = ~first[:, 1:]  # the first frame of an episode has nothing to be predicted from
+        total = ranks.total_weight(predicted)
         metrics: dict[str, Tensor] = {}
         if posterior is None:
             nats = -(z[:, 1:] * prior).sum((-2, -1))
-            loss = _mean(nats, predicted)
+            loss = (nats * predicted).sum() / total
         else:
             target = posterior[:, 1:]
             to_posterior = kl_divergence(target.detach(), prior)
             to_prior = kl_divergence(target, prior.detach())
-            loss = _mean(to_posterior.clamp(min=FREE_NATS), predicted)
-            loss = loss + POSTERIOR_WEIGHT * _mean(to_prior.clamp(min=FREE_NATS), predicted)
-            metrics["kl"] = _mean(to_posterior, predicted).detach()
+            loss = (to_posterior.clamp(min=FREE_NATS) * predicted).sum() / total
+            loss = loss + POSTERIOR_WEIGHT * ((to_prior.clamp(min=FREE_NATS) * predicted).sum() / total)
+            metrics["kl"] = ((to_posterior * predicted).sum() / total).detach()
         if z.shape[1] > AHEAD:
             ahead = self._ahead_loss(feat, prev_action, first, z.detach())
             metrics["ahead"] = ahead.detach()
@@ -102,7 +104,7 @@ class Prior(nn.Module):
         log_probs = self._log_probs(self.ahead, feat[:, :frames], actions, z[:, AHEAD:])
         episode = first.long().cumsum(1)
         same = episode[:, AHEAD:] == episode[:, :frames]
-        return _mean(-(z[:, AHEAD:] * log_probs).sum((-2, -1)), same)
+        return (-(z[:, AHEAD:] * log_probs).sum((-2, -1)) * same).sum() / ranks.total_weight(same)
 
     def sample(
         self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
@@ -120,8 +122,3 @@ class Prior(nn.Module):
         """Log-probabilities of the shape of `like` `(..., N, D)`, from feat `(..., F)` and action `(..., A)`."""
         logits = head(torch.cat([feat, action], -1)).view_as(like)
         return uniform_mixture(logits, self.classes, UNIMIX).log()
-
-
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of values `(B, T)` where `where` `(B, T)` is true; 0 where it never is."""
-    return (values * where).sum() / where.sum().clamp(min=1)

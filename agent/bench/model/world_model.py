@@ -18,6 +18,7 @@ from longdream.agent.config import flags, options
 from longdream.agent.config.checks import check
 from longdream.agent.config.schema import Config, Device
 from longdream.agent.core.device import own_randomness
+from longdream.agent.core.ranks import leave
 from longdream.agent.data.video.library import open_library
 from longdream.agent.data.video.loader import read_clip
 from longdream.agent.data.video.reader import Damaged
@@ -65,7 +66,7 @@ def measure(
     Retrieval: `context` frames, then the exact way back, given the poses of these frames. Reasoning: `context` frames,
     then `ahead` new ones. If the preset freezes V, all runs share one V, which a first run in `out` learns. That folder
     also contains a run for each mixer and seed. Training can be interrupted (Ctrl-C, SIGTERM) and resumed by the same
-    command.
+    command. With --gpus N, or under torchrun, ranks train together (docs/scale.md).
 
     examples
       longdream collect --env longdream/FastMemoryMaze-9x9-v0 --policy navigator --episodes 200 --out maze
@@ -114,6 +115,13 @@ def measure(
     where = device_of(common.device)
     check(common)
     common = _with_encoder(common, out / "encoder")
+    trainings = {}
+    for name in mixers:
+        for seed in seeds:
+            folder = out / f"{name.replace('/', '-')}-s{seed}"
+            trainings[name, seed] = folder, _trained(_variant(common, name, seed), folder)
+    if leave():  # the rest is for the first rank
+        return {}
     held_out = _clips(common, 1 + context + ahead, clips)
     similarity = Similarity(where)
     rows = []
@@ -121,8 +129,7 @@ def measure(
     for name in mixers:
         for seed in seeds:
             config = _variant(common, name, seed)
-            folder = out / f"{name.replace('/', '-')}-s{seed}"
-            training = _trained(config, folder)
+            folder, training = trainings[name, seed]
             model, _, spec, _ = load_model(folder, common.device)
             evaluation = _Evaluation(model, config, held_out, context, ahead, steps or model.steps, context_level)
             for variant in [name, ZEROED] if name == "hybrid" else [name]:

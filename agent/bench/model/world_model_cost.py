@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +41,13 @@ def random_clips(learner: ClipLearner, count: int, frames: int) -> dict[str, Ten
 
 
 def update_ms(learner: ClipLearner, clips: dict[str, Tensor], rounds: int) -> float:
-    """Median milliseconds of an update of M as in training, with its optimizer's step and without V."""
+    """Median milliseconds of `clip_update`."""
+    update = clip_update(learner)
+    return median_ms(lambda: update(clips), learner.device, rounds)
+
+
+def clip_update(learner: ClipLearner) -> Callable[[dict[str, Tensor]], Any]:
+    """An update of M as in training, with its optimizer's step and without V, from clips of `random_clips`."""
     model = learner.model
     optimizer = learner.optimizers["model"]
 
@@ -49,8 +56,7 @@ def update_ms(learner: ClipLearner, clips: dict[str, Tensor], rounds: int) -> fl
             loss = model.objective.run(model.dynamics, fields["z"], fields["action"], fields["first"], 0).loss
         return {}, optimizer.step(loss)[0]
 
-    update = GraphedUpdate(learn) if learner.cuda_graphs else learn
-    return median_ms(lambda: update(clips), learner.device, rounds)
+    return GraphedUpdate(learn) if learner.cuda_graphs else learn
 
 
 def cost_of(learner: ClipLearner, context: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Place:
     """The reader's position: with the seed and the list of damaged files, it determines the next batch.
 
     clip: rows of a clip in this epoch. position: batches of the epoch that have been read. line: for each clip of the
-    last batch, the number of its recording and the row after its last.
+    last batch that was read here, the number of its recording and the row after its last.
     """
 
     epoch: int = -1
@@ -52,6 +52,8 @@ class Loader:
         size: height and width of the images. carry: whether clip b of a batch continues clip b of the last batch.
         update, place: the first update, and the reader's position before it.
         retrace: share of clips whose second half is the way back (`retraced`).
+        shard, shards: this loader reads every batch's part of that number, of so many: they do not overlap, and
+            together they are the batches of a single one.
         bring: called with a batch's rows in the reading thread, for example to copy them to a device.
     """
 
@@ -66,6 +68,8 @@ class Loader:
         update: int = 0,
         place: Place | None = None,
         retrace: float = 0.0,
+        shard: int = 0,
+        shards: int = 1,
         bring: Callable[[dict[str, Any]], Any] = lambda rows: rows,
     ):
         self.library = library
@@ -76,6 +80,8 @@ class Loader:
         self.carry = carry
         self.update = update
         self.retrace = retrace
+        self.shard = shard
+        self.shards = shards
         self.bring = bring
         self.lengths = [recording.length for recording in recordings]
         self.place = place or Place()
@@ -138,7 +144,9 @@ class Loader:
         if place.position >= len(order):
             place = replace(place, epoch=place.epoch + 1, position=0)
             order = self._order(place.epoch, clip, batch)
-        slots = [(int(recording), int(start)) for recording, start in order[place.position]]
+        each = batch // self.shards
+        begin = self.shard * each
+        slots = [(int(recording), int(start)) for recording, start in order[place.position, begin : begin + each]]
         clips = []
         line = []
         damaged: dict[str, str] = {}
@@ -156,12 +164,12 @@ class Loader:
                         f"{len(self._damaged)}, {name} {why}"
                     )
                 tries += 1
-                later = ((place.position + 1) * batch + i + tries) % (order.size // 2)
+                later = ((place.position + 1) * batch + begin + i + tries) % (order.size // 2)
                 recording, start = map(int, order.reshape(-1, 2)[later])
                 rows_or_error = self._try(recording, start, clip)
             follows = self.carry and i < len(place.line) and place.line[i] == (recording, start)
             rows_or_error["is_first"][0] = not follows
-            number = place.position * batch + i
+            number = place.position * batch + begin + i
             back = int((number + 1) * self.retrace) > int(number * self.retrace)
             clips.append(retraced(rows_or_error) if back else rows_or_error)
             line.append((recording, start + clip))

@@ -1,0 +1,59 @@
+"""Two ranks learn what one learns from their rows together."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "prior": ({"forcing.objective": "prior", "learn.warmup": 0, "replay.length": 12}, "images"),
+    "flow, noisy history": (
+        {
+            "forcing.history": "noisy",
+            "forcing.shortcut": 0.25,
+            "controller.replay_value": 0.3,
+            "controller.center_advantages": True,
+            "controller.return_floor": 0.01,
+        },
+        "vectors",
+    ),
+    "mask": ({"forcing.objective": "mask"}, "images"),
+}
+
+
+def learn(folder: Path, ranks: int) -> dict[str, Any]:
+    """What every case came to, on so many ranks."""
+    command = [sys.executable, str(Path(__file__).with_name("learn.py")), json.dumps(CASES)]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    of_ranks = {"WORLD_SIZE": str(ranks), "LONGDREAM_STORE": str(folder / "store")} if ranks > 1 else {}
+    processes = []
+    for rank in range(ranks):
+        here = env | of_ranks | ({"RANK": str(rank)} if ranks > 1 else {})
+        processes.append(subprocess.Popen(command, env=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outcomes = [process.communicate(timeout=250) for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(err for _, err in outcomes)
+    assert len({out for out, _ in outcomes}) == 1  # what is averaged is the same everywhere
+    return json.loads(outcomes[0][0])
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return [learn(tmp_path_factory.mktemp("ranks"), ranks) for ranks in (1, 2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_over_20_updates_are_those_of_one_rank(case: str, learned: list[dict[str, Any]]) -> None:
+    one, two = (each[case] for each in learned)
+    assert two["dream_steps"] == one["dream_steps"] and two["skipped"] == one["skipped"] == 0
+    assert len(one["losses"]) == 20 and one["losses"][0] != one["losses"][-1]
+    worst = 0.0
+    for mine, theirs in zip(one["losses"], two["losses"], strict=True):
+        assert mine.keys() == theirs.keys()
+        worst = max(worst, *(abs(theirs[key] - mine[key]) / max(abs(mine[key]), 1e-3) for key in mine))
+    print(f"{case}: largest relative difference {worst:.1e}")
+    assert worst < 1e-5

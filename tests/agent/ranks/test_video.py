@@ -1,0 +1,103 @@
+"""Recordings are shared by ranks without overlap, and a run of several ranks goes on in the middle of an epoch."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longdream.agent.config import options
+from longdream.agent.data.video.library import open_library
+from longdream.agent.data.video.loader import Loader
+
+ROOT = Path(__file__).resolve().parents[3]
+SHORT = {"learn.updates": 8, "learn.warmup": 3, "evaluate.times": 1, "video.held_out_clips": 3, "video.carry": True}
+
+
+def batches(folder: Path, shard: int, shards: int, carry: bool) -> list[dict[str, Any]]:
+    library = open_library(folder)
+    loader = Loader(library, library.recordings, lambda _: (4, 4), 64, 0, carry, shard=shard, shards=shards)
+    try:
+        return [loader.next().rows for _ in range(6)]
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_the_parts_of_ranks_are_the_batches_of_one(mazes: Path, carry: bool) -> None:
+    whole = batches(mazes, 0, 1, carry)
+    parts = [batches(mazes, shard, 2, carry) for shard in range(2)]
+    for one, first, second in zip(whole, *parts, strict=True):
+        assert len(first["reward"]) == len(second["reward"]) == 2
+        for key in ("reward", "is_first", "action"):
+            assert np.array_equal(one[key], np.concatenate([first[key], second[key]])), key
+        assert np.array_equal(one["obs"]["image"], np.concatenate([first["obs"]["image"], second["obs"]["image"]]))
+
+
+RUN = """
+import json, sys
+from pathlib import Path
+from longdream.agent.config import options
+from longdream.agent.core.ranks import here, joined
+from longdream.agent.run.signals import Interrupted
+from longdream.agent.train.video import VideoTrainer
+
+folder, settings, stop = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+config = options.update(options.load("video-tiny"), settings)
+
+
+class Stopped(VideoTrainer):
+    def turn(self):
+        super().turn()
+        if here().rank and self.progress == stop:
+            self.signals.number = 15
+
+
+with joined():
+    if stop:
+        try:
+            Stopped.train(config, folder, console=False)
+        except Interrupted:
+            pass
+    VideoTrainer.train(config, folder, resume=stop > 0, console=False)
+"""
+
+
+def train(folder: Path, settings: dict[str, Any], stop: int) -> list[dict[str, Any]]:
+    """The record of a run of two ranks, stopped after so many updates and resumed by the same processes."""
+    store = {"WORLD_SIZE": "2", "LONGDREAM_STORE": f"{folder}.store", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-c", RUN, str(folder), json.dumps(settings), str(stop)]
+    processes = [
+        subprocess.Popen(command, env=os.environ | store | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=250)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def test_two_ranks_learn_from_video_and_go_on_in_the_middle_of_an_epoch(mazes: Path, tmp_path: Path) -> None:
+    settings = SHORT | {"video.data": str(mazes)}
+    options.update(options.load("video-tiny"), settings)
+    outcomes: dict[str, Any] = {}
+    threads = [
+        threading.Thread(target=lambda n=name, s=stop: outcomes.update({n: train(tmp_path / n, settings, s)}))
+        for name, stop in (("whole", 0), ("stopped", 6))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    whole = outcomes["whole"]
+    assert any("model/prediction" in line for line in whole) and any(
+        "held_out/psnr_open_loop" in line for line in whole
+    )
+    assert whole[-1]["final/psnr_open_loop"] > 0
+    assert [line["count/frames"] for line in whole if "count/frames" in line][-1] == 11 * 16
+    assert outcomes["stopped"] == whole
