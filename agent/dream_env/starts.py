@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,8 +15,8 @@ from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import own_randomness
 from longdream.agent.data.replay import Replay
 from longdream.agent.run.checkpoint import CheckpointError
-from longdream.agent.run.folder import fill, fitting, open_run
-from longdream.envs.contract import EnvSpec, UserError
+from longdream.agent.run.folder import Run, fitting, open_run
+from longdream.envs.contract import UserError
 from longdream.worldmodel.dynamics import State
 from longdream.worldmodel.types import Batch
 
@@ -66,38 +65,24 @@ class ReadOnlyReplay(Replay):
         return steps
 
 
-def open_agent(folder: Path | str, device: Device | None) -> tuple[Agent, dict[str, Any]]:
-    """The agent of a run as last saved, and the content of the checkpoint.
-
-    Raises:
-        UserError: there is no such run, or its checkpoint cannot be used.
-    """
-    run = open_run(folder)
-    tree, _ = run.saved
-    missing = [key for key in ("spec", "weights", "replay") if key not in tree]
-    if missing:
-        raise CheckpointError(f"the checkpoint in {run.folder} has no {missing[0]!r}: it is of another program")
-    with fitting(run.folder, tree):
-        agent = Agent(replace(run.config, device=device or run.config.device), run.spec)
-    fill(agent, tree, run.folder, weights_only=True)
-    return agent, tree
-
-
-def open_replay(folder: Path | str, tree: dict[str, Any], seen: tuple[Path, ...] = ()) -> ReadOnlyReplay:
-    """The newest READ_BYTES of the replay of the run in `folder`, whose checkpoint is `tree`.
+def open_replay(run: Run, seen: tuple[Path, ...] = ()) -> ReadOnlyReplay:
+    """The newest READ_BYTES of the replay of a run; seen: runs whose replay this one's is.
 
     Raises:
         UserError: the replay is not on disk, or cannot be opened.
+        CheckpointError: the run has no checkpoint that can be used, or none with a replay.
     """
-    folder = Path(folder)
+    folder = run.folder
+    tree, _ = run.saved
+    if "replay" not in tree:
+        raise CheckpointError(f"the checkpoint in {folder} has no 'replay': it is of another program")
     saved = tree["replay"]
-    spec = EnvSpec.from_json(tree["spec"])
     if "of" in saved:
         source = open_run(str(saved["of"]))
         here = folder.resolve()
         if here in seen:
             raise UserError(f"{folder} learned in dreams of itself, as its checkpoints say: they are damaged")
-        return open_replay(source.folder, source.saved[0], (*seen, here))
+        return open_replay(source, (*seen, here))
     hint = "dream with start='observation', from observations that you give"
     if "layout" not in saved:
         raise UserError(f"{folder} kept its replay in the memory of the device, where it ended with the run: {hint}")
@@ -107,7 +92,7 @@ def open_replay(folder: Path | str, tree: dict[str, Any], seen: tuple[Path, ...]
         with fitting(folder, tree):
             layout = saved["layout"]
             shape = (layout["num_envs"], layout["capacity"], layout["segment_rows"])
-            replay = ReadOnlyReplay(folder / "replay", spec, *shape)
+            replay = ReadOnlyReplay(folder / "replay", run.spec, *shape)
             row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in replay.fields.values())
             newest = max(2, READ_BYTES // (row_bytes * replay.num_envs * replay.segment_rows))
             lost = replay.restore({**saved, "segments": saved["segments"][-newest:]})

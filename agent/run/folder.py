@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -211,10 +211,15 @@ def open_run(folder: Path | str) -> Run:
     return Run(folder, config)
 
 
-def load_agent(
-    folder: Path | str, device: Literal["auto", "cpu", "cuda"] | None = None
-) -> tuple[Agent, Config, EnvSpec, int]:
-    """The agent of a run as last saved, with its config, its spec, and the steps that it was trained for.
+class Opened(NamedTuple):
+    """The agent of a run as last saved, and the run. `agent.config` has the device that it was opened on."""
+
+    agent: Agent
+    run: Run
+
+
+def load_agent(folder: Path | str, device: Literal["auto", "cpu", "cuda"] | None = None) -> Opened:
+    """Open a run with its agent; device: where it computes (None: as in the run).
 
     Raises:
         UserError: there is no such run, or it was trained on video and has no agent.
@@ -225,12 +230,12 @@ def load_agent(
         raise UserError(
             f"{folder} was trained on video: there is nobody in it who acts; see its videos/ and summary.json"
         )
-    tree, step = run.saved
+    tree, _ = run.saved
     config = dataclasses.replace(run.config, device=device or run.config.device)
     with fitting(run.folder, tree):
         agent = Agent(config, run.spec)
     fill(agent, tree, run.folder, weights_only=True)
-    return agent, config, run.spec, step
+    return Opened(agent, run)
 
 
 def fill(agent: Learner, tree: dict[str, Any], folder: Path, weights_only: bool = False) -> None:

@@ -54,6 +54,11 @@ def consent(given: bool) -> None:
     _state["consent"] = given
 
 
+def consented() -> bool:
+    """Whether it is."""
+    return _state["consent"]
+
+
 def code_of(config: Config, loaded: bool = True) -> list[str]:
     """What the configuration would execute that is neither built in nor part of an installed package, in words.
 
