@@ -294,7 +294,7 @@ def save(folder: Path, progress: int, state: dict[str, Any], config: Config) -> 
     Raises:
         DiskFull: the disk has no room for it.
     """
-    checkpoint.save(folder / "checkpoints", progress, state | {"config": _settings(config)})
+    checkpoint.save(folder / "checkpoints", progress, state | {"config": settings_of(config)})
     if not (folder / SAVED).exists():
         write(folder / SAVED, "This run has saved checkpoints: without them, it is not begun anew.\n")
 
@@ -364,7 +364,7 @@ def _check_kinds(tree: dict[str, Any], kinds: dict[str, type]) -> None:
             raise ValueError(f"{key!r} is a {type(tree[key]).__name__}")
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def settings_of(config: Config) -> dict[str, Any]:
     """Every setting by its dotted name, as JSON keeps it."""
     values = {name: options.field_value(config, name) for name in options.fields()}
     return json.loads(json.dumps(values, default=str))
@@ -375,7 +375,7 @@ def warn_of_changes(folder: Path, config: Config, tree: dict[str, Any]) -> None:
     saved = tree.get("config")
     if not isinstance(saved, dict):  # of an older version
         return
-    given = _settings(config)
+    given = settings_of(config)
     changes = [f"{key} = {given[key]}, was {saved[key]}" for key in given if key in saved and given[key] != saved[key]]
     if changes:
         warnings.warn(

@@ -27,6 +27,7 @@ from longdream.agent.data.device_replay import DeviceReplay
 from longdream.agent.data.replay import Replay
 from longdream.agent.evaluation.policy import evaluate_agent, make_world, play
 from longdream.agent.run import folder as run_folder
+from longdream.agent.run import sinks
 from longdream.agent.run.logger import Logger
 from longdream.agent.run.metrics import RATES, Averages, Rates, Timed
 from longdream.agent.run.saver import Saver
@@ -98,6 +99,7 @@ class Trainer:
             if config.threads:
                 torch.set_num_threads(config.threads)
             saved = None
+            shown_in = sinks.find(config.log.to, run_folder.settings_of(config))
             if resume:
                 stack.enter_context(run_folder.lock(folder))
                 saved = run_folder.newest(folder)
@@ -113,7 +115,8 @@ class Trainer:
             else:
                 run_folder.create(folder, config)
                 stack.enter_context(run_folder.lock(folder))
-            trainer.open(stack.enter_context(Logger(folder, console, cls.total(config), cls.SHOWN)), saved)
+            logger = Logger(folder, console, cls.total(config), cls.SHOWN, sinks=shown_in)
+            trainer.open(stack.enter_context(logger), saved)
             trainer.run()
             return trainer.finish()
 

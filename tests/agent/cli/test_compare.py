@@ -28,7 +28,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
     def make(name: str, value: float, steps: int = 100, wall: float = 10.0, **settings: object) -> Path:
         config = options.changed(options.load("tiny"), dict(settings))
         folder = create(tmp_path / "runs" / name, config)
-        with Logger(folder, console=False, tensorboard=False) as logger:
+        with Logger(folder, console=False, sinks=()) as logger:
             for step in range(0, steps + 1, steps // 10):
                 done = step / steps
                 logger.write(step, {"time/wall": wall * done, "count/updates": 2 * step})
