@@ -38,9 +38,9 @@ def compare(runs: tuple[str, ...], metric: str | None = None) -> dict[str, Any]:
 
     if not runs:
         raise UserError("compare what? Give folders of runs: longdream compare runs/a* runs/b*")
-    found = groups(runs)
-    env = next(iter(found.values()))[0].env
-    result = {"env": env, "metric": metric or "evaluate/return_mean", **scores(found, metric)}
+    by_name = groups(runs)
+    env = next(iter(by_name.values()))[0].env
+    result = {"env": env, "metric": metric or "evaluate/return_mean", **scores(by_name, metric)}
     _print(result)
     return result
 
@@ -74,11 +74,11 @@ def plot(
     from longdream.agent.evaluation.curves import draw
     from longdream.agent.evaluation.record import groups
 
-    found = groups(runs)
-    env = next(iter(found.values()))[0].env
-    draw(found, metric, x, env, out)
+    by_name = groups(runs)
+    env = next(iter(by_name.values()))[0].env
+    draw(by_name, metric, x, env, out)
     print(f"figure  {out}")
-    return {"figure": str(out), "env": env, "groups": {name: len(records) for name, records in found.items()}}
+    return {"figure": str(out), "env": env, "groups": {name: len(records) for name, records in by_name.items()}}
 
 
 def list_runs(folders: tuple[Path, ...]) -> dict[str, Any]:

@@ -101,20 +101,20 @@ def read(file: Path) -> Plan:
     from longdream.agent.run.files import read_text
 
     try:
-        told = flags.parse_yaml(read_text(file))
+        content = flags.parse_yaml(read_text(file))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is no YAML file: {flags.shown(error, 400)}") from None
-    if not isinstance(told, dict) or not {"train", "search"} <= told.keys():
+    if not isinstance(content, dict) or not {"train", "search"} <= content.keys():
         raise UserError(f"{file} must say what to train and what to search, such as {EXAMPLE}")
-    for name in told:
+    for name in content:
         if name not in Plan.__dataclass_fields__:
             raise UserError(f"{file}: unknown {name!r}" + flags.suggest(str(name), Plan.__dataclass_fields__))
     hints: dict[str, Any] = {"train": str, "search": dict[str, Any], "settings": dict[str, Any], "seeds": list[int]}
     hints |= {"trials": int, "metric": str, "sampler_seed": int}
     hints["direction"] = Literal["maximize", "minimize"]
-    plan = Plan(**{name: flags.read(f"{file}: {name}", value, hints[name]) for name, value in told.items()})
+    plan = Plan(**{name: flags.read(f"{file}: {name}", value, hints[name]) for name, value in content.items()})
     if not plan.search or not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
         raise UserError(f"{file}: give something to search, such as {EXAMPLE}, and different seeds")
     return plan

@@ -104,8 +104,8 @@ def read(folder: Path) -> Record:
     """
     if (folder / "baseline.json").is_file():
         try:
-            told = json.loads(read_text(folder / "baseline.json"))
-            return Record(folder, _env(told["env"], told["env_kwargs"]), int(told["seed"]))
+            known = json.loads(read_text(folder / "baseline.json"))
+            return Record(folder, _env(known["env"], known["env_kwargs"]), int(known["seed"]))
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{folder / 'baseline.json'} cannot be read: put it back as it was") from None
     if not (folder / "config.yaml").is_file():
@@ -128,7 +128,7 @@ def groups(words: Iterable[str | Path]) -> dict[str, list[Record]]:
     Raises:
         UserError: a word names no run, a run is named twice, or environments differ.
     """
-    found: dict[str, list[Record]] = {}
+    by_name: dict[str, list[Record]] = {}
     seen: set[Path] = set()
     for word in map(str, words):
         pattern = any(letter in word for letter in "*?[") and not os.path.lexists(word)
@@ -141,15 +141,15 @@ def groups(words: Iterable[str | Path]) -> dict[str, list[Record]]:
                 raise UserError(f"{folder} is named twice")
             seen.add(folder.resolve())
             name = word if pattern else SEED.sub("", folder.name) or folder.name
-            found.setdefault(name, []).append(read(folder))
-    records = [record for group in found.values() for record in group]
+            by_name.setdefault(name, []).append(read(folder))
+    records = [record for group in by_name.values() for record in group]
     for record in records[1:]:
         if record.env != records[0].env:
             raise UserError(
                 f"{records[0].folder} plays {records[0].env}, {record.folder} plays {record.env}: compare runs of one "
                 f"environment"
             )
-    return found
+    return by_name
 
 
 # -- the state of a run ------------------------------------------------------------------------------------------------
@@ -159,23 +159,23 @@ def state(folder: Path) -> dict[str, Any]:
     """What can be said of a run, as JSON values: its status (training, complete, stopped or unreadable), environment,
     seed, steps, last return, size in bytes, and when it was last written to (seconds since 1970)."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    told: dict[str, Any] = {
+    known: dict[str, Any] = {
         "run": str(folder),
         "status": "training" if _is_locked(folder) else "stopped",
         "size": sum(path.stat().st_size for path in files),
         "written": max((path.stat().st_mtime for path in files), default=folder.stat().st_mtime),
     }
     done = summary(folder)
-    if done is not None and told["status"] == "stopped":
-        told["status"] = "complete"
+    if done is not None and known["status"] == "stopped":
+        known["status"] = "complete"
     try:
         record = read(folder)
         lines = record.lines
     except UserError as error:
-        return told | {"status": "unreadable", "problem": str(error)}
-    told |= {"env": record.env, "seed": record.seed, "steps": int(lines[-1]["step"]) if lines else 0}
+        return known | {"status": "unreadable", "problem": str(error)}
+    known |= {"env": record.env, "seed": record.seed, "steps": int(lines[-1]["step"]) if lines else 0}
     returns = [line[name] for line in lines for name in RETURNS if _is_number(line.get(name))]
-    return told | {"return": returns[-1] if returns else None}
+    return known | {"return": returns[-1] if returns else None}
 
 
 def _is_locked(folder: Path) -> bool:

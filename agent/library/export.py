@@ -26,7 +26,7 @@ STREAMS = 2
 
 
 @dataclass
-class Part:
+class Program:
     """A program before it is written. inputs: an example of each, by name. outputs: their names."""
 
     module: nn.Module
@@ -163,7 +163,7 @@ def export_parts(
 
 
 @torch.no_grad()
-def parts_of(agent: Agent) -> dict[str, Part]:
+def parts_of(agent: Agent) -> dict[str, Program]:
     """The programs of an agent, by name."""
     spec = agent.spec
     model = agent.model
@@ -177,16 +177,16 @@ def parts_of(agent: Agent) -> dict[str, Part]:
     decoded = latents | (features if model.trains_encoder else {})
     dreamt = ["latents", "features", "reward", "going_on", *state]
     return {
-        "encoder": Part(_Encoder(agent), obs, ["latents"]),
-        "decoder": Part(_Decoder(agent), decoded, list(obs)),
-        "controller": Part(_Controller(agent), features, ["action"]),
-        "step": Part(_Step(agent), latents | action | first | state, ["features", *state]),
-        "dream": Part(_Dream(agent), features | action | state, dreamt),
+        "encoder": Program(_Encoder(agent), obs, ["latents"]),
+        "decoder": Program(_Decoder(agent), decoded, list(obs)),
+        "controller": Program(_Controller(agent), features, ["action"]),
+        "step": Program(_Step(agent), latents | action | first | state, ["features", *state]),
+        "dream": Program(_Dream(agent), features | action | state, dreamt),
     }
 
 
 @torch.no_grad()
-def _write(part: Part, path: Path, format: str) -> None:
+def _write(part: Program, path: Path, format: str) -> None:
     n = torch.export.Dim("n")
     inputs = tuple(part.inputs.values())
     shapes = (tuple({0: n} for _ in inputs),)  # the first axis of every input; `forward` takes *inputs
@@ -195,10 +195,10 @@ def _write(part: Part, path: Path, format: str) -> None:
         torch.export.save(program, path)
         return
     outputs = [f"{name}_after" if name in part.inputs else name for name in part.outputs]  # names are unique in ONNX
+    from torch import onnx
+
     with _quiet():
-        torch.onnx.export(
-            program, f=path, input_names=list(part.inputs), output_names=outputs, dynamo=True, verbose=False
-        )
+        onnx.export(program, f=path, input_names=list(part.inputs), output_names=outputs, dynamo=True, verbose=False)
 
 
 @contextmanager

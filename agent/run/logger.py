@@ -99,7 +99,7 @@ class Logger:
         self._sum = zlib.crc32(line, self._sum)
 
     def _mirror(self, step: int, values: dict[str, Value]) -> None:
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
         for factory in self._factories:
             with self._showing(factory):
                 if factory not in self._sinks:
