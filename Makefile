@@ -13,7 +13,7 @@ JOBS ?= 2
 # torch behaves otherwise where there is one, so it has an environment of its own.
 TRITON := triton==3.6.0
 
-.PHONY: help demo test test-kernels lint
+.PHONY: help demo test test-kernels lint docs
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test   install, run the test suite on $(JOBS) processes (JOBS=n for more; ARGS='-k scan' to choose)"
 	@echo "make test-kernels   install beside it, run the tests of the kernels for CUDA in Triton's interpreter"
 	@echo "make lint   install, ruff check, ruff format --check, pyright"
+	@echo "make docs   install, build the site of docs/ into build/site; every warning is an error"
 	@echo "PYTHON=/path/to/python3.12 names the interpreter that .venv is made from."
 
 demo: .venv/installed
@@ -38,6 +39,9 @@ lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright
+
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet
 
 # pip comes last when an environment is made: where it is missing, an earlier attempt was cut short.
 .venv/bin/pip:

@@ -1,11 +1,13 @@
 """The pages themselves: their links lead somewhere, and they name no setting that does not exist."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from longdream.agent.cli.main import COMMANDS
 from longdream.agent.config import options
 from longdream.controller.types import ControllerConfig
 from longdream.worldmodel.config import DynamicsConfig
@@ -60,6 +62,24 @@ def test_links_and_images_lead_somewhere(page: Path) -> None:
         if not there.exists() or (anchor and anchor not in anchors(there)):
             missing.append(target)
     assert not missing
+
+
+RUN = {"README", "index", "library", "comparing", "dream", "controllers", "extending", "objectives"}
+"""Pages whose blocks of Python tests run, every one of them."""
+
+
+@pytest.mark.parametrize("page", TODAY, ids=name)
+def test_every_block_of_python_is_run_or_says_why_not(page: Path) -> None:
+    parts = text(page).split("```python\n")
+    unmarked = [part.partition("\n")[0] for before, part in pairwise(parts) if "<!-- not run: " not in before[-200:]]
+    assert page.stem in RUN or len(unmarked) <= (page.name == "environments.md")  # whose first one a test runs
+
+
+@pytest.mark.parametrize("page", TODAY, ids=name)
+def test_every_command_that_is_shown_exists(page: Path) -> None:
+    for block in re.findall(r"^```(?:bash)?\n(.*?)^```", text(page), re.DOTALL | re.MULTILINE):
+        shown = set(re.findall(r"^longdream ([a-z-]+)", block, re.MULTILINE))
+        assert shown <= {"train", "bench", *COMMANDS}
 
 
 def test_the_readme_is_short() -> None:
