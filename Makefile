@@ -13,7 +13,7 @@ JOBS ?= 2
 # torch behaves otherwise where there is one, so it has an environment of its own.
 TRITON := triton==3.6.0
 
-.PHONY: help demo test test-kernels lint pictures
+.PHONY: help demo test test-kernels lint pictures docs
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test-kernels   install beside it, run the tests of the kernels for CUDA in Triton's interpreter"
 	@echo "make lint   install, ruff check, ruff format --check, pyright"
 	@echo "make pictures   make the pictures of docs again (ARGS='play watch' to choose)"
+	@echo "make docs   install, build the site of docs/ into build/site; every warning is an error"
 	@echo "PYTHON=/path/to/python3.12 names the interpreter that .venv is made from."
 
 demo: .venv/installed
@@ -43,6 +44,9 @@ lint: .venv/installed-dev
 pictures: .venv/installed-dev
 	.venv/bin/python docs/pictures.py $(ARGS)
 
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet
+
 # pip comes last when an environment is made: where it is missing, an earlier attempt was cut short.
 .venv/bin/pip:
 	@for p in $(CANDIDATES); do \
@@ -52,7 +56,7 @@ pictures: .venv/installed-dev
 	  "If you have one elsewhere: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[video]'
 	@touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip

@@ -74,7 +74,7 @@ class State(NamedTuple):
     def from_layers(cls, states: Sequence[LayerState], last: Tensor) -> State:
         """M's state from the layers' states, bottom to top, and the last frame's latents."""
         caches = [state.cache for state in states if state.cache is not None]
-        age = caches[-1].age if caches else last.new_zeros(len(last), dtype=torch.long)
+        age = caches[-1].age if caches else last.new_zeros(last.shape[0], dtype=torch.long)
         mixers = tuple(state.mixer for state in states if state.mixer is not None)
         return cls(mixers, tuple(c.k for c in caches), tuple(c.v for c in caches), last, age)
 
@@ -365,7 +365,8 @@ class Dynamics(nn.Module):
                 "a state of another configuration: worldmodel.mixer, layers, width, num_heads, state_size, window, "
                 "blocks and the token grid must be those it was made with; begin with Dynamics.initial"
             )
-        if len(state.last) != len(z):
+        # sizes by shape, not len(): torch.export takes a length for a constant
+        if state.last.shape[0] != z.shape[0]:
             raise ValueError(
                 f"a state of {len(state.last)} sequences beside latents of {len(z)}: index it by State.map"
             )

@@ -21,7 +21,7 @@ from longdream.agent.config.schema import EnvConfig
 from longdream.agent.dream_env.spaces import action_space, observation_space
 from longdream.agent.evaluation.policy import WatchedWorld, make_world, play
 from longdream.agent.evaluation.tables import summary_table
-from longdream.agent.run.folder import begin, make, to_json, unused, write
+from longdream.agent.run.folder import claim, make, to_json, unused, write
 from longdream.agent.run.logger import Logger
 from longdream.agent.run.metrics import Averages
 from longdream.agent.run.signals import Signals
@@ -62,7 +62,7 @@ def train(
         signals = stack.enter_context(Signals())
         vec = stack.enter_context(RealVec(config, seed, signals))
         learner = _make(kind, vec, seed, kwargs or {})
-        folder = begin(lambda: unused(name, kind.__name__, seed), make, fixed=name is not None)
+        folder = claim(lambda: unused(name, kind.__name__, seed), make, fixed=name is not None)
         settings = {
             "env": env,
             "algo": algo,

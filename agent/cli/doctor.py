@@ -22,7 +22,7 @@ ROOM = 5 << 30
 
 
 def doctor() -> dict[str, Any]:
-    """Check the installation: Python, torch, OpenGL, Memory Maze, disk, MineRL.
+    """Check the installation: Python, torch, OpenGL, Memory Maze, video, disk, MineRL.
 
     Exit code 1 if a required part does not work.
 
@@ -39,6 +39,7 @@ def doctor() -> dict[str, Any]:
         "torch": _torch,
         "opengl": _opengl,
         "memory maze": _memory_maze,
+        "video": _video,
         "disk": _disk,
         "minerl": _minerl,
     }
@@ -123,6 +124,11 @@ def _opengl() -> dict[str, Any]:
 def _memory_maze() -> dict[str, Any]:
     import gymnasium as gym
 
+    from longdream.envs.extras import missing
+
+    if lacking := missing("maze"):
+        return {"ok": None, "found": f"needs {', '.join(lacking)}: pip install 'longdream[maze]'"}
+
     env = gym.make("longdream:longdream/MemoryMaze-9x9-v0")
     began = time.perf_counter()
     obs, _ = env.reset(seed=0)
@@ -139,6 +145,15 @@ def _memory_maze() -> dict[str, Any]:
     )
     text = f"renders: {rate:.0f} steps/s in this process, a reset takes {reset:.1f} s ({versions})"
     return {"ok": True, "found": text, "steps_per_s": round(rate, 1), "reset_s": round(reset, 2)}
+
+
+def _video() -> dict[str, Any]:
+    from longdream.envs.extras import missing
+
+    if lacking := missing("video"):
+        return {"ok": None, "found": f"needs {', '.join(lacking)}: pip install 'longdream[video]'"}
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("av", "torchmetrics"))
+    return {"ok": True, "found": f"mp4 files are read and written, frames compared ({versions})"}
 
 
 def _disk() -> dict[str, Any]:

@@ -20,6 +20,7 @@ def evaluate(
     greedy: bool | None = None,
     copies: int | None = None,
     forget_every: tuple[int, ...] = (),
+    console: bool = True,
 ) -> dict[str, Any]:
     """Play whole real episodes: with the trained agent; the same without long memory; and with random actions.
 
@@ -67,9 +68,11 @@ def evaluate(
         policy: Any = str(run_folder)
         where = env or "longdream/MemoryMaze-9x9-v0"
         summary = scripted.evaluate(policy, where, env_kwargs, 10 if episodes is None else episodes, seed or 0)
-        summary_table(summary)
+        if console:
+            summary_table(summary)
         return summary
-    agent, config, _, step = load_agent(run_folder, device)
+    agent, run = load_agent(run_folder, device)
+    config = agent.config
     settings: dict[str, Any] = {"env.id": env, "env.workers": workers, "seed": seed, "evaluate.greedy": greedy}
     settings["evaluate.final_episodes"] = episodes
     settings["evaluate.copies"] = copies
@@ -85,11 +88,13 @@ def evaluate(
     config = options.update(config, settings)
     check(config)
     episodes = config.evaluate.final_episodes
-    print(f"playing {episodes} episodes of {config.env.id}{without}", file=sys.stderr)
+    if console:
+        print(f"playing {episodes} episodes of {config.env.id}{without}", file=sys.stderr)
     summary = evaluate_agent(agent, config.env, episodes, config.seed, config.evaluate, forget_every=forget_every)
     known = references(config.env.id, config.env.kwargs)
-    summary |= {"env_steps": step} | ({"references": known} if known else {})
-    summary_table(summary)
+    summary |= {"env_steps": run.saved[1]} | ({"references": known} if known else {})
+    if console:
+        summary_table(summary)
     return summary
 
 

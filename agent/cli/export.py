@@ -33,20 +33,21 @@ def export(
     """
     # imported here, so that --help is quick
     from longdream.agent.run import export as exported
-    from longdream.agent.run.folder import load_agent, open_run, summary, write_config
+    from longdream.agent.run.folder import load_agent, summary, write_config
 
-    agent, config, spec, step = load_agent(run_folder, "cpu")
+    agent, run = load_agent(run_folder, "cpu")
+    config = run.config
     try:
         out.mkdir(parents=True)
     except FileExistsError:
         raise UserError(f"{out} exists already: name a new folder") from None
     except OSError as error:
         raise UserError(f"{out} cannot be made ({error.strerror})") from None
-    folder = open_run(run_folder).folder
-    origin = _origin(folder / "environment.txt")
-    size = exported.save(out / exported.WEIGHTS, agent.modules(), spec, step, precision, origin)
+    _, step = run.saved
+    origin = _origin(run.folder / "environment.txt")
+    size = exported.save(out / exported.WEIGHTS, agent.modules(), run.spec, step, precision, origin)
     write_config(out, dataclasses.replace(config, device="auto"))
-    results = summary(folder) or {}
+    results = summary(run.folder) or {}
     (out / "README.md").write_text(_card(config, step, precision, size, origin, results))
     print(f"{out}: {size:,} bytes of weights in {precision}\nnext: longdream evaluate {out}")
     return {"folder": str(out), "bytes": size, "precision": precision, "step": step}

@@ -27,6 +27,8 @@ WORDS = {
 def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[str]) -> dict[str, Any] | None:
     """Call a function with parameters from the command line; None where help was asked for and given.
 
+    A last parameter without a default that is a tuple takes any number of words.
+
     A parameter `env_kwargs` is the flag `--env.kwargs`, and as it is a dict, `--env.kwargs.corridor 24` is an entry. A
     flag may also be written with the group of settings that it belongs to, as in `longdream train`: `--env.workers`.
     `--no-open` is short for `--open false`.
@@ -61,12 +63,18 @@ def call(program: str, function: Callable[..., dict[str, Any]], arguments: list[
     if given_flags is None:
         _help(program, function, parameters)
         return None
+    given: dict[str, Any] = {}
+    if needed and flags.holds(hints[needed[-1]], tuple):  # takes all words that are left
+        name = needed[-1]
+        given[name] = flags.read(name, words[len(needed) - 1 :], hints[name])
+        words = words[: len(needed) - 1]
+        needed = needed[:-1]
     if len(words) < len(needed):
         word = needed[len(words)]
         raise UserError(f"{program} needs {WORDS.get(word, word)}")
     if len(words) > len(needed):
         raise UserError(f"unexpected {words[len(needed)]!r}: see {program} --help")
-    given = {name: flags.read(name, word, hints[name]) for name, word in zip(needed, words, strict=True)}
+    given |= {name: flags.read(name, word, hints[name]) for name, word in zip(needed, words, strict=True)}
     for flag, value in given_flags.items():
         name, key = split(flag)
         if key:
@@ -134,10 +142,14 @@ def _help(program: str, function: Callable, parameters: dict[str, inspect.Parame
             entry, _, line = line.strip().partition(": ")
         for name in entry.split(", "):
             descriptions[name] = f"{descriptions.get(name, '')} {line.strip()}".strip()
-    words = [name.upper() for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    hints = get_type_hints(function)
+    words = [
+        f"{name.upper()} ..." if flags.holds(hints[name], tuple) else name.upper()
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+    ]
     usage = " ".join(["usage:", program, *words, "[--json] [options]"])
     print(f"{usage}\n\n{about.partition('Returns:')[0].strip()}\n")
-    hints = get_type_hints(function)
     for name, parameter in parameters.items():
         required = parameter.default is parameter.empty
         flag = name.upper() if required else f"{flag_name(name)} {_kind(hints[name])}"

@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longdream import __version__
 from longdream.agent.cli import launch, output
 from longdream.agent.run import trust
 from longdream.envs.contract import UserError
+
+if TYPE_CHECKING:
+    from longdream.agent.config.schema import Config
 
 COMMANDS = {
     "evaluate": "evaluate:evaluate",
@@ -27,6 +30,10 @@ COMMANDS = {
     "demo": "report:demo",
     "play": "play:play",
     "watch": "play:watch",
+    "compare": "compare:compare",
+    "plot": "compare:plot",
+    "list": "compare:list_runs",
+    "sweep": "sweep:sweep",
     "baseline": "baseline:baseline",
     "collect": "..baselines.scripted:collect",
 }
@@ -113,25 +120,79 @@ def command(arguments: list[str]) -> dict[str, Any] | None:
 
 
 def train(arguments: list[str]) -> dict[str, Any] | None:
-    """Train in a new run or a resumed one; its summary."""
-    from longdream.agent.config import checks, options
+    """Train in a new run or a resumed one, or one per seed; the summary."""
+    from longdream.agent.config import options
     from longdream.agent.config.flags import split
 
-    words, flags = split(arguments, lambda flag: str if flag in ("name", "resume", "gpus") else options.hint(flag))
+    own = ("name", "resume", "seeds", "jobs", "gpus")
+    words, flags = split(arguments, lambda flag: str if flag in own else options.hint(flag))
     if flags is None:
         from longdream.agent.cli.usage import train_help
 
         train_help(words[0] if words else None)
         return None
-    from longdream.agent.run.folder import begin, open_run, unused  # imported here: it brings torch, and help is quick
-
-    name = flags.pop("name", None)
-    resume = flags.pop("resume", None)
     launch.check_gpus(flags.pop("gpus", "1"))
+    name, resume, seeds, jobs = (flags.pop(flag, None) for flag in own[:-1])
     settings = options.from_flags(flags)
     if len(words) > (resume is None):
         hint = "one preset at a time" if resume is None else "a run that is resumed has its settings already"
         raise UserError(f"unexpected {words[-1]!r}: {hint}; options look like --seed 3")
+    if seeds is not None or jobs is not None:
+        from longdream.agent.cli.seeds import train_seeds
+
+        return train_seeds(words, settings, name, resume, seeds, jobs)
+    summary = begin(words[0] if words else None, settings, name, resume)
+    from longdream.agent.evaluation.tables import summary_table
+
+    summary_table(summary)
+    if "return_mean" in summary:
+        print(f"next: longdream dream {summary['run']}")
+    return summary
+
+
+def begin(
+    source: str | Config | None, settings: dict[str, Any], name: str | None, resume: str | Path | None
+) -> dict[str, Any]:
+    """Train a preset, a YAML file or a Config with these settings, by dotted name; the summary, with the run's folder.
+
+    Errors as in Trainer.train.
+    """
+    from longdream.agent.run.folder import claim  # imported here: it brings torch, and help is quick
+
+    config, label = prepare(source, settings, name, resume)
+
+    def start(folder: Path) -> dict[str, Any]:
+        module, _, trainer = TRAINERS[config.kind].partition(":")
+        try:
+            kind = getattr(import_module(f"longdream.agent.train.{module}"), trainer)
+            return kind.train(config, folder, resume=resume is not None) | {"run": str(folder)}
+        except Exception as error:
+            if folder.exists() and not isinstance(error, UserError):
+                error.add_note(f"go on with: longdream train --resume {folder}")
+            raise
+
+    fixed = name is not None or launch.is_rank()
+    return claim(lambda: launch.agreed(folder_of(config, label, name, resume)), start, fixed)
+
+
+def folder_of(config: Config, label: str, name: str | None, resume: str | Path | None = None) -> Path:
+    """The folder of a run that `prepare` has prepared. Raises UserError where a new one is in use."""
+    from longdream.agent.run.folder import unused
+
+    return Path(resume) if resume is not None else unused(name, label, config.seed)
+
+
+def prepare(
+    source: str | Config | None, settings: dict[str, Any], name: str | None, resume: str | Path | None
+) -> tuple[Config, str]:
+    """The configuration of a run, checked, and what its folder is named after, unless it has a name.
+
+    Raises:
+        UserError: settings that cannot be used, or a folder that is in use.
+    """
+    from longdream.agent.config import checks, options
+    from longdream.agent.run.folder import open_run
+
     label = ""
     if resume is not None:
         fixed = ["name"] if name else [key for key in settings if not options.setting(key).on_resume]
@@ -139,51 +200,33 @@ def train(arguments: list[str]) -> dict[str, Any] | None:
             raise UserError(f"--{fixed[0]} cannot change in a run that goes on: leave it out, or start a new run")
         config = options.update(open_run(resume).config, settings)
     elif settings.get("world"):
-        if words:
-            raise UserError(f"unexpected {words[0]!r}: --world brings the settings of its run")
+        if source is not None:
+            raise UserError(f"unexpected {source!r}: --world brings the settings of its run")
         world = open_run(settings["world"])
         config = options.changed(world.config, {"kind": "imagination"} | settings)
         label = f"{world.folder.name}-{config.controller.kind.partition(':')[0]}"
-    elif settings.get("init") and not words:
-        source = open_run(settings["init"])
-        config = options.changed(source.config, settings)
-        label = source.folder.name
-    elif words:
-        path = Path(words[0])
-        config = options.load(words[0])
+    elif settings.get("init") and source is None:
+        init = open_run(settings["init"])
+        config = options.changed(init.config, settings)
+        label = init.folder.name
+    elif isinstance(source, str):
+        path = Path(source)
+        config = options.load(source)
         if path.name == "config.yaml":  # of a run, which somebody else may have made
             trust.require(path.parent, config)
         config = options.changed(config, settings)
         label = path.parent.name if path.name == "config.yaml" else path.stem
+    elif source is not None:
+        config = options.changed(source, settings)
+        label = config.kind
     else:
         raise UserError(f"train what? Name a preset, one of {', '.join(options.presets())}, or a .yaml file")
-
-    def choose() -> Path:
-        return launch.agreed(Path(resume) if resume is not None else unused(name, label, config.seed))
-
-    choose()  # a name that cannot be is said first
+    folder_of(config, label, name, resume)  # a name that cannot be is said first
     checks.check_given(config, settings)
     checks.check(config)
     if trust.code_of(config):  # it was typed, or the run that it comes from is trusted
         trust.find_modules_here()
-
-    def start(folder: Path) -> dict[str, Any]:
-        module, _, trainer = TRAINERS[config.kind].partition(":")
-        try:
-            kind = getattr(import_module(f"longdream.agent.train.{module}"), trainer)
-            summary = kind.train(config, folder, resume=resume is not None)
-        except Exception as error:
-            if folder.exists() and not isinstance(error, UserError):
-                error.add_note(f"go on with: longdream train --resume {folder}")
-            raise
-        from longdream.agent.evaluation.tables import summary_table
-
-        summary_table(summary | {"run": str(folder)})
-        if config.kind != "video":
-            print(f"next: longdream dream {folder}")
-        return summary
-
-    return begin(choose, start, fixed=name is not None or launch.is_rank())
+    return config, label
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def dream(
     replaced = video.exists()
     if out is None:
         check_own_path(run_folder, video)
-    agent, config, _, trained = load_agent(run_folder, device)
+    agent, run = load_agent(run_folder, device)
+    config = agent.config
     steps = steps or steps_to_show(agent.model.objective, config.forcing.steps)
     env = config.env
     comparisons = []
@@ -103,7 +104,7 @@ def dream(
     return {
         "run": str(run_folder),
         "env": env.id,
-        "env_steps": trained,
+        "env_steps": run.saved[1],
         "seed": seed,
         "temperature": temperature,
         "denoising_steps": steps,

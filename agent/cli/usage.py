@@ -8,12 +8,17 @@ from typing import Any
 USAGE = """longdream: agents that learn inside a learned world model with long-term memory
 
   longdream train PRESET|FILE.yaml [options]   train, evaluate, write runs/NAME
+  longdream train PRESET --seeds 1,2,3         a run per seed; --jobs 2 trains two at a time
   longdream train --resume runs/NAME           go on where a run stopped
   longdream train --world runs/NAME [options]  another controller, in the dreams of an existing run
   longdream train video-NAME --data DIR        V and M alone, on recorded video
   longdream evaluate runs/NAME                 play real episodes with a trained agent
   longdream evaluate oracle|random --env ID    the same with a scripted policy
   longdream baseline --env ID                  a model-free algorithm in the real environment, to compare with
+  longdream compare runs/a* runs/b*            returns at equal steps and at equal time, with intervals
+  longdream plot runs/a* runs/b* --out F.pdf   learning curves, seeds as bands
+  longdream list                               what runs there are, and what has become of them
+  longdream sweep FILE.yaml                    search for settings
   longdream dream runs/NAME                    a dream beside reality, as video
   longdream export runs/NAME FOLDER            an agent to hand on: settings, card, weights in one file
   longdream play runs/NAME|ENV                 step into the dream beside reality, in a browser
@@ -32,6 +37,7 @@ LONGDREAM_DEBUG=1 shows where in the program an error came from."""
 
 TRAIN = """usage: longdream train PRESET|FILE.yaml [--name NAME] [--json] [--OPTION VALUE ...]
        longdream train video-NAME --data DIR [--name NAME] [--OPTION VALUE ...]
+       longdream train PRESET --seeds 1,2,3 [--jobs 2] [--name NAME] [--OPTION VALUE ...]
        longdream train --resume runs/NAME [--json] [--steps N]
        longdream train [PRESET] --init runs/NAME [--name NAME] [--OPTION VALUE ...]
        longdream train --world runs/NAME [--controller.kind KIND] [--learn.updates N] [--OPTION VALUE ...]
@@ -43,6 +49,7 @@ presets
 
 examples
   longdream train quickstart --seed 3
+  longdream train quickstart --seeds 1,2,3 --jobs 2 --name hybrid
   longdream train quickstart --steps 20000 --worldmodel.layers 4 --env.kwargs.corridor 24
   longdream train cartpole --env LunarLander-v3 --name lander
   longdream train quickstart --env remote:/opt/old/bin/python:their_package:Their-v0
@@ -53,6 +60,8 @@ examples
   longdream train --world runs/quickstart-s3-1 --controller.kind evolution --learn.updates 300
 
   --name NAME    folder below runs/ (default: PRESET-sSEED-1, or -2, ...)
+  --seeds 1,2,3  a run per seed, each in a process of its own and in NAME-sSEED
+  --jobs N       how many of them at a time (default: 1)
   --resume RUN   go on with this run, under its own settings; --steps, --learn.updates, --evaluate.*, --device and
                  --threads may change
   --init RUN     begin with the weights of this run and, without a PRESET, with its settings

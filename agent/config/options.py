@@ -225,17 +225,21 @@ def hint(flag: str) -> Any:
     Raises:
         UserError: an unknown flag, with the closest ones.
     """
-    field, key = entry(_name(flag))
+    field, key = entry(full_name(flag, "--"))
     return Any if key else fields()[field].hint
 
 
-def _name(flag: str) -> str:
-    """The dotted name behind a flag."""
+def full_name(flag: str, dashes: str = "") -> str:
+    """The dotted name behind a flag without its dashes, which may be a short one.
+
+    Raises:
+        UserError: an unknown flag, with the closest ones, written with `dashes`.
+    """
     name = SHORT.get(flag, flag)
     for candidate in (name, name.replace("-", "_")):
         if entry(candidate)[0] in fields():
             return candidate
-    raise unknown(flag, "--", tuple(SHORT))
+    raise unknown(flag, dashes, tuple(SHORT))
 
 
 def from_flags(flags: dict[str, Any]) -> dict[str, Any]:
@@ -246,7 +250,7 @@ def from_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for flag, value in flags.items():
-        name = _name(flag)
+        name = full_name(flag, "--")
         field, key = entry(name)
         settings[name] = read_yaml(flag, value) if key else read(f"--{flag}", value, fields()[field].hint)
     return settings

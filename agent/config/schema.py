@@ -159,6 +159,15 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where metrics are shown, beside the record in metrics.jsonl."""
+
+    to: tuple[str, ...] = ("tensorboard",)
+    """tensorboard, wandb, mlflow, or dotted paths `package.module:Class` to sinks of your own, with commas between
+    them."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A run, whole: saved as config.yaml in its folder and runnable again as it is."""
 
@@ -197,6 +206,7 @@ class Config:
     controller: Annotated[ControllerConfig, Mode("online", "imagination")] = field(default_factory=ControllerConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)
     evaluate: Annotated[EvaluateConfig, OnResume()] = field(default_factory=EvaluateConfig)
+    log: Annotated[LogConfig, OnResume()] = field(default_factory=LogConfig)
 
     @property
     def evaluation_env(self) -> EnvConfig:

@@ -34,11 +34,11 @@ from longdream.agent.dream_env.starts import (
     Moments,
     first_moments,
     initial_moments,
-    open_agent,
     open_replay,
     replayed_moments,
 )
 from longdream.agent.dream_env.transfer import Actions, OnTheWay, fetched, index
+from longdream.agent.run.folder import load_agent
 from longdream.envs.contract import OneCopy, UserError
 from longdream.envs.process import forked
 
@@ -420,10 +420,10 @@ def _open(
         if isinstance(start, str) and start != "observation":
             raise UserError(f"start = {start!r} needs the folder of a run: an Agent has no replay; give it Moments")
         return checkpoint, start if isinstance(start, Moments) else None
-    agent, tree = open_agent(checkpoint, device)
+    agent, run = load_agent(checkpoint, device)
     if not isinstance(start, str) or start == "observation":
         return agent, None if isinstance(start, str) else start
-    replay = open_replay(checkpoint, tree)
+    replay = open_replay(run)
     try:
         if start == "initial":
             return agent, initial_moments(agent, replay, pool)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from longdream.agent.config.schema import Device
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import own_randomness
 from longdream.agent.data.replay import Replay
-from longdream.agent.run.folder import fill, fitting, open_run
-from longdream.envs.contract import EnvSpec, UserError
+from longdream.agent.run.folder import Run, fitting, open_run
+from longdream.envs.contract import UserError
 from longdream.worldmodel.dynamics import State
 from longdream.worldmodel.types import Batch
 
@@ -64,38 +62,25 @@ class ReadOnlyReplay(Replay):
         return steps
 
 
-def open_agent(folder: Path | str, device: Device | None) -> tuple[Agent, dict[str, Any]]:
-    """The agent of a run as last saved, and the content of the checkpoint.
-
-    Raises:
-        UserError: there is no such run, or its checkpoint cannot be used.
-    """
-    run = open_run(folder)
-    tree, _ = run.saved
-    with fitting(run.folder, tree):
-        agent = Agent(replace(run.config, device=device or run.config.device), run.spec)
-    fill(agent, tree, run.folder, weights_only=True)
-    return agent, tree
-
-
-def open_replay(folder: Path | str, tree: dict[str, Any], seen: tuple[Path, ...] = ()) -> ReadOnlyReplay:
-    """The newest READ_BYTES of the replay of the run in `folder`, whose checkpoint is `tree`.
+def open_replay(run: Run, seen: tuple[Path, ...] = ()) -> ReadOnlyReplay:
+    """The newest READ_BYTES of the replay of a run; seen: runs whose replay this one's is.
 
     Raises:
         UserError: the replay is not on disk, or cannot be opened.
+        CheckpointError: the run has no checkpoint that can be used.
     """
-    folder = Path(folder)
+    folder = run.folder
+    tree, _ = run.saved
     hint = "dream with start='observation', from observations that you give"
     if "replay" not in tree:
         raise UserError(f"{folder} has no replay, as an exported agent or one of another program has none: {hint}")
     saved = tree["replay"]
-    spec = EnvSpec.from_json(tree["spec"])
     if "of" in saved:
         source = open_run(str(saved["of"]))
         here = folder.resolve()
         if here in seen:
             raise UserError(f"{folder} learned in dreams of itself, as its checkpoints say: they are damaged")
-        return open_replay(source.folder, source.saved[0], (*seen, here))
+        return open_replay(source, (*seen, here))
     if "layout" not in saved:
         raise UserError(f"{folder} kept its replay in the memory of the device, where it ended with the run: {hint}")
     if not (folder / "replay").is_dir():
@@ -104,7 +89,7 @@ def open_replay(folder: Path | str, tree: dict[str, Any], seen: tuple[Path, ...]
         with fitting(folder, tree):
             layout = saved["layout"]
             shape = (layout["num_envs"], layout["capacity"], layout["segment_rows"])
-            replay = ReadOnlyReplay(folder / "replay", spec, *shape)
+            replay = ReadOnlyReplay(folder / "replay", run.spec, *shape)
             row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in replay.fields.values())
             newest = max(2, READ_BYTES // (row_bytes * replay.num_envs * replay.segment_rows))
             lost = replay.restore({**saved, "segments": saved["segments"][-newest:]})

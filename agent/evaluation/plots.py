@@ -347,7 +347,7 @@ def save_film(path: Path, frames: Iterable[Picture], fps: float) -> int:
     if path.suffix != ".mp4":
         raise UserError(f"{path}: videos are written as .mp4 or .gif")
     if not find_spec("av"):
-        raise UserError(f"writing {path} needs PyAV: pip install av, or name a .gif")
+        raise UserError(f"writing {path} needs PyAV: pip install 'longdream[video]', or name a .gif")
     count = 0
     with iio.imopen(path, "w", plugin="pyav") as file:
         file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")

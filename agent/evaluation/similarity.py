@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longdream.agent.evaluation.comparison import psnr
+from longdream.envs.extras import require
 
 ALEX = "alexnet-owt-7be5be79.pth"
 """The file in which torchvision keeps the weights of AlexNet, which LPIPS needs."""
@@ -23,6 +24,7 @@ class Similarity:
     """
 
     def __init__(self, device: torch.device):
+        require("video", "comparing frames")
         self.without = ""
         self.lpips = None
         weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEX

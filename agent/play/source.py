@@ -17,7 +17,7 @@ from longdream.agent.evaluation.policy import check_fit
 from longdream.agent.play.keys import Keys
 from longdream.agent.play.mind import Mind
 from longdream.agent.play.session import Session
-from longdream.agent.run.folder import Run, fill, fitting, open_run
+from longdream.agent.run.folder import Run, fill, fitting, open_run, pretrained
 from longdream.envs.contract import EnvError, EnvSpec, UserError
 from longdream.envs.make import World, find
 from longdream.envs.meaning import Meaning
@@ -68,7 +68,7 @@ def find_run(what: str) -> Run | None:
     Raises:
         UserError: neither of them, or a run that has no agent, or that is not trusted.
     """
-    if Path(what).is_dir():
+    if Path(what).is_dir() or what in pretrained():
         run = open_run(what)
         if run.config.kind == "video":
             raise UserError(f"{what} was trained on video: there is nobody in it who acts; see its videos/")
@@ -117,7 +117,7 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
         real = False
         notes.append(f"dreams only: {error}")
     try:
-        replay = open_replay(run.folder, tree)
+        replay = open_replay(run)
         with closing(replay):
             moments = replayed_moments(agent, replay, STARTS, min(config.replay.length, replay.longest_clip))
     except UserError as error:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -104,7 +104,7 @@ def unused(name: str | None, label: str, seed: int, root: Path | str = "runs") -
     raise _in_use(folder)
 
 
-def begin(choose: Callable[[], Path], start: Callable[[Path], T], fixed: bool) -> T:
+def claim(choose: Callable[[], Path], start: Callable[[Path], T], fixed: bool) -> T:
     """What `start` returns for the folder of a new run, which it creates.
 
     Creating the folder is the claim to it. Where another process was quicker, `choose` is asked for the next one.
@@ -155,7 +155,7 @@ def make(folder: Path) -> Path:
 
 def write_config(folder: Path, config: Config) -> None:
     """Write config.yaml, which can be run again as it is. The run counts as trusted: it is being trained here."""
-    write(folder / BEGUN, json.dumps(_settings(config)) + "\n")
+    write(folder / BEGUN, json.dumps(settings_of(config)) + "\n")
     write(folder / "config.yaml", "# longdream train config.yaml runs this again.\n" + options.dump(config))
     trust.remember(folder, config)
 
@@ -261,10 +261,15 @@ def open_run(folder: Path | str) -> Run:
     return Run(folder, config)
 
 
-def load_agent(
-    folder: Path | str, device: Literal["auto", "cpu", "cuda"] | None = None
-) -> tuple[Agent, Config, EnvSpec, int]:
-    """The agent of a run as last saved, with its config, its spec, and the steps that it was trained for.
+class Opened(NamedTuple):
+    """The agent of a run as last saved, and the run. `agent.config` has the device that it was opened on."""
+
+    agent: Agent
+    run: Run
+
+
+def load_agent(folder: Path | str, device: Literal["auto", "cpu", "cuda"] | None = None) -> Opened:
+    """Open a run with its agent; device: where it computes (None: as in the run).
 
     Raises:
         UserError: there is no such run, or it was trained on video and has no agent.
@@ -275,12 +280,12 @@ def load_agent(
         raise UserError(
             f"{folder} was trained on video: there is nobody in it who acts; see its videos/ and summary.json"
         )
-    tree, step = run.saved
+    tree, _ = run.saved
     config = dataclasses.replace(run.config, device=device or run.config.device)
     with fitting(run.folder, tree):
         agent = Agent(config, run.spec)
     fill(agent, tree, run.folder, weights_only=True)
-    return agent, config, run.spec, step
+    return Opened(agent, run)
 
 
 def fill(agent: Learner, tree: dict[str, Any], folder: Path, weights_only: bool = False) -> None:
@@ -339,7 +344,7 @@ def save(folder: Path, progress: int, state: dict[str, Any], config: Config) -> 
     Raises:
         DiskFull: the disk has no room for it.
     """
-    checkpoint.save(folder / "checkpoints", progress, state | {"config": _settings(config)})
+    checkpoint.save(folder / "checkpoints", progress, state | {"config": settings_of(config)})
     if not (folder / SAVED).exists():
         write(folder / SAVED, "This run has saved checkpoints: without them, it is not begun anew.\n")
 
@@ -413,7 +418,7 @@ def _check_kinds(tree: dict[str, Any], kinds: dict[str, type]) -> None:
             raise ValueError(f"{key!r} is a {type(tree[key]).__name__}")
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def settings_of(config: Config) -> dict[str, Any]:
     """Every setting by its dotted name, as JSON keeps it."""
     values = {name: options.field_value(config, name) for name in options.fields()}
     return json.loads(json.dumps(values, default=str))
@@ -427,7 +432,7 @@ def warn_of_changes(folder: Path, config: Config, tree: dict[str, Any]) -> None:
 
 
 def _warn_of_changes(folder: Path, config: Config, saved: dict[str, Any], since: str) -> None:
-    given = _settings(config)
+    given = settings_of(config)
     changes = [f"{key} = {given[key]}, was {saved[key]}" for key in given if key in saved and given[key] != saved[key]]
     if changes:
         warnings.warn(

@@ -1,17 +1,16 @@
-"""The metrics of a run: metrics.jsonl, TensorBoard, and a line on the console."""
+"""The metrics of a run: metrics.jsonl, what shows them elsewhere, and a line on the console."""
 
 import json
 import math
 import os
 import sys
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -20,22 +19,16 @@ from rich.table import Column
 from longdream.agent.run.checkpoint import NO_ROOM, DiskFull
 from longdream.agent.run.files import opened
 from longdream.agent.run.metrics import RATES
+from longdream.agent.run.sinks import Drawing, Drawn, Factory, Sink, find
 
 Value = float | int | str | None
 PICTURES = Path("videos") / "training"
 """Folder in a run of the newest pictures of each kind."""
-
-
-class Drawn(NamedTuple):
-    """A picture as a PNG, or moving pictures as a GIF, and its size in pixels."""
-
-    data: bytes
-    height: int
-    width: int
+TENSORBOARD = find(["tensorboard"], {})
 
 
 class Logger:
-    """Appends metrics to `folder`/metrics.jsonl and writes their numbers to `folder`/tensorboard.
+    """Appends metrics to `folder`/metrics.jsonl, and shows their numbers in sinks (`longdream.agent.run.sinks`).
 
     On a terminal, stderr shows one progress line, which is updated in place. Elsewhere a plain line is printed at most
     every `every` seconds. Both show the step out of `total`, steps per second, the time left, and the last value of
@@ -49,7 +42,7 @@ class Logger:
         total: int | None = None,
         show: tuple[str, ...] = (),
         every: float = 5.0,
-        tensorboard: bool = True,
+        sinks: Sequence[Factory] = TENSORBOARD,
     ):
         self.folder = Path(folder)
         self.total = total
@@ -62,9 +55,9 @@ class Logger:
         self._bytes = self._file.seek(0, os.SEEK_END)
         self._sum = _checksum(self.path, self._bytes)
         self._step = -1  # the last step written
-        self._tensorboard = tensorboard
-        self._writer = None
-        self._purge: int | None = None
+        self._factories = list(sinks)
+        self._sinks: dict[Factory, Sink] = {}  # made when something is first written
+        self._first_step = 0
         self._shown: dict[str, Value] = {}
         self._began: tuple[int, float] | None = None  # step and time of the first line of this process
         self._printed = -math.inf
@@ -109,11 +102,7 @@ class Logger:
         self._sum = zlib.crc32(line, self._sum)
 
     def draw(self, step: int, pictures: dict[str, Drawn]) -> None:
-        """Show pictures by name: in TensorBoard's Images and, the newest of each name, as files in PICTURES.
-
-        GIFs are written as such: what TensorBoard's `add_video` needs to make them of frames (MoviePy) is not
-        installed with the project, and its version 2 makes none, without an error.
-        """
+        """Show pictures by name: in sinks that draw and, the newest of each name, as files in PICTURES."""
         for name, drawn in pictures.items():
             path = self.folder / PICTURES / f"{name}{'.gif' if drawn.data[:3] == b'GIF' else '.png'}"
             with self.view(str(path)):
@@ -124,53 +113,47 @@ class Logger:
                     temporary.replace(path)
                 finally:  # of a full disk
                     temporary.unlink(missing_ok=True)
-        if self._tensorboard and pictures:
-            with self.view("TensorBoard's files", self._give_up_tensorboard):
-                from tensorboard.compat.proto import summary_pb2
-
-                summary: Any = summary_pb2  # made by protobuf, which type checkers cannot read
-                values = []
-                for name, (data, height, width) in pictures.items():
-                    image = summary.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
-                    values.append(summary.Summary.Value(tag=f"pictures/{name}", image=image))
-                self._view_writer()._get_file_writer().add_summary(summary.Summary(value=values), step)
+        for factory in self._factories:
+            with self._showing(factory):
+                sink = self._sink(factory)
+                if isinstance(sink, Drawing):
+                    sink.draw(step, pictures)
 
     def _mirror(self, step: int, values: dict[str, Value]) -> None:
-        if not self._tensorboard:
-            return
-        with self.view("TensorBoard's files", self._give_up_tensorboard):
-            writer = self._view_writer()
-            for key, value in values.items():
-                if isinstance(value, int | float):
-                    writer.add_scalar(key, value, step)
+        numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+        for factory in self._factories:
+            with self._showing(factory):
+                self._sink(factory).write(step, numbers)
 
-    def _view_writer(self) -> Any:
-        """TensorBoard's writer, opened when it is needed first."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
-
-            _silence_writers()
-            self._writer = SummaryWriter(log_dir=str(self.folder / "tensorboard"), purge_step=self._purge)
-        return self._writer
-
-    def _give_up_tensorboard(self) -> None:
-        self._tensorboard = False
-        if self._writer is not None:
-            with suppress(OSError):
-                self._writer.close()
-        self._writer = None
+    def _sink(self, factory: Factory) -> Sink:
+        """What shows metrics, made when something is first shown."""
+        if factory not in self._sinks:
+            self._sinks[factory] = factory(self.folder, self._first_step)
+        return self._sinks[factory]
 
     @contextmanager
-    def view(self, what: str, otherwise: Callable[[], None] | None = None) -> Iterator[None]:
-        """Around writing something that only shows what is recorded elsewhere: where it cannot be written, there is a
-        warning, `otherwise` is called, and the run goes on."""
+    def _showing(self, factory: Factory) -> Iterator[None]:
+        """Around calls of a sink, which is given up where it fails."""
         try:
             yield
-        except (OSError, UnicodeError) as error:  # TensorBoard has no files whose names are not UTF-8
+        except Exception as error:  # it may be anybody's code, and shows only what is recorded
+            self._factories = [other for other in self._factories if other is not factory]
+            sink = self._sinks.pop(factory, None)
+            what = type(sink).__name__ if sink else getattr(factory, "func", factory).__name__
+            why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            self.note(f"warning: {what} cannot be written ({why}): the run goes on without")
+            with suppress(Exception):
+                if sink is not None:
+                    sink.close()
+
+    @contextmanager
+    def view(self, what: str) -> Iterator[None]:
+        """Around writing something that the run can do without: where it cannot be written, there is a warning."""
+        try:
+            yield
+        except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or error
             self.note(f"warning: {what} cannot be written ({why}): the run goes on without")
-            if otherwise is not None:
-                otherwise()
 
     # -- console ------------------------------------------------------------------------------------------------------
 
@@ -220,9 +203,9 @@ class Logger:
             if error.errno in NO_ROOM:
                 raise DiskFull(self.folder, self._bytes, error) from error
             raise
-        if self._writer is not None:
-            with self.view("TensorBoard's files", self._give_up_tensorboard):
-                self._writer.flush()
+        for factory, sink in list(self._sinks.items()):
+            with self._showing(factory):
+                sink.flush()
         # a resumed run is no slower or faster for what was measured before
         shown = {key: value for key, value in self._shown.items() if not key.startswith("time/")}
         return {
@@ -259,19 +242,21 @@ class Logger:
         self.nonfinite = state["nonfinite"]
         self._shown = dict(state["shown"])
         self._began = (max(self._step, 0), time.monotonic())
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        self._purge = self._step + 1  # TensorBoard hides earlier events from this step on
+        self._close_sinks()
+        self._first_step = self._step + 1
         return warnings
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._writer is not None:
-            with suppress(OSError):  # a full disk has been reported already; do not hide the exception being raised
-                self._writer.close()
+        self._close_sinks()
         self._file.close()
+
+    def _close_sinks(self) -> None:
+        for factory, sink in list(self._sinks.items()):
+            with self._showing(factory):
+                sink.close()
+        self._sinks = {}
 
     def __enter__(self) -> "Logger":
         return self
@@ -301,20 +286,6 @@ class Follower(Logger):
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-def _silence_writers() -> None:
-    """An OSError in the thread that writes TensorBoard's files is raised at the next call, too: print no traceback."""
-    hook = threading.excepthook
-    if getattr(hook, "of_writers", False):
-        return
-
-    def quiet(problem: Any) -> None:
-        if type(problem.thread).__name__ != "_AsyncWriterThread" or not isinstance(problem.exc_value, OSError):
-            hook(problem)
-
-    quiet.of_writers = True  # type: ignore[attr-defined]
-    threading.excepthook = quiet
 
 
 def _checksum(path: Path, size: int) -> int:

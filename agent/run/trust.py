@@ -30,8 +30,9 @@ if TYPE_CHECKING:  # whose import takes seconds, and help is to be quick
 CONTROLLERS = ("actor_critic", "planner", "tree", "evolution")
 OBJECTIVES = ("flow", "mask", "prior", "teacher")
 MIXERS = ("hybrid", "ssm", "ssm+local", "causal", "window")
-"""The words for `controller.kind`, `forcing.objective` and `worldmodel.mixer`, kept here so that nothing is imported
-before it is judged. A test compares them with those that are known."""
+SINKS = ("tensorboard", "wandb", "mlflow")
+"""The words for `controller.kind`, `forcing.objective`, `worldmodel.mixer` and `log.to`, kept here so that nothing is
+imported before it is judged. A test compares them with those that are known."""
 ALGORITHMS = {
     "stable_baselines3": ("A2C", "DDPG", "DQN", "PPO", "SAC", "TD3"),
     "sb3_contrib": ("ARS", "CrossQ", "MaskablePPO", "QRDQN", "RecurrentPPO", "TQC", "TRPO"),
@@ -54,6 +55,11 @@ def consent(given: bool) -> None:
     _state["consent"] = given
 
 
+def consented() -> bool:
+    """Whether it is."""
+    return _state["consent"]
+
+
 def code_of(config: Config, loaded: bool = True) -> list[str]:
     """What the configuration would execute that is neither built in nor part of an installed package, in words.
 
@@ -69,6 +75,8 @@ def code_of(config: Config, loaded: bool = True) -> list[str]:
         foreign += [f"controller.kwargs.{key} = {kwargs[key]}" for key in REACHING_OUT if kwargs.get(key)]
     foreign += _class("forcing.objective", config.forcing.objective, OBJECTIVES)
     foreign += _class("worldmodel.mixer", config.worldmodel.mixer, MIXERS)
+    for sink in config.log.to:
+        foreign += _class("log.to", sink, SINKS)
     return foreign
 
 
@@ -215,6 +223,7 @@ def _digest(config: Config) -> str:
         "controller": [config.controller.kind, config.controller.kwargs],
         "objective": config.forcing.objective,
         "mixer": config.worldmodel.mixer,
+        "log": list(config.log.to),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -43,7 +43,7 @@ class ImaginationTrainer(Trainer):
         self.learner = self.agent = Agent(config, source.spec)
         self.agent.check_memory()
         run_folder.fill_model(self.agent, checkpoint, source.folder)
-        self.replay = open_replay(source.folder, checkpoint)
+        self.replay = open_replay(source)
         stack.callback(self.replay.close)
         check_clip(config, self.replay.longest_clip)
         if not self.replay.can_sample(config.replay.length):

@@ -26,7 +26,7 @@ from longdream.agent.data.replay import Replay
 from longdream.agent.evaluation.pictures import evaluation_pictures
 from longdream.agent.evaluation.policy import evaluate_agent, make_world, play
 from longdream.agent.run import folder as run_folder
-from longdream.agent.run import parts
+from longdream.agent.run import parts, sinks
 from longdream.agent.run.logger import Follower, Logger
 from longdream.agent.run.metrics import RATES, Averages, Rates, Timed
 from longdream.agent.run.signals import Interrupted, Signals
@@ -88,6 +88,7 @@ class Trainer(Session):
                 torch.set_num_threads(config.threads)
             saved = None
             with ranks.together():
+                shown_in = sinks.find(config.log.to, run_folder.settings_of(config))
                 if resume and not ranks.rank:
                     stack.enter_context(run_folder.lock(folder))
                 if resume:
@@ -105,7 +106,9 @@ class Trainer(Session):
                 elif not ranks.rank:
                     run_folder.create(folder, config)
                     stack.enter_context(run_folder.lock(folder))
-            log = Follower(ranks.rank) if ranks.rank else Logger(folder, console, cls.total(config), cls.SHOWN)
+            log: Logger = Follower(ranks.rank)
+            if not ranks.rank:
+                log = Logger(folder, console, cls.total(config), cls.SHOWN, sinks=shown_in)
             trainer.open(stack.enter_context(log), saved)
             trainer.run()
             return trainer.finish()

@@ -16,6 +16,7 @@ from gymnasium.error import ResetNeeded
 
 from longdream.envs import gl
 from longdream.envs.contract import UserError
+from longdream.envs.extras import require
 from longdream.envs.memory_maze.sizes import ACTIONS, RENDER_SIDE, check_options
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def simulation_class(draws: bool = True) -> type[Simulation]:
     """
     if draws:
         gl.choose()
+    require("maze", "Memory Maze")
     with upstream_imports():
         try:
             from longdream.envs.memory_maze.simulation import Simulation

@@ -1,11 +1,13 @@
 """The pages themselves: their links lead somewhere, and they name no setting that does not exist."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from longdream.agent.cli.main import COMMANDS
 from longdream.agent.config import options
 from longdream.controller.config import ControllerConfig
 from longdream.worldmodel.config import DynamicsConfig, ForcingConfig
@@ -61,6 +63,24 @@ def test_links_and_images_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+RUN = {"README", "index", "library", "comparing", "dream", "controllers", "extending", "objectives"}
+"""Pages whose blocks of Python tests run, every one of them."""
+
+
+@pytest.mark.parametrize("page", TODAY, ids=name)
+def test_every_block_of_python_is_run_or_says_why_not(page: Path) -> None:
+    parts = text(page).split("```python\n")
+    unmarked = [part.partition("\n")[0] for before, part in pairwise(parts) if "<!-- not run: " not in before[-200:]]
+    assert page.stem in RUN or len(unmarked) <= (page.name == "environments.md")  # whose first one a test runs
+
+
+@pytest.mark.parametrize("page", TODAY, ids=name)
+def test_every_command_that_is_shown_exists(page: Path) -> None:
+    for block in re.findall(r"^```(?:bash)?\n(.*?)^```", text(page), re.DOTALL | re.MULTILINE):
+        shown = set(re.findall(r"^longdream ([a-z-]+)", block, re.MULTILINE))
+        assert shown <= {"train", "bench", *COMMANDS}
+
+
 def test_the_readme_is_short() -> None:
     assert len(text(ROOT / "README.md").split()) <= MAX_README_WORDS
 
@@ -101,6 +121,17 @@ def test_the_parts_of_the_extending_page_are_parts() -> None:
     loss, metrics = controller.loss(dream)
     assert loss.isfinite() and metrics["return"].isfinite()
     assert controller.act(torch.rand(4, 6), greedy=False).shape == (4, 3)
+    mixer = here["Fading"](DynamicsConfig(width=8), 2, 1)
+    h, first = torch.rand(3, 6, 4, 8), torch.rand(3, 6) < 0.3
+    state = mixer.initial(3, "cpu")
+    y, query_y, end, at = mixer(h, first, state, h, torch.tensor([[2], [5], [0]]))
+    for t in range(6):
+        state = torch.where(first[:, t, None, None], 0.0, state)
+        assert torch.allclose(mixer.peek(h[:, t : t + 1], state), query_y[:, t : t + 1])
+        seen, state = mixer.step(h[:, t : t + 1], state)
+        assert torch.allclose(seen, y[:, t : t + 1])
+        assert t not in (2, 5, 0) or torch.allclose(at[[2, 5, 0].index(t)], state[[2, 5, 0].index(t)])
+    assert torch.allclose(state, end) and mixer.local
     z, level = torch.rand(2, 5, 1, 4), torch.rand(2, 5)
     assert torch.allclose(here["Absolute"].error(None, z, z + 1, z, level), torch.ones(2, 5))
 

@@ -207,7 +207,7 @@ class Forcing(nn.Module):
         self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
     ) -> Tensor:
         """See `Objective.sample`."""
-        z = self.pure_noise(action.new_empty(len(action), dynamics.tokens, dynamics.channels), temperature)
+        z = self.pure_noise(action.new_empty(action.shape[0], dynamics.tokens, dynamics.channels), temperature)
         step_size = self.step_size(torch.full_like(action[:, 0], steps))
         for i in range(steps):
             level = torch.full_like(action[:, 0], i / steps)
@@ -226,7 +226,7 @@ class Forcing(nn.Module):
         total = int(matrix.max())
         z = self.pure_noise(action.new_empty(*action.shape[:2], dynamics.tokens, dynamics.channels), temperature)
         first = torch.zeros(action.shape[:2], dtype=torch.bool, device=action.device)
-        levels = (1 - matrix.to(action) / total)[:, None].expand(-1, len(action), -1)
+        levels = (1 - matrix.to(action) / total)[:, None].expand(-1, action.shape[0], -1)
         steps = torch.full_like(levels[0], total)
         for level, to in pairwise(levels):
             step_size = self.step_size(torch.where(level < 1, steps, MAX_DENOISING_STEPS))

@@ -53,7 +53,7 @@ class Teacher(nn.Module):
         self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
     ) -> Tensor:
         """See `Objective.sample`."""
-        like = feat.new_empty(len(feat), dynamics.tokens, dynamics.channels)
+        like = feat.new_empty(feat.shape[0], dynamics.tokens, dynamics.channels)
         return draw_one_hots(self._logits(feat, action, like), self.classes, temperature)
 
     def surprise(self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, z: Tensor) -> Tensor:

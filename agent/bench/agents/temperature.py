@@ -16,9 +16,10 @@ from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import own_randomness
 from longdream.agent.data.replay import Replay
 from longdream.agent.dream_env.env import DreamVecEnv
-from longdream.agent.dream_env.starts import Moments, initial_moments, open_agent, open_replay
+from longdream.agent.dream_env.starts import Moments, initial_moments, open_replay
 from longdream.agent.evaluation.policy import play
 from longdream.agent.evaluation.rollout import Returns
+from longdream.agent.run.folder import load_agent
 from longdream.envs.contract import UserError
 from longdream.worldmodel.dream import imagine
 from longdream.worldmodel.types import Batch
@@ -72,9 +73,9 @@ def measure(
         )
     if horizon is not None and horizon < 1:
         raise UserError(f"--horizon {horizon}: must be at least 1")
-    agent, tree = open_agent(run_folder, device)
+    agent, run = load_agent(run_folder, device)
     config = agent.config
-    replay = open_replay(run_folder, tree)
+    replay = open_replay(run)
     horizon = horizon or replay.longest_episode()
     if not horizon:
         raise UserError(f"the replay in {replay.folder} holds no whole episode: say how long dreams are with --horizon")

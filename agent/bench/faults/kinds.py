@@ -227,7 +227,7 @@ def metrics(box: Box, rng: random.Random) -> Use:
     state = json.loads(box.bytes("logger.json"))
 
     def use() -> None:
-        with Logger(FOLDER, console=False, tensorboard=False) as logger:
+        with Logger(FOLDER, console=False, sinks=()) as logger:
             logger.restore(state)
             logger.write(1000, {"x": 1.0})
         json.loads((FOLDER / "metrics.jsonl").read_bytes().splitlines()[-1])

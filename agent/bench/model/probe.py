@@ -118,8 +118,10 @@ def _opened(run_folder: Path, device: Device | None) -> tuple[WorldModel, Config
     if open_run(run_folder).config.kind == "video":
         model, config, spec, _ = load_model(run_folder, device)
     else:
-        agent, config, spec, _ = load_agent(run_folder, device)
+        agent, run = load_agent(run_folder, device)
         model = agent.model
+        config = agent.config
+        spec = run.spec
     return model.to(resolve_device(config.device)), config, spec
 
 

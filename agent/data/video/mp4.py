@@ -130,7 +130,7 @@ def _stream(path: Path) -> Iterator[tuple[Any, Any]]:
         import av  # imported here: other layouts are read without it
         import av.error
     except ImportError as error:
-        raise UserError(f"reading {path} needs PyAV: pip install av ({one_line(error)})") from None
+        raise UserError(f"reading {path} needs PyAV: pip install 'longdream[video]' ({one_line(error)})") from None
     try:
         with av.open(str(path)) as container:
             stream = container.streams.best("video")

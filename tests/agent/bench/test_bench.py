@@ -110,7 +110,7 @@ def test_growth_is_that_of_the_trend_not_of_its_ends() -> None:
 
 
 def test_the_threshold_is_reached_where_the_record_says(tmp_path: Path) -> None:
-    with Logger(tmp_path, console=False, tensorboard=False) as logger:
+    with Logger(tmp_path, console=False, sinks=()) as logger:
         for step, value in ((100, 0.2), (200, 0.95), (300, 0.5), (400, 0.99)):
             logger.write(step, {"time/wall": step / 10, "train/return": 1.0})
             logger.write(step, {"evaluate/return_mean": value})

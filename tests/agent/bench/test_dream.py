@@ -12,7 +12,8 @@ import torch
 from longdream.agent.bench.agents import dream, temperature
 from longdream.agent.data.replay import Replay
 from longdream.agent.dream_env.env import DreamVecEnv
-from longdream.agent.dream_env.starts import initial_moments, open_agent, open_replay
+from longdream.agent.dream_env.starts import initial_moments, open_replay
+from longdream.agent.run.folder import load_agent
 from longdream.envs.contract import UserError
 
 
@@ -67,8 +68,8 @@ def test_scores_over_temperatures(dream_runs: Callable, updates: int, tmp_path: 
 
 
 def test_a_new_controller_learns_and_the_world_model_stays(dream_runs: Callable) -> None:
-    agent, tree = open_agent(dream_runs("images"), None)
-    replay = open_replay(dream_runs("images"), tree)
+    agent, run = load_agent(dream_runs("images"))
+    replay = open_replay(run)
     one, same, hotter = (temperature.learned(agent, replay, t, 2, 2, seed=1) for t in (1.0, 1.0, 3.0))
     for key, value in agent.model.state_dict().items():
         torch.testing.assert_close(one.model.state_dict()[key], value, rtol=0, atol=0)
@@ -79,8 +80,8 @@ def test_a_new_controller_learns_and_the_world_model_stays(dream_runs: Callable)
 
 
 def test_a_dream_score_is_the_mean_of_whole_dreams(dream_runs: Callable) -> None:
-    agent, tree = open_agent(dream_runs("images"), None)
-    moments = initial_moments(agent, open_replay(dream_runs("images"), tree), 8)
+    agent, run = load_agent(dream_runs("images"))
+    moments = initial_moments(agent, open_replay(run), 8)
     result = temperature.dream_returns(agent, moments, 12, 1.0, 1, 5, seed=3)
     env = DreamVecEnv(12, agent, "feature", 1.0, 1, 5, moments)
     feat, _ = env.reset(seed=3)
@@ -96,8 +97,8 @@ def test_a_dream_score_is_the_mean_of_whole_dreams(dream_runs: Callable) -> None
 
 
 def test_the_longest_episode_is_counted_in_steps(dream_runs: Callable) -> None:
-    _, tree = open_agent(dream_runs("mixed"), None)  # its episodes have 7 steps
-    replay = open_replay(dream_runs("mixed"), tree)
+    _, run = load_agent(dream_runs("mixed"))  # its episodes have 7 steps
+    replay = open_replay(run)
     assert isinstance(replay, Replay) and replay.longest_episode() == 7
 
 

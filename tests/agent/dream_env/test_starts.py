@@ -12,8 +12,9 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 import longdream.envs as envs  # noqa: F401  (registers the environments)
-from longdream.agent.dream_env.starts import first_moments, open_agent, open_replay, replayed_moments
+from longdream.agent.dream_env.starts import first_moments, open_replay, replayed_moments
 from longdream.agent.run import checkpoint
+from longdream.agent.run.folder import load_agent
 from longdream.envs.contract import UserError
 
 
@@ -26,8 +27,8 @@ def vec(folder: Path, num_envs: int = 5, **arguments: Any) -> Any:
 
 def test_dreams_begin_after_replayed_rows_as_acting_would_have_left_them(dream_runs: Callable) -> None:
     folder = dream_runs("mixed")  # its "leg" counts the steps of the episode
-    agent, tree = open_agent(folder, None)
-    config, replay = agent.config, open_replay(folder, tree)
+    agent, run = load_agent(folder)
+    config, replay = agent.config, open_replay(run)
     moments = replayed_moments(agent, replay, 64, 6, seed=3)
     assert len(moments.z) == 64 and len({row.tobytes() for row in moments.feat.numpy()}) > 20
     # the truth: row by row through `observe`, from the same clips
@@ -84,11 +85,11 @@ def test_dreams_begin_where_start_says(dream_runs: Callable) -> None:
 
 def test_a_run_in_training_keeps_its_files(dream_runs: Callable) -> None:
     folder = dream_runs("images")
-    _, tree = open_agent(folder, None)
+    _, run = load_agent(folder)
     later = folder / "replay" / "segment_000000999.bin"  # written since the checkpoint
     later.write_bytes(b"rows")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    open_replay(folder, tree).close()
+    open_replay(run).close()
     vec(folder).reset(seed=0)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
     later.unlink()

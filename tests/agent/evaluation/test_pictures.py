@@ -47,7 +47,8 @@ def test_tensorboard_gives_back_what_evaluations_showed(tmp_path: Path) -> None:
 
 
 def test_a_film_shows_reality_and_dream_row_by_row(dream_runs: Callable[[str], Path]) -> None:
-    agent, config, _, _ = load_agent(dream_runs("images"))
+    agent, _ = load_agent(dream_runs("images"))
+    config = agent.config
     world = World(config.env.id, 1, 3, config.env.kwargs)
     comparison = compare(agent, world, 4, ROWS, 3)
     drawn = drawings(comparison)
@@ -62,20 +63,23 @@ def test_a_film_shows_reality_and_dream_row_by_row(dream_runs: Callable[[str], P
 
 
 def test_numbers_are_drawn_as_lines(dream_runs: Callable[[str], Path]) -> None:
-    agent, config, _, _ = load_agent(dream_runs("vectors"))
+    agent, _ = load_agent(dream_runs("vectors"))
+    config = agent.config
     pictures = evaluation_pictures(agent, config.env, 0, True)
     assert set(pictures) == {"dream", "surprise"} and pictures["dream"].data[1:4] == b"PNG"
 
 
 def test_an_evaluation_changes_no_random_stream(dream_runs: Callable[[str], Path]) -> None:
-    agent, config, _, _ = load_agent(dream_runs("images"))
+    agent, _ = load_agent(dream_runs("images"))
+    config = agent.config
     before, steps = torch.get_rng_state(), agent.dream_steps
     one, two = (evaluation_pictures(agent, config.env, 7, False) for _ in range(2))
     assert one == two and torch.equal(before, torch.get_rng_state()) and agent.dream_steps == steps
 
 
 def test_an_episode_that_is_over_at_once_has_no_pictures(dream_runs: Callable[[str], Path]) -> None:
-    agent, config, _, _ = load_agent(dream_runs("vectors"))
+    agent, _ = load_agent(dream_runs("vectors"))
+    config = agent.config
     env = EnvConfig(config.env.id, {"max_episode_steps": 2})
     assert evaluation_pictures(agent, env, 0, True) == {}
 
@@ -129,7 +133,7 @@ def test_pictures_are_files_of_the_run(tmp_path: Path, room: bool, capsys) -> No
     assert picture[1:] == (8, 10) and frames_of(film.data).shape == (2, 8, 10, 3)
     if not room:
         (tmp_path / "videos").write_text("not a folder")
-    with Logger(tmp_path, tensorboard=False) as logger:
+    with Logger(tmp_path, sinks=()) as logger:
         logger.draw(3, {"still": picture, "film": film})
     if room:
         assert (tmp_path / PICTURES / "still.png").read_bytes() == picture.data

@@ -82,17 +82,16 @@ def test_an_outlier_is_cut_off_and_the_rest_of_its_row_kept() -> None:
 
 
 def test_an_exported_agent_acts_as_the_run_does(run: Path, tmp_path: Path) -> None:
-    own = run_folder.load_agent(run)
-    world = World(own[1].env.id, 3, 0, own[1].env.kwargs)
+    own, opened = run_folder.load_agent(run)
+    world = World(own.config.env.id, 3, 0, own.config.env.kwargs)
     row = world.reset()
-    feat = own[0].observe(own[0].initial(3), row)[0].feat
     for precision, tolerance in (("float32", 0.0), ("bfloat16", 0.05), ("int8", 0.2)):
-        agent, config, spec, step = run_folder.load_agent(exported(run, tmp_path / precision, precision))
-        assert (spec, step, config.device) == (own[2], own[3], "auto")
+        agent, again = run_folder.load_agent(exported(run, tmp_path / precision, precision))
+        assert (again.spec, again.saved[1], again.config.device) == (opened.spec, opened.saved[1], "auto")
         torch.manual_seed(0)
         other = agent.observe(agent.initial(3), row)[0].feat
         torch.manual_seed(0)
-        feat = own[0].observe(own[0].initial(3), row)[0].feat
+        feat = own.observe(own.initial(3), row)[0].feat
         assert (other - feat).abs().mean() <= tolerance * feat.abs().mean()
     world.close()
 

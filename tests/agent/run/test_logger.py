@@ -21,7 +21,7 @@ def lines(folder) -> list[dict]:
 
 
 def quiet(folder) -> Logger:
-    return Logger(folder, console=False, tensorboard=False)
+    return Logger(folder, console=False, sinks=())
 
 
 def test_a_line_is_exact_and_on_disk_at_once(tmp_path):
@@ -37,7 +37,7 @@ def test_a_line_is_exact_and_on_disk_at_once(tmp_path):
 
 
 def test_values_that_are_not_finite_become_null_and_are_counted(tmp_path, capsys):
-    with Logger(tmp_path, tensorboard=False) as logger:
+    with Logger(tmp_path, sinks=()) as logger:
         logger.write(1, {"a": math.nan, "b": 1.0})
         logger.write(2, {"a": -math.inf, "b": np.float32("inf")})
         logger.write(3, {"a": 1.0})
@@ -119,17 +119,17 @@ def test_disk_full_leaves_whole_lines(cramped):
 
 
 def test_elsewhere_than_on_a_terminal_lines_are_plain_and_few(tmp_path, capsys):
-    with Logger(tmp_path / "a", total=2000, show=("return",), every=60, tensorboard=False) as logger:
+    with Logger(tmp_path / "a", total=2000, show=("return",), every=60, sinks=()) as logger:
         for step in range(1000):
             logger.write(step, {"return": 0.5 + step, "loss": 1.0})
     assert capsys.readouterr().err == "step 0/2,000  return 0.5\n"
-    with Logger(tmp_path / "b", total=2000, show=("return",), every=0, tensorboard=False) as logger:
+    with Logger(tmp_path / "b", total=2000, show=("return",), every=0, sinks=()) as logger:
         logger.write(500, {"return": 0.123456})
         logger.write(1000, {"loss": 1.0})
     first, second = capsys.readouterr().err.splitlines()
     assert first == "step 500/2,000  return 0.123"
     assert second.startswith("step 1,000/2,000  ") and "/s  0:00:00 left  return 0.123" in second
-    with Logger(tmp_path / "c", console=False, tensorboard=False) as logger:
+    with Logger(tmp_path / "c", console=False, sinks=()) as logger:
         logger.write(1, {"loss": math.nan})
     assert capsys.readouterr().err == ""
 
@@ -137,7 +137,7 @@ def test_elsewhere_than_on_a_terminal_lines_are_plain_and_few(tmp_path, capsys):
 def test_rates_are_short_and_stand_in_the_order_asked_for(tmp_path, capsys):
     rates = {"time/gpu": 0.971, "time/dreamt_steps_per_s": 189_123.4, "time/rows_per_s": 101_234.5}
     rates |= {"time/updates_per_s": 12.345}
-    with Logger(tmp_path, show=("return", *RATES), every=0, tensorboard=False) as logger:
+    with Logger(tmp_path, show=("return", *RATES), every=0, sinks=()) as logger:
         logger.write(1, rates)
         logger.write(1, {"return": 2})
         state = json.loads(json.dumps(logger.state()))
@@ -145,7 +145,7 @@ def test_rates_are_short_and_stand_in_the_order_asked_for(tmp_path, capsys):
     assert texts[0] == "step 1  12.3 updates/s  101k rows/s  189k dreamt/s  gpu 97%"
     assert texts[1] == "step 1  return 2  12.3 updates/s  101k rows/s  189k dreamt/s  gpu 97%"
     # after a resume they are unknown until they are measured again
-    with Logger(tmp_path, show=("return", *RATES), every=0, tensorboard=False) as logger:
+    with Logger(tmp_path, show=("return", *RATES), every=0, sinks=()) as logger:
         logger.restore(state)
         logger.write(1, {"loss": 1.0, "time/rows_per_s": math.nan})
     assert "step 1  return 2  time/rows_per_s None" in capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_on_a_terminal_one_line_is_kept_up_to_date(tmp_path):
     script = """
 import sys, time
 from longdream.agent.run.logger import Logger
-with Logger(sys.argv[1], total=100, show=("return",), tensorboard=False) as logger:
+with Logger(sys.argv[1], total=100, show=("return",), sinks=()) as logger:
     for step in range(0, 101, 20):
         logger.write(step, {"return": step / 7})
         time.sleep(0.02)
@@ -196,14 +196,14 @@ with Logger(sys.argv[1], total=100, show=("return",), tensorboard=False) as logg
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
 def test_a_line_that_is_not_whole_is_no_part_of_the_next(tmp_path: Path, cut: int) -> None:
-    with Logger(tmp_path, console=False, tensorboard=False) as logger:
+    with Logger(tmp_path, console=False, sinks=()) as logger:
         for step in range(3):
             logger.write(step, {"loss": 0.5})
         state = logger.state()
     path = tmp_path / "metrics.jsonl"
     data = path.read_bytes()
     path.write_bytes(data[:-cut] + b" " * cut + b"more")  # as long as it was, and longer
-    with Logger(tmp_path, console=False, tensorboard=False) as logger:
+    with Logger(tmp_path, console=False, sinks=()) as logger:
         (warning,) = logger.restore(state)
         assert "the metrics between are lost" in warning
         logger.write(3, {"loss": 0.5})

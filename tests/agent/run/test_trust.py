@@ -16,6 +16,7 @@ from longdream.agent.config.schema import Config
 from longdream.agent.core.actor import CONTROLLERS
 from longdream.agent.run import trust
 from longdream.agent.run.folder import create, open_run
+from longdream.agent.run.sinks import SINKS
 from longdream.envs.contract import UserError
 from longdream.worldmodel.mixers.base import MIXERS
 
@@ -34,6 +35,7 @@ FOREIGN = [
     {"controller.kind": "stable_baselines3:get_system_info"},
     {"controller.kind": "stable_baselines3:PPO", "controller.kwargs": {"callback": "a_module_here:Thing"}},
     {"controller.kind": "stable_baselines3:PPO", "controller.kwargs": {"tensorboard_log": "/somewhere/else"}},
+    {"log.to": "somewhere_else:Sink"},
     {"forcing.objective": "a_module_here:Thing"},
     {"worldmodel.mixer": "a_module_here:Thing"},
 ]
@@ -118,6 +120,7 @@ def test_a_module_of_an_installed_package(
 def test_the_words_are_those_that_are_known() -> None:
     assert tuple(CONTROLLERS) == trust.CONTROLLERS
     assert trust.MIXERS == MIXERS
+    assert tuple(SINKS) == trust.SINKS
     with pytest.raises(ValueError, match=", ".join(sorted(trust.OBJECTIVES))):
         from longdream.worldmodel.objectives import objective_class
 

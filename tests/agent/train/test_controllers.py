@@ -53,8 +53,8 @@ def test_it_trains_resumes_exactly_and_acts_from_its_checkpoint(kind: str, tmp_p
     assert {k: v for k, v in again.items() if k != "wall_s"} == {k: v for k, v in summary.items() if k != "wall_s"}
     weights = [load_agent(folder)[0].controller.state_dict() for folder in (whole, half)]
     assert str(weights[0]) == str(weights[1])
-    agent, opened, _, _ = load_agent(whole)
-    world = World(opened.env.id, 2, 5, opened.env.kwargs)
+    agent, _ = load_agent(whole)
+    world = World(agent.config.env.id, 2, 5, agent.config.env.kwargs)
     assert rollout(agent, world, 2, 5).episodes == 2
     assert (whole / "controller.zip").exists() == (kind == "stable_baselines3:PPO")
 

@@ -49,7 +49,8 @@ def test_v_and_m_stay_and_c_learns(dream_runs, tmp_path: Path, run: str, kind: s
     before = load_agent(source)[0].model.state_dict()
     summary = ImaginationTrainer.train(imagined(source, kind), tmp_path / "new", console=False)
     assert summary["updates"] == 9 and summary["env_steps"] == open_run(source).saved[1] and summary["episodes"] == 1
-    agent, config, _, _ = load_agent(tmp_path / "new")
+    agent, _ = load_agent(tmp_path / "new")
+    config = agent.config
     after = agent.model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before) and config.controller.kind == kind
     fresh = type(agent)(config, agent.spec).controller.state_dict()

@@ -422,8 +422,10 @@ def test_only_mp4_files_need_pyav(tmp_path: Path, write_maze, monkeypatch: pytes
     write_maze(tmp_path / "maze" / "a.npz")
     assert only(open_library(tmp_path / "maze"), 0, 4)["image"].shape == (4, 32, 32, 3)
     (tmp_path / "a.mp4").write_bytes(b"video")
-    with pytest.raises(UserError, match=r"reading .*a\.mp4 needs PyAV: pip install av"):
+    with pytest.raises(UserError, match=r"reading .*a\.mp4 needs PyAV: pip install 'longdream\[video\]'"):
         open_library(tmp_path, "mp4")
     assert film_path(tmp_path / "dream.mp4") == tmp_path / "dream.gif"
-    with pytest.raises(UserError, match=r"writing .*dream\.mp4 needs PyAV: pip install av, or name a \.gif"):
+    with pytest.raises(
+        UserError, match=r"writing .*dream\.mp4 needs PyAV: pip install 'longdream\[video\]', or name a \.gif"
+    ):
         save_film(tmp_path / "dream.mp4", [], 5)
