@@ -289,9 +289,9 @@ def test_a_missing_extra_is_named(module: str, package: str, monkeypatch, capsys
 
 def test_a_long_session_costs_nothing_more(dream_runs: Callable[[str], Path], capsys) -> None:
     """Memory and open files stay where they are, and the clock keeps time, over connections that are lost."""
-    result = measure(dream_runs("images"), seconds=0.5, keys=3, long=6, steps=(1,), modes=("both",), device="cpu")
-    assert result["first_page_s"] > 0 and result["rows"][0]["fps"] > 10
+    result = measure(dream_runs("images"), 0.5, 3, long=6, speed=2, steps=(1,), modes=("both",), device="cpu")
+    assert result["first_page_s"] > 0 and result["rows"][0]["fps"] > 1
     long = result["long"]
-    assert long["frames"] > 60 and abs(long["drift_s"]) < 2
+    assert long["frames"] > 8 and abs(long["drift_s"]) < 2  # two steps a second are made on a machine that is full, too
     assert long["open_files"][0] == long["open_files"][1]
     assert long["memory_mb"][1] < long["memory_mb"][0] + 60
