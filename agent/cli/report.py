@@ -159,7 +159,7 @@ def demo(preset: str = "quickstart", name: str = "demo", seed: int = 0, device: 
     from longdream.agent.config import options
     from longdream.agent.config.checks import check
     from longdream.agent.evaluation.tables import summary_table
-    from longdream.agent.run.folder import begin, unused
+    from longdream.agent.run.folder import claim, unused
     from longdream.agent.train.trainer import OnlineTrainer
 
     config = options.load(preset)
@@ -179,7 +179,7 @@ def demo(preset: str = "quickstart", name: str = "demo", seed: int = 0, device: 
                 error.add_note(f"go on with: longdream train --resume {folder}")
             raise
 
-    folder, summary = begin(choose, start, fixed=False)
+    folder, summary = claim(choose, start, fixed=False)
     print("dreaming beside reality", file=sys.stderr)
     result = dream(folder, console=False)
     summary = with_bounds(summary, config) | {key: result[key] for key in ("run", "video", "picture")}

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from longdream.agent.config.schema import EnvConfig
+from longdream.agent.config.schema import Device, EnvConfig
 from longdream.agent.core.agent import Agent
-from longdream.agent.dream_env.starts import Device, Moments, open_replay, replayed_moments
+from longdream.agent.dream_env.starts import Moments, open_replay, replayed_moments
 from longdream.agent.evaluation.policy import check_fit
 from longdream.agent.play.keys import Keys
 from longdream.agent.play.mind import Mind

@@ -211,7 +211,8 @@ def test_the_program_itself(here: Path) -> None:
         [sys.executable, "-P", "-m", "longdream", "train", "tiny", *flags], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == json.loads(Path("runs/own/summary.json").read_text())
+    summary = json.loads(Path("runs/own/summary.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == summary | {"run": "runs/own"}
     assert done.stdout.count("\n") == 1 and "step " in done.stderr
     assert json.loads(Path("runs/short/summary.json").read_text())["seed"] == 3
 
@@ -227,7 +228,8 @@ def test_what_a_resumed_run_may_change(here: Path, capsys: pytest.CaptureFixture
     """A run that is over is not run again, but its flags are checked."""
     flags = ["--evaluate.episodes", "3", "--evaluate.log_every", "40", "--threads", "1", "--device", "cpu"]
     assert cli.main(["train", "--resume", "runs/short", *flags, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(Path("runs/short/summary.json").read_text())
+    summary = json.loads(Path("runs/short/summary.json").read_text())
+    assert json.loads(capsys.readouterr().out) == summary | {"run": "runs/short"}
 
 
 # -- help -------------------------------------------------------------------------------------------------------------
@@ -241,6 +243,10 @@ def test_what_a_resumed_run_may_change(here: Path, capsys: pytest.CaptureFixture
         ["train"],
         ["evaluate"],
         ["dream"],
+        ["compare"],
+        ["plot"],
+        ["list"],
+        ["sweep"],
         ["envs"],
         ["check-env"],
         ["collect"],

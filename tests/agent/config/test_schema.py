@@ -67,7 +67,7 @@ def test_the_kinds_of_runs_that_a_field_concerns(name: str, kinds: set[str]) -> 
 
 def test_what_a_resumed_run_may_change() -> None:
     may = {name for name, field in options.fields().items() if field.on_resume}
-    single = {"device", "threads", "learn.steps", "learn.updates", "video.data"}
+    single = {"device", "threads", "learn.steps", "learn.updates", "video.data", "log.to"}
     assert may == single | {f"evaluate.{name}" for name in EvaluateConfig.__dataclass_fields__}
 
 

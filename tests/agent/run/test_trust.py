@@ -35,7 +35,7 @@ FOREIGN = [
     {"controller.kind": "stable_baselines3:get_system_info"},
     {"controller.kind": "stable_baselines3:PPO", "controller.kwargs": {"callback": "a_module_here:Thing"}},
     {"controller.kind": "stable_baselines3:PPO", "controller.kwargs": {"tensorboard_log": "/somewhere/else"}},
-    {"log.to": "somewhere_else:Sink"},
+    {"log.to": ["somewhere_else:Sink"]},
     {"forcing.objective": "a_module_here:Thing"},
     {"worldmodel.mixer": "a_module_here:Thing"},
 ]
@@ -133,7 +133,7 @@ def test_what_a_folder_names_is_not_run(here: Path, settings: dict) -> None:
     name, value = next(reversed(settings.items()))
     with pytest.raises(UserError, match="--trust") as refused:
         open_run(folder)
-    shown = value if isinstance(value, str) else next(iter(value.values()))
+    shown = value if isinstance(value, str) else value[0] if isinstance(value, list) else next(iter(value.values()))
     assert str(shown if isinstance(shown, str) else next(iter(shown))) in str(refused.value), name
     assert not Path("EXECUTED").exists() and "a_module_here" not in sys.modules
 
