@@ -56,8 +56,9 @@ def total_weight(weights: Tensor, least: float = 1.0) -> Tensor:
     return mean(total).clamp(min=least / ranks)
 
 
-eager: Callable[[F], F] = cast(Any, torch.compiler.disable)
-"""Beside the compiler: what it would trace depends on the process group."""
+def eager(function: F) -> F:
+    """Beside the compiler: what it would trace depends on the process group."""
+    return cast(F, torch.compiler.disable(function))
 
 
 @eager
