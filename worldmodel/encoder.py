@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from longdream.worldmodel import ranks
 from longdream.worldmodel.categorical import draw_index, uniform_mixture
 from longdream.worldmodel.fields import AT_LEAST_0, AT_LEAST_1, AT_LEAST_2
-from longdream.worldmodel.symlog import symexp, symlog
+from longdream.worldmodel.networks import symexp, symlog
 from longdream.worldmodel.types import Loss
 
 Latent = Literal["continuous", "categorical"]

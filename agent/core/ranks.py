@@ -171,9 +171,9 @@ class Ranks:
         met.append(rows[:, 1:])
         if not rows[:, 0].any():
             return
-        told = self.gather(None if failure is None else _describe(failure))
-        first = next(rank for rank, each in enumerate(told) if each is not None)
-        error = failure if first == self.rank == 0 and failure is not None else _error(told[first], first)
+        reports = self.gather(None if failure is None else _describe(failure))
+        first = next(rank for rank, each in enumerate(reports) if each is not None)
+        error = failure if first == self.rank == 0 and failure is not None else _error(reports[first], first)
         error.agreed = True  # type: ignore[attr-defined]
         raise error from failure
 
@@ -348,14 +348,14 @@ def _describe(error: Exception) -> dict[str, Any]:
     return {"kind": "", "text": f"{type(error).__name__}: {error}"}
 
 
-def _error(told: dict[str, Any], rank: int) -> Exception:
+def _error(report: dict[str, Any], rank: int) -> Exception:
     """The error of that rank, as it is raised on others."""
-    if "signal" in told:
-        return Interrupted(told["signal"])
-    text = f"rank {rank}: {told['text']}" if rank else told["text"]
-    if told["kind"] == "EnvError":
-        return EnvError(text, told["worker"], told["trace"])
+    if "signal" in report:
+        return Interrupted(report["signal"])
+    text = f"rank {rank}: {report['text']}" if rank else report["text"]
+    if report["kind"] == "EnvError":
+        return EnvError(text, report["worker"], report["trace"])
     kinds: list[type[UserError]] = [UserError]
     for kind in kinds:  # which grows
         kinds += kind.__subclasses__()
-    return next((kind(text) for kind in kinds if kind.__name__ == told["kind"]), RankFailed(text))
+    return next((kind(text) for kind in kinds if kind.__name__ == report["kind"]), RankFailed(text))
