@@ -299,11 +299,11 @@ def _join(rank: int, count: int, signals: Signals) -> Ranks:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast of NVLink: refused by some machines, and slower here
     without_gpu = _take_gpu(local)
     on_cuda = torch.cuda.is_available()
-    bound = timedelta(seconds=timeout_s())
+    limit = timedelta(seconds=timeout_s())
     if path := os.environ.get(STORE):
         store: Any = dist.FileStore(path, -1)
     else:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=bound)))  # type: ignore[attr-defined]
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))  # type: ignore[attr-defined]
     store = dist.PrefixStore("longdream", store)
     call(
         dist.init_process_group,
@@ -312,9 +312,9 @@ def _join(rank: int, count: int, signals: Signals) -> Ranks:
         rank=rank,
         world_size=count,
         # on CUDA it is the programs' own agreement that notices first
-        timeout=2 * bound if on_cuda else bound,
+        timeout=2 * limit if on_cuda else limit,
     )
-    hosts = call(dist.new_group, backend="gloo", timeout=bound)
+    hosts = call(dist.new_group, backend="gloo", timeout=limit)
     ranks = Ranks(rank, count, signals, without_gpu, hosts, store)
     ranks.processes = ranks.gather([socket.gethostname(), os.getpid()])
     return ranks
