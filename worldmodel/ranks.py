@@ -57,8 +57,8 @@ def total_weight(weights: Tensor, least: float = 1.0) -> Tensor:
 
 
 def eager(function: F) -> F:
-    """Beside the compiler: what it would trace depends on the process group."""
-    return cast(F, torch.compiler.disable(function))
+    """The function beside the compiler: what it would trace depends on the process group."""
+    return cast(Any, torch.compiler.disable)(function)
 
 
 @eager
