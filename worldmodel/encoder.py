@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from longdream.worldmodel import ranks
 from longdream.worldmodel.categorical import draw_index, uniform_mixture
 from longdream.worldmodel.config import EncoderConfig
-from longdream.worldmodel.symlog import symexp, symlog
+from longdream.worldmodel.networks import symexp, symlog
 from longdream.worldmodel.types import Loss
 
 Latent = Literal["continuous", "categorical"]

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longdream.worldmodel import ranks
-from longdream.worldmodel.networks import mlp
-from longdream.worldmodel.symlog import symexp
+from longdream.worldmodel.networks import mlp, symexp
 from longdream.worldmodel.types import Loss
 
 

@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons with gated hidden layers, and parts that training alone needs."""
+"""Multi-layer perceptrons with gated hidden layers, parts that training alone needs, and the symmetric logarithm."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ class GatedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.value_and_gate(x).chunk(2, -1)
         return self.norm(value) * F.silu(gate)
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) log(1 + |x|) (Hafner et al. 2023, arXiv 2301.04104, eq. 9)."""
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x: Tensor) -> Tensor:
+    """The inverse of symlog."""
+    return x.sign() * x.abs().expm1()
 
 
 def mlp(inputs: int, hidden: int, outputs: int, layers: int = 2, zero: bool = False) -> nn.Sequential:

@@ -171,9 +171,9 @@ class Ranks:
         met.append(rows[:, 1:])
         if not rows[:, 0].any():
             return
-        told = self.gather(None if failure is None else _describe(failure))
-        first = next(rank for rank, each in enumerate(told) if each is not None)
-        error = failure if first == self.rank == 0 and failure is not None else _error(told[first], first)
+        reports = self.gather(None if failure is None else _describe(failure))
+        first = next(rank for rank, each in enumerate(reports) if each is not None)
+        error = failure if first == self.rank == 0 and failure is not None else _error(reports[first], first)
         error.agreed = True  # type: ignore[attr-defined]
         raise error from failure
 
@@ -299,11 +299,11 @@ def _join(rank: int, count: int, signals: Signals) -> Ranks:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast of NVLink: refused by some machines, and slower here
     without_gpu = _take_gpu(local)
     on_cuda = torch.cuda.is_available()
-    bound = timedelta(seconds=timeout_s())
+    limit = timedelta(seconds=timeout_s())
     if path := os.environ.get(STORE):
         store: Any = dist.FileStore(path, -1)
     else:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=bound)))  # type: ignore[attr-defined]
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))  # type: ignore[attr-defined]
     store = dist.PrefixStore("longdream", store)
     call(
         dist.init_process_group,
@@ -312,9 +312,9 @@ def _join(rank: int, count: int, signals: Signals) -> Ranks:
         rank=rank,
         world_size=count,
         # on CUDA it is the programs' own agreement that notices first
-        timeout=2 * bound if on_cuda else bound,
+        timeout=2 * limit if on_cuda else limit,
     )
-    hosts = call(dist.new_group, backend="gloo", timeout=bound)
+    hosts = call(dist.new_group, backend="gloo", timeout=limit)
     ranks = Ranks(rank, count, signals, without_gpu, hosts, store)
     ranks.processes = ranks.gather([socket.gethostname(), os.getpid()])
     return ranks
@@ -348,14 +348,14 @@ def _describe(error: Exception) -> dict[str, Any]:
     return {"kind": "", "text": f"{type(error).__name__}: {error}"}
 
 
-def _error(told: dict[str, Any], rank: int) -> Exception:
+def _error(report: dict[str, Any], rank: int) -> Exception:
     """The error of that rank, as it is raised on others."""
-    if "signal" in told:
-        return Interrupted(told["signal"])
-    text = f"rank {rank}: {told['text']}" if rank else told["text"]
-    if told["kind"] == "EnvError":
-        return EnvError(text, told["worker"], told["trace"])
+    if "signal" in report:
+        return Interrupted(report["signal"])
+    text = f"rank {rank}: {report['text']}" if rank else report["text"]
+    if report["kind"] == "EnvError":
+        return EnvError(text, report["worker"], report["trace"])
     kinds: list[type[UserError]] = [UserError]
     for kind in kinds:  # which grows
         kinds += kind.__subclasses__()
-    return next((kind(text) for kind in kinds if kind.__name__ == told["kind"]), RankFailed(text))
+    return next((kind(text) for kind in kinds if kind.__name__ == report["kind"]), RankFailed(text))

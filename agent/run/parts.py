@@ -48,14 +48,18 @@ def newest(folder: Path) -> dict[str, Any] | None:
 
 
 def _of_others(saved: dict[str, Any], before: int) -> dict[str, Any]:
-    lost = "the replay, the episodes under way" if "replay" in saved and "collector" in saved else "M's carried state"
+    lost = ["the random states"]
+    if "collector" in saved:
+        lost = ["the replay", "the episodes under way", *lost]
+    elif saved.get("carried"):
+        lost = ["M's carried state", *lost]
     count = saved["count"]
     first = here().rank == 0
     if not first:  # these counts are of rank 0 alone
         count = count | {key: 0 for key in ("lost_worlds", "faults") if key in count}
     return saved | {
         "lost": f"the run was saved by {before} rank{'s' * (before > 1)} and goes on with {here().count}: weights, "
-        f"optimizers and counts are kept; {lost} and the random states are lost",
+        f"optimizers and counts are kept; lost: {', '.join(lost)}",
         "collector": None,
         "collected": saved.get("collected", [0, 0]) if first else [0, 0],
         "averages": {"sums": {}, "numbers": {}},

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longdream.worldmodel.heads import RewardContinueHead, TwoHot
-from longdream.worldmodel.networks import GatedLayer, mlp
-from longdream.worldmodel.symlog import symexp, symlog
+from longdream.worldmodel.networks import GatedLayer, mlp, symexp, symlog
 
 numbers = st.floats(-(2.0**23), 2.0**23, width=32)
 
