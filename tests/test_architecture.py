@@ -178,7 +178,14 @@ def test_what_an_extra_brings_is_imported_where_it_is_needed() -> None:
     """And not when a module is imported that works without it."""
     optional = {name for name in DISTRIBUTION_OF if DISTRIBUTION_OF[name] in declared(*OPTIONAL)}
     optional |= {name.replace("-", "_") for name in declared(*OPTIONAL)}
-    modules = ("cli.evaluate", "cli.sweep", "library.export", "train.video", "evaluation.similarity", "baselines.sb3")
+    modules = (
+        "cli.evaluate",
+        "cli.sweep",
+        "library.export",
+        "train.video",
+        "evaluation.similarity",
+        "evaluation.baselines.sb3",
+    )
     code = "import sys; import " + ", ".join(f"longdream.agent.{module}" for module in modules)
     code += f"; print(*[name for name in {sorted(optional)} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

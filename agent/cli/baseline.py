@@ -45,7 +45,7 @@ def baseline(
         UserError: there is no such environment or algorithm, the algorithm cannot take the actions, or the folder is in
             use.
     """
-    from longdream.agent.baselines.sb3 import train  # imported here, so that --help is quick
+    from longdream.agent.evaluation.baselines.sb3 import train  # imported here, so that --help is quick
 
     return train(
         env,

@@ -110,7 +110,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _opengl() -> dict[str, Any]:
-    from longdream.envs import gl
+    from longdream.envs.memory_maze import gl
 
     tried = {name: probe() for name, probe in gl.PROBES.items()}
     text = ", ".join(

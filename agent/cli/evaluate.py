@@ -63,7 +63,7 @@ def evaluate(
         if value is not None and value < smallest:
             raise UserError(f"--{flag} {value}: must be at least {smallest}")
     if str(run_folder) in ("oracle", "navigator", "random"):
-        from longdream.agent.baselines import scripted
+        from longdream.agent.evaluation.baselines import scripted
 
         policy: Any = str(run_folder)
         where = env or "longdream/MemoryMaze-9x9-v0"

@@ -35,7 +35,7 @@ COMMANDS = {
     "list": "compare:list_runs",
     "sweep": "sweep:sweep",
     "baseline": "baseline:baseline",
-    "collect": "..baselines.scripted:collect",
+    "collect": "..evaluation.baselines.scripted:collect",
 }
 """Module, beside this one, and function of each command that is a function; imported when it is called."""
 OPENING = ("evaluate", "dream", "play", "watch")

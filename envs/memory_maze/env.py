@@ -14,9 +14,9 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
-from longdream.envs import gl
 from longdream.envs.contract import UserError
 from longdream.envs.extras import require
+from longdream.envs.memory_maze import gl
 from longdream.envs.memory_maze.sizes import ACTIONS, RENDER_SIDE, check_options
 
 if TYPE_CHECKING:

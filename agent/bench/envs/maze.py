@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from longdream.envs import gl
 from longdream.envs.contract import UserError
+from longdream.envs.memory_maze import gl
 from longdream.envs.memory_maze.env import upstream_imports
 from longdream.envs.memory_maze.sizes import ACTIONS, SIZES
 

@@ -143,7 +143,7 @@ def test_a_run_whose_episodes_do_not_end(monkeypatch: pytest.MonkeyPatch, capfd)
 
 @pytest.mark.parametrize("words", ["evaluate random", "baseline --steps 64 --copies 1"])
 def test_other_evaluations_whose_episodes_do_not_end(words: str, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    for module in ("longdream.agent.evaluation.rollout", "longdream.agent.baselines.scripted"):
+    for module in ("longdream.agent.evaluation.rollout", "longdream.agent.evaluation.baselines.scripted"):
         monkeypatch.setattr(f"{module}.LONGEST_EPISODE", 150)
     command = [*words.split(), "--env", "odd:Odd-v0", "--env.kwargs.how", "endless"]
     assert cli.main(command) == 1

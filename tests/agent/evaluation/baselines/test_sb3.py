@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from stable_baselines3 import PPO
 
-from longdream.agent.baselines.sb3 import Player, RealVec
 from longdream.agent.cli import main as cli
 from longdream.agent.config.schema import EnvConfig
+from longdream.agent.evaluation.baselines.sb3 import Player, RealVec
 from longdream.agent.evaluation.rollout import rollout
 from longdream.agent.run.signals import Signals
 from longdream.envs.make import World

@@ -7,9 +7,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from longdream.agent.baselines import scripted
 from longdream.agent.cli import main as cli
 from longdream.agent.data import npz_episodes as offline
+from longdream.agent.evaluation.baselines import scripted
 from longdream.envs.contract import UserError
 from longdream.envs.make import derive_seed
 

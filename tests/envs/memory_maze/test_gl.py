@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from longdream.envs import gl
 from longdream.envs.contract import UserError
+from longdream.envs.memory_maze import gl
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def choose_in_process(**environment: str) -> tuple[str, str]:
     """The result of `choose`, and MUJOCO_GL after it, with only these environment variables about OpenGL."""
-    code = "import os\nfrom longdream.envs import gl\nfrom longdream.envs.contract import UserError\n"
+    code = "import os\nfrom longdream.envs.memory_maze import gl\nfrom longdream.envs.contract import UserError\n"
     code += "try: print(gl.choose(), os.environ['MUJOCO_GL'])\nexcept UserError as error: print('UserError', error)"
     clean = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
     done = subprocess.run(
