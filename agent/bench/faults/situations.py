@@ -70,7 +70,7 @@ def situations(base: Path) -> dict[str, Situation]:
         listed[f"a signal: {number.name}"] = partial(_signal, number)
     listed["nobody reads the console"] = _console_gone
     listed["the disk is full"] = _disk_full
-    listed["two processes, one run"] = partial(_two_processes, base)
+    listed["two processes, one run"] = _two_processes
     listed["the last line of --json"] = _json
     for file, ways in DAMAGE.items():
         for how in ways:
@@ -217,12 +217,13 @@ def _disk_full(place: Path) -> None:
     _finished(place, run(["train", "--resume", "runs/run"], place))
 
 
-def _two_processes(base: Path, place: Path) -> None:
-    process = begin(["train", "tiny", "--name", "run"], place)
+def _two_processes(place: Path) -> None:
+    process = begin(["train", "tiny", "--name", "run", "--steps", "1000000", "--evaluate.every", "0"], place)
     _until_a_step(process)
     _one_line(run(["train", "--resume", "runs/run"], place), 2, "is being trained by another process")
     _one_line(run(["train", "tiny", "--name", "run"], place), 2, "is in use")
-    _finished(place, end(process))
+    process.send_signal(signal.SIGTERM)
+    _one_line(end(process), 128 + signal.SIGTERM, "go on with")
 
 
 def _json(place: Path) -> None:
