@@ -179,7 +179,7 @@ class _Players:
         self.n = min(episodes, copies or (64 if native else os.cpu_count() or 1))
         if probes or name != "random":
             kwargs = {**kwargs, "probes": True}
-        self.told = "probes" in kwargs
+        self.probing = "probes" in kwargs
         makers = [partial(make_copy, env, registration, kwargs, 0, i, Told) for i in range(self.n)]
         try:
             with environments_turn():
@@ -271,7 +271,7 @@ class _Players:
 
     def _stack(self, infos: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         """The probes of all copies; none where none were asked for."""
-        return {key: np.stack([info[key] for info in infos]) for key in infos[0]} if self.told else {}
+        return {key: np.stack([info[key] for info in infos]) for key in infos[0]} if self.probing else {}
 
     def _guarded(self, name: str, call: Callable[[], Any]) -> Any:
         try:

@@ -79,12 +79,12 @@ def _work(
                 if not line:
                     why = "it ended the process" if ready else f"it took more than {INPUT_S:g} s"
                     break
-                told = json.loads(line)
-                if "ended" in told:
-                    first = told["number"] + step
-                    take(told)
+                answer = json.loads(line)
+                if "ended" in answer:
+                    first = answer["number"] + step
+                    take(answer)
                 else:
-                    begun = told
+                    begun = answer
         finally:
             kill(process)
             process.wait()

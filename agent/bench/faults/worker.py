@@ -31,7 +31,7 @@ PLACES = ("place", "outside", "config", "tmp")
 
 def main(base: Path, home: Path, seed: int, numbers: range) -> None:
     """Read the inputs of these numbers in `home`, made from what lies in `base`."""
-    told = os.fdopen(os.dup(1), "w", buffering=1)
+    out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for name in PLACES:
@@ -48,9 +48,9 @@ def main(base: Path, home: Path, seed: int, numbers: range) -> None:
     for number in numbers:
         rng = random.Random(f"{seed} {number}")
         kind = kinds.ORDER[number % len(kinds.ORDER)]
-        print(json.dumps({"number": number, "kind": kind}), file=told)
+        print(json.dumps({"number": number, "kind": kind}), file=out)
         result = _read(box, kind, rng, watch, home)
-        print(json.dumps({"number": number, "kind": kind, **result}), file=told)
+        print(json.dumps({"number": number, "kind": kind, **result}), file=out)
 
 
 def _read(box: kinds.Box, kind: str, rng: random.Random, watch: Watch, home: Path) -> dict[str, str]:
@@ -68,9 +68,9 @@ def _read(box: kinds.Box, kind: str, rng: random.Random, watch: Watch, home: Pat
         except kinds.Failure as error:
             ended, why = "failed", str(error)
         except Exception as error:
-            told = output.explain(error)
-            ended = "refused" if told is not None else "failed"
-            why = told[1] if told is not None else traceback.format_exc()[-1500:]
+            explained = output.explain(error)
+            ended = "refused" if explained is not None else "failed"
+            why = explained[1] if explained is not None else traceback.format_exc()[-1500:]
     outside = sorted(path.name for path in (home / "outside").iterdir())
     if outside != ["notes.txt"] or (home / "outside" / "notes.txt").read_text() != "nothing of a run":
         seen.append(f"changed what lies outside: {outside}")
