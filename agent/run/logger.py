@@ -274,6 +274,9 @@ class Follower(Logger):
     def write(self, step: int, metrics: dict[str, Any], **tags: Value) -> None:
         """Nothing: rank 0 writes what all ranks have."""
 
+    def draw(self, step: int, pictures: dict[str, Drawn]) -> None:
+        """Nothing: rank 0 draws."""
+
     def note(self, text: str) -> None:
         if text.startswith("warning: "):
             print(f"warning: rank {self.rank}: {text.removeprefix('warning: ')}", file=sys.stderr)

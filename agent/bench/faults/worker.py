@@ -36,7 +36,7 @@ def main(base: Path, home: Path, seed: int, numbers: range) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for name in PLACES:
         (home / name).mkdir(parents=True, exist_ok=True)
-    os.environ["XDG_CONFIG_HOME"] = str(home / "config")
+    os.environ["XDG_CONFIG_HOME"] = os.environ["MPLCONFIGDIR"] = str(home / "config")
     tempfile.tempdir = str(home / "tmp")
     (home / "outside" / "notes.txt").write_text("nothing of a run")
     os.chdir(home / "place")
