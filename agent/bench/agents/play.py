@@ -15,8 +15,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from longdream.agent.bench.common import MB, Device
+from longdream.agent.bench.common import MB
 from longdream.agent.cli.play import require
+from longdream.agent.config.schema import Device
 from longdream.envs.contract import UserError
 
 RECONNECT_S = 60.0

@@ -7,6 +7,7 @@ it ended, so that the process which started this one sees where it hangs or dies
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
 import os
 import random
@@ -42,6 +43,7 @@ def main(base: Path, home: Path, seed: int, numbers: range) -> None:
     os.chdir(home / "place")
     # a module that a configuration may name: it is not to be imported
     Path("evil.py").write_text(f"open({str(home / 'outside' / 'PWNED')!r}, 'w').write('evil')\n")
+    importlib.import_module("longdream.agent.train.trainer")  # matplotlib looks for fonts when it is first imported
     box = kinds.Box(base)
     watch = Watch([home / "place", home / "config", home / "tmp"], str(home / "place" / "peer"))
     warnings.simplefilter("ignore")

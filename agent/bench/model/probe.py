@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from longdream.agent.bench.common import Device
 from longdream.agent.bench.trained import table
-from longdream.agent.config.schema import Config
+from longdream.agent.config.schema import Config, Device
 from longdream.agent.core.actor import build_model
 from longdream.agent.core.device import resolve_device
 from longdream.agent.data.video.library import open_library

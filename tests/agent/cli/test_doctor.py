@@ -15,7 +15,7 @@ def test_the_doctor_finds_what_the_install_promises(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     assert report["ok"] is True
-    assert list(report) == ["ok", "python", "torch", "opengl", "memory maze", "disk", "minerl"]
+    assert list(report) == ["ok", "python", "torch", "opengl", "memory maze", "video", "disk", "minerl"]
     assert report["memory maze"]["steps_per_s"] > 0 and report["disk"]["free_bytes"] > 0
     assert set(report["opengl"]["tried"]) == {"egl", "osmesa"} and None in report["opengl"]["tried"].values()
     assert printed.err.count("\n") >= 6 and "FAILS" not in printed.err
