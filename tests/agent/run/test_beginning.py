@@ -48,10 +48,10 @@ def test_a_name_that_was_taken_meanwhile_leads_to_the_next(tmp_path: Path) -> No
             run_folder.create(folder, config)  # another process
         return run_folder.create(folder, config)
 
-    assert run_folder.begin(choose, start, fixed=False) == tmp_path / "tiny-s0-2"
+    assert run_folder.claim(choose, start, fixed=False) == tmp_path / "tiny-s0-2"
     chosen.clear()
     with pytest.raises(run_folder.InUse, match="is in use"):
-        run_folder.begin(choose, start, fixed=True)
+        run_folder.claim(choose, start, fixed=True)
 
 
 def test_a_configuration_that_was_edited_before_the_first_checkpoint(tmp_path: Path) -> None:
