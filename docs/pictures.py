@@ -169,6 +169,11 @@ def world_model() -> None:
     shutil.copy(out / "retrieval-s0-strip.png", IMAGES / "world-model-retrieval.png")
 
 
+def memory() -> None:
+    """What docs/memory.md shows, computed by the code that it is about."""
+    subprocess.run([sys.executable, str(IMAGES / "memory.py"), str(IMAGES)], check=True)
+
+
 RECIPES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "play": (play, ("play.png", "play-phone.png")),
     "watch": (watch, ("watch.png",)),
@@ -177,6 +182,7 @@ RECIPES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "fidelity": (fidelity, ("fast-memory-maze.png",)),
     "temperature": (temperature, ("temperature.png",)),
     "world-model": (world_model, ("world-model-curves.png", "world-model-retrieval.png")),
+    "memory": (memory, ("memory-scan.png", "memory-layers.png", "memory-forcing.png")),
 }
 """What makes pictures, and which, by the name that is typed."""
 
