@@ -71,7 +71,7 @@ def play(
     Args:
         seed: of the run; it selects the evaluation episodes.
         settings: number of copies in parallel, and whether actions are greedy.
-        forget_every: see `rollout`.
+        forget_every: see `play_episodes`.
 
     Raises:
         UserError: the environment cannot be made, or its observations or actions are not those of the agent.

@@ -50,19 +50,6 @@ class Episodes(NamedTuple):
 Who = Literal["agent", "random"]
 
 
-def rollout(
-    agent: Agent,
-    world: World,
-    episodes: int,
-    seed: int,
-    who: Who = "agent",
-    greedy: bool = True,
-    forget_every: int = 0,
-) -> Returns:
-    """Statistics of the returns of complete episodes; see `play_episodes`."""
-    return Returns.of(*play_episodes(agent, world, episodes, seed, who, greedy, forget_every))
-
-
 def play_episodes(
     agent: Agent,
     world: World,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import longdream as ld
-from longdream.agent.evaluation.rollout import rollout
+from longdream.agent.evaluation.rollout import Returns, play_episodes
 from longdream.envs.make import World
 
 RUNS = ["images", "vectors", "box", "mixed"]
@@ -81,7 +81,7 @@ def test_evaluate_policy_of_sb3_finds_the_return_that_a_rollout_finds(dream_runs
 
     agent = ld.load(dream_runs("vectors"), "cpu")
     mean, _ = evaluate_policy(agent, make_vec_env(agent.make_env, 2, seed=3), n_eval_episodes=30)  # type: ignore[arg-type]
-    returns = rollout(agent.actor, World("CartPole-v1", 2, 3), 30, 3)
+    returns = Returns.of(*play_episodes(agent.actor, World("CartPole-v1", 2, 3), 30, 3))
     assert abs(float(mean) - returns.return_mean) < 3 * returns.return_std / 30**0.5 + 3
 
 

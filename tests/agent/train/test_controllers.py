@@ -10,7 +10,7 @@ import torch
 from longdream.agent.config import options
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent
-from longdream.agent.evaluation.rollout import rollout
+from longdream.agent.evaluation.rollout import play_episodes
 from longdream.agent.run import checkpoint
 from longdream.agent.run.folder import load_agent
 from longdream.agent.train.trainer import OnlineTrainer
@@ -55,7 +55,7 @@ def test_it_trains_resumes_exactly_and_acts_from_its_checkpoint(kind: str, tmp_p
     assert str(weights[0]) == str(weights[1])
     agent, _ = load_agent(whole)
     world = World(agent.config.env.id, 2, 5, agent.config.env.kwargs)
-    assert rollout(agent, world, 2, 5).episodes == 2
+    assert len(play_episodes(agent, world, 2, 5).returns) == 2
     assert (whole / "controller.zip").exists() == (kind == "stable_baselines3:PPO")
 
 

@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from longdream.agent.cli import main as cli
 from longdream.agent.config.schema import EnvConfig
 from longdream.agent.evaluation.baselines.sb3 import Player, RealVec
-from longdream.agent.evaluation.rollout import rollout
+from longdream.agent.evaluation.rollout import Returns, play_episodes
 from longdream.agent.run.signals import Signals
 from longdream.envs.make import World
 
@@ -65,7 +65,7 @@ def test_ppo_learns_and_is_logged_like_a_run(tmp_path: Path, monkeypatch, capsys
     assert sum(line.get("episode/length", 0) for line in lines) <= summary["env_steps"]
     learner = PPO.load(folder / "controller.zip")
     world = World("CartPole-v1", 10, 1_000_003, {})
-    again = rollout(Player(learner, world.spec), world, 10, 0)  # type: ignore[arg-type]
+    again = Returns.of(*play_episodes(Player(learner, world.spec), world, 10, 0))  # type: ignore[arg-type]
     assert again.return_mean == pytest.approx(summary["return_mean"])  # the same episodes, the same greedy actions
     assert cli.main(words) == 2 and "in use" in capsys.readouterr().err
 
