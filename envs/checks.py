@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 import traceback
 import warnings
@@ -79,7 +80,7 @@ def _check(env_id: str, registration: Registration, kwargs: dict[str, Any], step
         except BaseException as error:  # (SystemExit too) it is a finding of the check, not a failure of it
             if stops_the_program(error):
                 raise
-            report.problem(f"reset or step raised {one_line(error)} ({_where(error)})")
+            report.problem(f"reset or step raised {one_line(error)} ({_where(error, envs[0])})")
         finally:
             _close(envs, report)
     if not report.problems:
@@ -289,9 +290,13 @@ def _close(envs: list[gym.Env], report: Report) -> None:
         except BaseException as error:
             if stops_the_program(error):
                 raise
-            report.problem(f"close raised {one_line(error)} ({_where(error)})")
+            report.problem(f"close raised {one_line(error)} ({_where(error, env)})")
 
 
-def _where(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
+def _where(error: BaseException, env: gym.Env) -> str:
+    """The innermost line of the environment's own file that an error passed, if any, and not one of a package that it
+    calls. (Some packages put a function of theirs in place of sys.exit.)"""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = getattr(sys.modules.get(type(env.unwrapped).__module__), "__file__", None)
+    last = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
     return f"{last.filename}, line {last.lineno}"

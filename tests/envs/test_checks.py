@@ -115,6 +115,16 @@ def test_each_fault_is_reported(fault: str, message: str) -> None:
     assert re.search(message, " | ".join(report.problems)), report.problems
 
 
+def test_the_line_named_is_the_environments_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a package has put a function of its own in place of sys.exit, as those that watch a program do."""
+    package: dict[str, Any] = {}
+    exec(compile("def exits(*status):\n    raise SystemExit(*status)", "package.py", "exec"), package)
+    monkeypatch.setattr(sys, "exit", package["exits"])
+    for fault in ("exits", "exits in close"):
+        problems = " | ".join(check("Checked-v0", {"fault": fault}).problems)
+        assert "test_checks.py, line" in problems and "package.py" not in problems, problems
+
+
 def test_termination_at_the_time_limit_is_reported() -> None:
     assert "terminated at its time limit of 8 steps" in " ".join(check("CheckedToTheLimit-v0").problems)
     endless = check("CheckedToTheLimit-v0", {"fault": "endless"})  # ends only by the limit, which truncates
