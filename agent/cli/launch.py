@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -20,6 +20,8 @@ from pathlib import Path
 from longdream.agent.cli import output
 from longdream.envs.contract import UserError
 
+FOLDER = "folder"
+"""Key of the ranks' store: the folder of their run."""
 SHUTDOWN_S = 300
 """Seconds that ranks have to save after a signal, before they are killed."""
 
@@ -89,8 +91,11 @@ def launched(ranks: int, command: Sequence[str]) -> int:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             store = PrefixStore("longdream", FileStore(os.environ[STORE], -1))
             if all(code < 0 for code in codes.values()) and not store.check(["reported"]):
-                ended = ", ".join(f"rank {rank} by {signal.Signals(-code).name}" for rank, code in codes.items())
-                print(f"longdream: ended from outside: {ended}", file=sys.stderr)
+                # the others were ended before they could say so
+                rank, failure = next(iter(error.failures.items()))
+                folder = store.get(FOLDER).decode() if store.check([FOLDER]) else ""
+                died = f"longdream: rank {rank} (process {failure.pid} on {socket.gethostname()}) died"
+                print(died + (f"; go on with: longdream train --resume {folder}" if folder else ""), file=sys.stderr)
             return next((code for code in codes.values() if code > 0), 1)
         finally:
             del os.environ[STORE]
@@ -108,7 +113,9 @@ def agreed(folder: Path) -> Path:
         return folder
     from longdream.agent.core.ranks import here
 
-    return Path(here().gather(str(folder))[0])
+    folder = Path(here().gather(str(folder))[0])
+    here().store.set(FOLDER, str(folder))
+    return folder
 
 
 @contextmanager
