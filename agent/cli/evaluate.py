@@ -1,4 +1,4 @@
-"""`longdream evaluate` and `longdream envs`."""
+"""`longdream evaluate`, `longdream diagnose` and `longdream envs`."""
 
 from __future__ import annotations
 
@@ -96,6 +96,60 @@ def evaluate(
     if console:
         summary_table(summary)
     return summary
+
+
+def diagnose(
+    run_folder: Path,
+    rows: int = 2048,
+    episodes: int = 16,
+    seed: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] | None = None,
+    console: bool = True,
+) -> dict[str, Any]:
+    """Why an agent is weak: what V sees, what M's dreams keep, what the heads expect and what C does, on real steps.
+
+    Each part has a light. Red: look here first. Yellow: it may be this. Behind it stands what to try. The first red one
+    from above decides: a dream cannot be better than V, nor C than its dreams.
+
+    examples
+      longdream diagnose runs/quickstart-s0-1
+      longdream diagnose runs/quickstart-s0-1 --rows 8192 --json
+
+    Args:
+        run_folder: of the run.
+        rows: real steps to look at.
+        episodes: to play for the returns with and without memory.
+        seed: of the episodes (default: the run's).
+        device: where the agent computes (default: as in the run).
+
+    Raises:
+        UserError: no run, or an environment that does not fit it.
+    """
+    # imported here, so that --help is quick
+    from longdream.agent.evaluation import diagnosis
+    from longdream.agent.evaluation.policy import evaluate_agent
+    from longdream.agent.evaluation.tables import findings_table
+    from longdream.agent.run.folder import load_agent
+
+    for flag, value, smallest in (("rows", rows, 64), ("episodes", episodes, 1), ("seed", seed, 0)):
+        if value is not None and value < smallest:
+            raise UserError(f"--{flag} {value}: must be at least {smallest}")
+    agent, run = load_agent(run_folder, device)
+    config = agent.config
+    settings = config.evaluate
+    seed = config.seed if seed is None else seed
+    env = config.evaluation_env
+    if console:
+        print(f"playing {rows:,} steps and {episodes} episodes of {env.id}", file=sys.stderr)
+    findings = diagnosis.diagnose(agent, env, seed, rows)
+    returns = evaluate_agent(agent, env, episodes, seed, settings)
+    means = (returns[key] for key in ("return_mean", "without_memory_mean", "random_mean"))
+    findings["memory"] = diagnosis.memory(*means)
+    if console:
+        findings_table(f"{run_folder}, after {run.saved[1]:,} steps", findings)
+    return {"run": str(run_folder), "env_steps": run.saved[1]} | {
+        "findings": {name: finding.to_json() for name, finding in findings.items()}
+    }
 
 
 def _registered(env: str) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "evaluate": "evaluate:evaluate",
+    "diagnose": "evaluate:diagnose",
     "envs": "evaluate:envs",
     "doctor": "doctor:doctor",
     "check-env": "doctor:check_env",
@@ -38,7 +39,7 @@ COMMANDS = {
     "collect": "..evaluation.baselines.scripted:collect",
 }
 """Module, beside this one, and function of each command that is a function; imported when it is called."""
-OPENING = ("evaluate", "dream", "play", "watch")
+OPENING = ("evaluate", "diagnose", "dream", "play", "watch")
 """Commands that open runs."""
 TRAINERS = {
     "online": "trainer:OnlineTrainer",

@@ -13,6 +13,7 @@ USAGE = """longdream: agents that learn inside a learned world model with long-t
   longdream train --world runs/NAME [options]  another controller, in the dreams of an existing run
   longdream train video-NAME --data DIR        V and M alone, on recorded video
   longdream evaluate runs/NAME                 play real episodes with a trained agent
+  longdream diagnose runs/NAME                 why it is weak: what V sees, M dreams, C does; and what to try
   longdream evaluate oracle|random --env ID    the same with a scripted policy
   longdream baseline --env ID                  a model-free algorithm in the real environment, to compare with
   longdream compare runs/a* runs/b*            returns at equal steps and at equal time, with intervals

@@ -6,11 +6,15 @@ import os
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from longdream.agent.evaluation.diagnosis import Finding
 
 Rows = list[tuple[str, str, str]]
 """Label, value and remark of each line of a table."""
 
+COLOURS = {"green": "green", "yellow": "yellow", "red": "bold red", "unknown": "bright_black"}
 REFERENCES = {
     "random": ("known: random", "uniform random actions, docs/memory-maze.md"),
     "human": ("known: human", "people, by Pasukonis et al. 2022"),
@@ -102,6 +106,19 @@ def _video_rows(summary: dict[str, Any]) -> Rows:
         if summary.get(key):
             rows.append((key, summary[key], ""))
     return rows
+
+
+def findings_table(title: str, findings: dict[str, Finding]) -> None:
+    """Print findings, each with its light and, unless that is green, what to try."""
+    console = Console(highlight=False)
+    plain = not console.is_terminal or os.environ.get("TERM") == "dumb"
+    console.print(title, markup=False)
+    for name, finding in findings.items():
+        light = finding.light if plain else f"[{COLOURS[finding.light]}]{finding.light}[/]"
+        gap = " " * (8 - len(finding.light))
+        console.print(f"  {name:9}{light}{gap}{escape(finding.says)}", soft_wrap=True)
+        if finding.advice:
+            console.print(f"{'':19}try: {escape(finding.advice)}", soft_wrap=True)
 
 
 def number(value: float) -> str:

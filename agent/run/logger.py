@@ -19,7 +19,7 @@ from rich.table import Column
 from longdream.agent.run.checkpoint import NO_ROOM, DiskFull
 from longdream.agent.run.files import opened
 from longdream.agent.run.metrics import RATES
-from longdream.agent.run.sinks import Drawing, Drawn, Factory, Sink, find
+from longdream.agent.run.sinks import Drawing, Drawn, Factory, Sink, Warned, find
 
 Value = float | int | str | None
 PICTURES = Path("videos") / "training"
@@ -118,6 +118,15 @@ class Logger:
                 sink = self._sink(factory)
                 if isinstance(sink, Drawing):
                     sink.draw(step, pictures)
+
+    def warn(self, step: int, text: str) -> None:
+        """A warning that belongs to a step: on the console, and in sinks that take words."""
+        self.note(f"warning: {text}")
+        for factory in self._factories:
+            with self._showing(factory):
+                sink = self._sink(factory)
+                if isinstance(sink, Warned):
+                    sink.warn(step, text)
 
     def _mirror(self, step: int, values: dict[str, Value]) -> None:
         numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}

@@ -63,6 +63,15 @@ class Drawing(Protocol):
         ...
 
 
+@runtime_checkable
+class Warned(Protocol):
+    """A sink that also shows warnings."""
+
+    def warn(self, step: int, text: str) -> None:
+        """A warning in one line, at a step."""
+        ...
+
+
 Factory = Callable[[Path, int], Sink]
 
 
@@ -90,6 +99,9 @@ class TensorBoard:
             image = summary.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
             values.append(summary.Summary.Value(tag=f"pictures/{name}", image=image))
         self.writer._get_file_writer().add_summary(summary.Summary(value=values), step)
+
+    def warn(self, step: int, text: str) -> None:
+        self.writer.add_text("warnings", text, step)
 
     def flush(self) -> None:
         self.writer.flush()
