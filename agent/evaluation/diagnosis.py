@@ -297,17 +297,17 @@ def _expected(agent: Agent, played: Played) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _reward(agent: Agent, played: Played) -> Finding:
-    """The reward head on steps whose reward is not the usual one."""
+    """The reward head's error, rewards wrongly expected included, as a share of the rewards that are not the usual."""
     expected, _, within = _expected(agent, played)
-    real = played.reward[1:]
-    usual = float(np.median(real[within])) if within.any() else 0.0
-    rewarded = within & (np.abs(real - usual) > 1e-3 * max(1e-3, float(np.ptp(real[within]) if within.any() else 0)))
+    expected, real = expected[within], played.reward[1:][within]
+    usual = float(np.median(real)) if len(real) else 0.0
+    rewarded = np.abs(real - usual) > 1e-3 * max(1e-3, float(np.ptp(real)) if len(real) else 0.0)
     count = int(rewarded.sum())
     if count < FEW:
-        return Finding(None, "unknown", f"{count} of {int(within.sum()):,} steps had another reward than {usual:.3g}")
-    error = np.square(expected - real)[rewarded].sum()
-    share = float(np.clip(1 - error / np.square(real - usual)[rewarded].sum(), -1, 1))
-    says = f"M expects {_percent(share)} of the reward of {count:,} steps whose reward is not {usual:.3g}"
+        return Finding(None, "unknown", f"{count} of {len(real):,} steps had another reward than {usual:.3g}")
+    error = np.square(expected - real).sum()
+    share = float(np.clip(1 - error / np.square(real - usual).sum(), -1, 1))
+    says = f"M knows {_percent(share)} of the rewards that are not {usual:.3g}, of {count:,} steps"
     return _judged("reward", share, says, red=0.2, green=0.7)
 
 

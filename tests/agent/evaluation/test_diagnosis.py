@@ -85,6 +85,8 @@ def test_the_reward_head_is_judged_by_rewarded_steps() -> None:
     assert silent.value == 0 and silent.light == "red" and "reward_weight" in silent.advice
     half = diagnosis._reward(heads(rows.reward / 2, none), rows)
     assert half.value == pytest.approx(0.75)
+    guessed = np.where([[0, 0], [0, 0], [1, 0], [1, 0], [0, 1], [1, 1], [0, 0], [0, 0]], 0.5, 0.0)  # where it may come
+    assert diagnosis._reward(heads(guessed, none), rows).value == pytest.approx(1 - 5 / 4 / 3)
     usual = diagnosis._reward(heads(none, none), played([[1.0] * 8, [1.0] * 8]))
     assert usual.light == "unknown" and "0 of 14 steps" in usual.says
 
