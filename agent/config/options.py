@@ -190,10 +190,13 @@ def setting(name: str) -> Setting:
 
 
 def entry(name: str) -> tuple[str, str]:
-    """The field of a dotted name, and the key where that names an entry of a dict: `env.kwargs.corridor`."""
-    head, _, key = name.rpartition(".")
-    if name not in fields() and head in fields() and holds(fields()[head].hint, dict):
-        return head, key
+    """The field of a dotted name, and the key where that names an entry of a dict: `env.kwargs.corridor`. A key may
+    have dots of its own: `env.kwargs.read_as.board`."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        head = ".".join(parts[:i])
+        if head in fields() and holds(fields()[head].hint, dict):
+            return head, ".".join(parts[i:])
     return name, ""
 
 

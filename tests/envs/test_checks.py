@@ -92,8 +92,8 @@ def test_memory_maze_has_no_problems() -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("tuple", "is a Tuple: use a flat Dict"),
-        ("layout", "channel-first image .* move the channels last"),
+        ("tuple", "returned the observation {'place'.*, its space is a Tuple: return a tuple with 1 entries"),
+        ("layout", "returned the observation 'obs' as object .*, its space is"),
         ("grows", "action_space changed from .* set it once, in __init__"),
         ("shape", r"'image' as uint8 of shape \(15, 15, 3\)"),
         ("dtype", "'place' as float64 of shape"),
