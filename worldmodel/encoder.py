@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         self.sizes = {k: self._size(k) for k in self.flats}
         flat = sum(self.sizes.values())
         if flat:
-            self.scale = nn.ModuleDict({module_name(k): RunningScale(n) for k, n in self._vectors().items()})
+            self.scale = nn.ModuleDict({module_name(k): RunningScale(n) for k, n in self._scaled_sizes().items()})
             self.flat_in = Flat(flat, 4 * config.channels, config.channels, skip=flat**-0.5)
             self.flat_out = Flat(self.tokens * config.channels, 4 * config.channels, flat, skip=0.0)
         if latent == "continuous":
@@ -88,8 +88,10 @@ class Encoder(nn.Module):
         entries = math.prod(self.spec[key].shape)
         return entries * self.digits[key].size if key in self.digits else entries
 
-    def _vectors(self) -> dict[str, int]:
-        return {k: n for k, n in self.sizes.items() if self.spec[k].kind == "vector"}
+    def _scaled_sizes(self) -> dict[str, int]:
+        """The keys that are normalised, and their sizes: vectors, and the one-hot vectors of categories. Of a grid in
+        which few cells ever change, V got stuck at the most frequent one where these were not."""
+        return {k: n for k, n in self.sizes.items() if self.spec[k].kind in ("vector", "categories")}
 
     def forward(self, obs: Mapping[str, Tensor], draw: bool = False) -> Tensor:
         """Latents `(..., N, D)`: bounded by tanh, or one-hot vectors of the likeliest classes (of sampled ones if
@@ -196,13 +198,17 @@ class Encoder(nn.Module):
         return Loss(total, metrics)
 
     def update_scales(self, obs: Mapping[str, Tensor]) -> None:
-        """Take vectors into the running statistics that they are normalised by."""
+        """Take vectors and categories into the running statistics that they are normalised by."""
         lead = self._lead(obs)
-        for key in self._vectors():
-            self._scale(key).update(obs[key].flatten(0, len(lead) - 1).flatten(1))
+        for key in self._scaled_sizes():
+            self._scale(key).update(self._numbers(key, obs[key].flatten(0, len(lead) - 1)))
+
+    def _numbers(self, key: str, value: Tensor) -> Tensor:
+        """A vector, or categories as one-hot vectors, `(B, *shape)`, as `(B, size)` before they are normalised."""
+        return self.digits[key].one_hots(value) if key in self.digits else value.flatten(1)
 
     def _scaled(self, key: str, value: Tensor) -> Tensor:
-        return self._scale(key)(value.flatten(1))
+        return self._scale(key)(self._numbers(key, value))
 
     def _with_feature(self, z: Tensor, feat: Tensor | None) -> Tensor:
         if self.feature_in is None or feat is None:
@@ -219,10 +225,8 @@ class Encoder(nn.Module):
             value = obs[key].flatten(0, len(lead) - 1)
             if self.spec[key].kind == "discrete":
                 parts.append(F.one_hot(value, self.spec[key].n).float())
-            elif key in self.digits:
-                parts.append(self.digits[key].one_hots(value))
             else:
-                parts.append(self._scale(key)(value.flatten(1)))
+                parts.append(self._scaled(key, value))
         return torch.cat(parts, -1)
 
     def _decode(self, z: Tensor, exact: bool) -> dict[str, Tensor]:

@@ -393,7 +393,7 @@ class TrainedAgent:
             raise UserError("V of this run learns through M: give decode the features of these latents too")
         lead = z.shape[:-2]
         flat = encoder.decode(z.reshape(-1, *z.shape[-2:]), None if feat is None else feat.reshape(-1, feat.shape[-1]))
-        obs = {key: value.reshape(*lead, *value.shape[1:]) + self.spec.obs[key].start for key, value in flat.items()}
+        obs = {key: value.reshape((*lead, *value.shape[1:])) + self.spec.obs[key].start for key, value in flat.items()}
         if not isinstance(latents, Tensor):
             obs = {key: value.cpu().numpy() for key, value in obs.items()}
         return obs["obs"] if obs.keys() == {"obs"} else obs
