@@ -125,7 +125,7 @@ class _Sequence:
     def __init__(self, space: spaces.Sequence, name: str, read_as: dict[str, Any]) -> None:
         self.space = space
         self.name = name
-        self.most = bound(name, space, read_as.pop(name, None), "read_as")
+        self.most = most_entries(name, space, read_as.pop(name, None), "read_as")
         self.entry = read(space.feature_space, join(name, "entry"), read_as)
         length = Leaf(spaces.Discrete(self.most + 1), f"0 to {self.most} entries")
         held = {key: _stacked(leaf, self.most) for key, leaf in self.entry.leaves.items()}
@@ -144,10 +144,10 @@ class _Sequence:
         for entry, row in zip(entries, rows, strict=True):
             self.entry.put(entry, row)
         for key, leaf in self.entry.leaves.items():
-            blank = zeros(leaf.flat)
-            values = [row[key] for row in rows] + [blank] * (self.most - len(rows))
+            empty = zeros(leaf.flat)
+            values = [row[key] for row in rows] + [empty] * (self.most - len(rows))
             if _is_image(leaf.flat):
-                depth = [np.reshape(each, (*blank.shape[:2], -1)) for each in values]
+                depth = [np.reshape(each, (*empty.shape[:2], -1)) for each in values]
                 into[key] = np.concatenate(depth, -1)
             else:
                 kept = self.leaves[key].flat
@@ -185,7 +185,7 @@ class _OneOf:
         self.nodes[int(value[0])].put(value[1], into)
 
 
-def bound(name: str, space: spaces.Space, given: Any, option: str) -> int:
+def most_entries(name: str, space: spaces.Space, given: Any, option: str) -> int:
     """The number of entries of a Sequence that `given` says. Raises UserError where it says none."""
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         said = "" if given is None else f", and {given!r} is no number of entries"

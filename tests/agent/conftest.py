@@ -87,7 +87,7 @@ class Mixed(gym.Env):
 
 
 class Nested(gym.Env):
-    """A goal, a grid, a bag of things, a channel-first camera and words; buttons and a wheel. Episodes of three steps."""
+    """A goal, a grid, a bag of things, a channel-first camera and words; buttons and a wheel; three steps."""
 
     def __init__(self):
         thing = spaces.Dict({"kind": spaces.Discrete(4, start=1), "at": spaces.Box(-1, 1, (2,))})

@@ -208,6 +208,19 @@ def test_one_batch_of_grids_is_learned(latent: str) -> None:
     assert torch.equal(back["grid"], grid.long()) and torch.equal(back["bits"], obs["bits"])
 
 
+def test_learning_through_m_sums_over_categories() -> None:
+    spec = {"grid": Spec("categories", (3, 2), 40), "bits": Spec("categories", (5,), 2)}
+    encoder = build(spec, "categorical")
+    encoder.learn_through_model(6)
+    obs = draw(spec, 7)
+    encoder.update_scales(obs)
+    z, feat = encoder(obs), torch.randn(7, 6)
+    loss = encoder.reconstruction(z, feat, obs)
+    means = loss.metrics["reconstruction/grid"], loss.metrics["reconstruction/bits"]
+    torch.testing.assert_close(loss.value, 6 * means[0] + 5 * means[1])
+    assert 0.7 * 2 * np.log(16) < means[0] < 1.3 * 2 * np.log(16) and 0.7 * np.log(2) < means[1] < 1.3 * np.log(2)
+
+
 @pytest.mark.parametrize(("n", "count", "base"), [(1, 1, 1), (2, 1, 2), (32, 1, 32), (33, 2, 16), (256, 2, 16)])
 def test_categories_are_digits(n: int, count: int, base: int) -> None:
     digits = Digits(n)

@@ -261,7 +261,7 @@ def test_a_vector_form_that_is_not_flat_gives_way_to_single_copies() -> None:
         with closing(World("Several-v0", 2, 0, kwargs)) as world:
             assert not world.native and world.spec.action.parts == (2, 2, 2)
             assert "acts by action: 3 bits" in world.reading()
-        with pytest.raises(UserError, match="only a vector form, and not one with .* flat spaces"):
+        with pytest.raises(UserError, match=r"only a vector form, and not one with .* flat spaces"):
             World("OnlySeveral-v0", 2, 0)
     finally:
         gym.registry.pop("Several-v0")
