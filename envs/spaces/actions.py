@@ -18,7 +18,7 @@ VALUES = 11
 """Values, evenly between its bounds, of a number beside choices: C takes choices or numbers, not both."""
 
 
-class Factor(NamedTuple):
+class Element(NamedTuple):
     """One of `n` choices; or, with n = 0, a number from low to high, which is whole where `whole`."""
 
     n: int = 0
@@ -33,7 +33,7 @@ class Node(Protocol):
     parts: what an action consists of. words: how it was read.
     """
 
-    parts: list[Factor]
+    parts: list[Element]
     words: str
 
     def build(self, values: Iterator[Any]) -> Any:
@@ -77,7 +77,7 @@ class _Choices:
         binary = isinstance(space, spaces.MultiBinary)
         counts = np.full(space.shape, 2) if binary else np.asarray(getattr(space, "nvec", getattr(space, "n", 0)))
         self.start = np.asarray(getattr(space, "start", 0))
-        self.parts = [Factor(int(n)) for n in counts.ravel()]
+        self.parts = [Element(int(n)) for n in counts.ravel()]
         what = f"{len(self.parts)} choices" if space.shape else f"one of {counts}"
         self.words = f"{name}: {len(self.parts)} bits" if binary else f"{name}: {what}"
 
@@ -114,7 +114,7 @@ class _Numbers:
         self.high = high
         whole = dtype.kind in "iu"
         binary = dtype.kind == "b"
-        self.parts = [Factor(2) if binary else Factor(0, *pair, whole) for pair in zip(low, high, strict=True)]
+        self.parts = [Element(2) if binary else Element(0, *pair, whole) for pair in zip(low, high, strict=True)]
 
     def build(self, values: Iterator[Any]) -> Any:
         numbers = np.array([next(values) for _ in self.parts], np.float64)
@@ -128,8 +128,8 @@ class _Text:
     def __init__(self, space: spaces.Text, name: str) -> None:
         self.space = space
         self.letters = space.character_list
-        self.parts = [Factor(space.max_length - space.min_length + 1)]
-        self.parts += [Factor(max(1, len(self.letters)))] * space.max_length
+        self.parts = [Element(space.max_length - space.min_length + 1)]
+        self.parts += [Element(max(1, len(self.letters)))] * space.max_length
         self.words = f"{name}: a text of up to {space.max_length} letters"
 
     def build(self, values: Iterator[Any]) -> str:
@@ -157,7 +157,7 @@ class _OneOf:
 
     def __init__(self, nodes: list[Node], name: str) -> None:
         self.nodes = nodes
-        self.parts = [Factor(len(nodes)), *(part for node in nodes for part in node.parts)]
+        self.parts = [Element(len(nodes)), *(part for node in nodes for part in node.parts)]
         self.words = f"{name}: one of ({', '.join(node.words for node in nodes)})"
 
     def build(self, values: Iterator[Any]) -> Any:
@@ -173,7 +173,7 @@ class _Sequence:
         self.space = space
         self.most = most_entries(name, space, act_as.pop(name, None), "act_as")
         self.entry = read(space.feature_space, join(name, "entry"), act_as)
-        self.parts = [Factor(self.most + 1), *(self.entry.parts * self.most)]
+        self.parts = [Element(self.most + 1), *(self.entry.parts * self.most)]
         self.words = f"{name}: up to {self.most} of ({self.entry.words})"
 
     def build(self, values: Iterator[Any]) -> Any:
@@ -188,7 +188,7 @@ class _Sequence:
 # -- the flat space ---------------------------------------------------------------------------------------------------
 
 
-def flat_space(parts: list[Factor]) -> spaces.Space:
+def flat_space(parts: list[Element]) -> spaces.Space:
     """The space of actions with these parts: Discrete or MultiDiscrete where any is a choice, else a Box.
 
     Raises:
@@ -203,20 +203,20 @@ def flat_space(parts: list[Factor]) -> spaces.Space:
     return spaces.Box(low, high, dtype=np.float32)
 
 
-def values_of(parts: list[Factor], action: Any) -> Iterator[Any]:
+def values_of(parts: list[Element], action: Any) -> Iterator[Any]:
     """The value of each part in an action of `flat_space`."""
     choices = any(part.n for part in parts)
     for part, value in zip(parts, np.ravel(action), strict=True):
         yield _values(part)[int(value)] if choices and not part.n else value
 
 
-def _values(part: Factor) -> np.ndarray:
+def _values(part: Element) -> np.ndarray:
     """The values of a number beside choices."""
     if part.whole and part.high - part.low < VALUES:
         return np.arange(part.low, part.high + 1)
     return np.linspace(part.low, part.high, VALUES)
 
 
-def is_mixed(parts: list[Factor]) -> bool:
+def is_mixed(parts: list[Element]) -> bool:
     """Whether there are choices and numbers."""
     return 0 < sum(part.n > 0 for part in parts) < len(parts)

@@ -77,7 +77,7 @@ gym.register("Checked-v0", entry_point=RandomWalk)
 gym.register("CheckedToTheLimit-v0", entry_point=RandomWalk, max_episode_steps=8)
 
 
-@pytest.mark.parametrize("env_id", ["Checked-v0", "longdream/Recall-v0", "CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("env_id", ["Checked-v0", "longdream/Recall-v0", "CartPole-v1", "Pendulum-v1", "Blackjack-v1"])
 def test_correct_environments_have_no_problems(env_id: str) -> None:
     report = check(env_id)
     assert report.problems == [] and len(report.passed) == 5 and report.steps_per_s
