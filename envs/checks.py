@@ -25,7 +25,8 @@ from longdream.envs.contract import EnvError, UserError, env_spec
 from longdream.envs.copies import for_gym_make, one_line
 from longdream.envs.make import World, find
 from longdream.envs.process import environments_turn, stops_the_program
-from longdream.envs.text import without_text
+from longdream.envs.spaces.flat import make_flat, reading_of
+from longdream.envs.spaces.values import Misfit
 
 SEED = 7
 
@@ -61,7 +62,7 @@ def _check(env_id: str, registration: Registration, kwargs: dict[str, Any], step
         report.notes.append("it has a vector form only: the checks of single environments are left out")
     else:
         try:
-            envs = [without_text(gym.make(registration, disable_env_checker=True, **kwargs)) for _ in range(2)]
+            envs = [make_flat(registration, kwargs, disable_env_checker=True) for _ in range(2)]
         except UserError:
             raise
         except BaseException as error:
@@ -77,6 +78,8 @@ def _check(env_id: str, registration: Registration, kwargs: dict[str, Any], step
                 _constant(envs[0], initial_spaces, report)
                 if not report.problems:
                     _infos(registration, kwargs, min(steps, 60), report)
+        except Misfit as misfit:
+            report.problem(f"reset or step returned {misfit}")
         except BaseException as error:  # (SystemExit too) it is a finding of the check, not a failure of it
             if stops_the_program(error):
                 raise
@@ -95,7 +98,7 @@ def _spaces(env: gym.Env, report: Report) -> bool:
     except UserError as error:
         report.problem(str(error))
         return False
-    report.passed.append("observations and actions can be stored")
+    report.passed.append(f"observations and actions can be stored: it {reading_of(env).line()}")
     return True
 
 
@@ -227,7 +230,7 @@ def _infos(registration: Registration, kwargs: dict[str, Any], steps: int, repor
     """Whether Gymnasium's vector environments can combine the infos of two copies. Training does not use infos."""
 
     def make() -> gym.Env:
-        return without_text(gym.make(registration, disable_env_checker=True, **kwargs))
+        return make_flat(registration, kwargs, disable_env_checker=True)
 
     try:
         with closing(gym.vector.SyncVectorEnv([make, make])) as both:

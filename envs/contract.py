@@ -7,6 +7,7 @@ observation of an episode has its own row, whose action is ignored, and the next
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from gymnasium import spaces
 
 MOST_CHOICES = 1 << 20
 """Choices of a discrete observation or action, which are encoded as one-hot vectors."""
-IMAGE_CHANNELS = (1, 3, 4)
+FIX = "register a single environment (entry_point), whose spaces are made flat"
 
 
 class UserError(ValueError):
@@ -66,26 +67,35 @@ class ObsSpec:
     """How one observation is stored.
 
     Attributes:
-        kind: "image": uint8, shape (H, W, C); "vector": float32, shape (n,); "discrete": int64 in 0..n-1, shape ().
+        kind: "image": uint8, shape (H, W, C); "vector": float32, shape (n,); "discrete": int64 in 0..n-1, shape ();
+            "categories": integers in 0..n-1, any shape, such as the cells of a grid.
         shape: of a single observation.
-        n: number of values of a discrete observation.
-        start: smallest native value of a discrete observation; `pack` subtracts it.
+        n: number of values of a discrete observation, or of each category.
+        start: smallest native value of these; `pack` subtracts it.
     """
 
-    kind: Literal["image", "vector", "discrete"]
+    kind: Literal["image", "vector", "discrete", "categories"]
     shape: tuple[int, ...]
     n: int = 0
     start: int = 0
 
     @property
     def dtype(self) -> np.dtype:
+        if self.kind == "categories":
+            return np.dtype(np.int16 if self.n <= 1 << 15 else np.int32)
         return np.dtype({"image": np.uint8, "vector": np.float32, "discrete": np.int64}[self.kind])
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether `pack` takes a single value of this shape: of the same size and, for an image, the same axes."""
+        if self.kind == "image":
+            return shape == self.shape or (*shape, 1) == self.shape
+        return math.prod(shape) == math.prod(self.shape)
 
     def pack(self, batch: Any) -> np.ndarray:
         """Convert a batch (n, *native shape) of the environment to (n, *shape) in the stored type."""
         values = np.asarray(batch)
-        if self.kind == "discrete":
-            values = values - self.start
+        if self.start:
+            values = values - np.int64(self.start)  # (a narrow type may not hold the difference)
         return np.ascontiguousarray(values.reshape(len(values), *self.shape), dtype=self.dtype)
 
 
@@ -182,7 +192,8 @@ class EnvSpec:
 
 
 def env_spec(observation_space: spaces.Space, action_space: spaces.Space) -> EnvSpec:
-    """The spec of an environment with these spaces (of a single copy, not batched).
+    """The spec of an environment with these spaces (of a single copy, not batched), which are flat: envs/spaces makes
+    others so.
 
     Raises:
         UserError: a space is not supported; the message names its key and says how to fix it.
@@ -209,53 +220,24 @@ def _obs_spec(key: str, space: spaces.Space) -> ObsSpec:
     if isinstance(space, spaces.Discrete):
         _check_choices(where, space, int(space.n))
         return ObsSpec("discrete", (), int(space.n), int(space.start))
-    if isinstance(space, spaces.Dict):
-        raise UserError(f"{where} is a nested Dict: move its entries to the top level of the observation Dict")
-    if isinstance(space, spaces.Tuple):
-        raise UserError(f"{where} is a Tuple: use a flat Dict with a name for each entry")
-    if isinstance(space, spaces.Text):
-        raise UserError(
-            f"{where} is text, which a vector environment must convert itself: return longdream.envs.text.embed(text),"
-            " which has a Box space"
-        )
-    if not isinstance(space, spaces.Box):
-        fix = "use Box or Discrete, for instance with gymnasium.wrappers.FlattenObservation"
-        raise UserError(f"{where} is a {type(space).__name__} space: {fix}")
-    shape = tuple(int(s) for s in space.shape)
-    if space.dtype is None or space.dtype.kind not in "fiu":
-        raise UserError(f"{where} has dtype {space.dtype}: use uint8 for images, a float or integer type for vectors")
+    flat = spaces.Box | spaces.MultiDiscrete | spaces.MultiBinary
+    if not isinstance(space, flat) or (isinstance(space, spaces.Box) and space.dtype.kind not in "fiu"):
+        raise UserError(f"{where} is {_shown(space)}, which is not flat: {FIX}")
+    shape = tuple(int(s) for s in space.shape or ())
     if 0 in shape:
         raise UserError(f"{where} is empty (shape {shape}): leave it out or give it at least one value")
+    if isinstance(space, spaces.MultiBinary):
+        return ObsSpec("categories", shape, 2)
+    if isinstance(space, spaces.MultiDiscrete):
+        start = int(space.start.min())
+        n = int((space.start.astype(np.int64) + space.nvec).max()) - start
+        _check_choices(where, space, n)
+        return ObsSpec("categories", shape, n, start)
     if space.dtype == np.uint8 and len(shape) > 1:
-        return ObsSpec("image", _image_shape(where, shape))
-    if len(shape) == 3 and _looks_like_image(shape):
-        raise UserError(
-            f"{where} looks like an image of dtype {space.dtype} (shape {shape}): images are uint8 0..255 of shape"
-            " (height, width, channels); convert it with gymnasium.wrappers.TransformObservation"
-        )
+        if len(shape) > 3:
+            raise UserError(f"{where} is uint8 of shape {shape}: an image has the shape (height, width, channels)")
+        return ObsSpec("image", shape if len(shape) == 3 else (*shape, 1))
     return ObsSpec("vector", (int(np.prod(shape)),))
-
-
-def _image_shape(where: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) == 2:
-        return (*shape, 1)
-    if len(shape) == 3 and shape[-1] in IMAGE_CHANNELS:
-        return shape
-    if len(shape) == 3 and shape[0] in IMAGE_CHANNELS:
-        raise UserError(
-            f"{where} is a channel-first image or a stack of frames (shape {shape}): images are (height, width,"
-            " channels); move the channels last with gymnasium.wrappers.TransformObservation, and stack no frames"
-        )
-    raise UserError(
-        f"{where} is uint8 of shape {shape}: an image is (height, width) or (height, width, channels) with 1, 3 or 4"
-        " channels; for other data use a float type or a wider integer type, which is read as a vector"
-    )
-
-
-def _looks_like_image(shape: tuple[int, ...]) -> bool:
-    last = shape[-1] in IMAGE_CHANNELS and min(shape[:2]) >= 16
-    first = shape[0] in IMAGE_CHANNELS and min(shape[1:]) >= 16
-    return last or first
 
 
 def _action_spec(space: spaces.Space) -> ActionSpec:
@@ -268,19 +250,13 @@ def _action_spec(space: spaces.Space) -> ActionSpec:
         native = {"kind": "multi_discrete", "start": space.start.tolist(), "shape": list(space.shape)}
         return ActionSpec(tuple(space.nvec.ravel().tolist()), native={**native, "dtype": str(space.dtype)})
     if not isinstance(space, spaces.Box):
-        fix = "use Discrete, MultiDiscrete or Box"
-        if isinstance(space, spaces.MultiBinary):
-            fix = f"use MultiDiscrete([2] * {int(np.prod(space.shape))})"
-        raise UserError(f"the action space is a {type(space).__name__} space: {fix}")
+        raise UserError(f"the action space is {_shown(space)}, which is not flat: {FIX}")
     low = space.low.astype(np.float64).ravel()
     high = space.high.astype(np.float64).ravel()
     if not low.size:
         raise UserError(f"the action space is an empty Box (shape {space.shape}): give it at least one value")
     if max(np.abs(low).max(), np.abs(high).max()) >= np.finfo(np.float32).max:
-        raise UserError(
-            "the action space is an unbounded Box: give it finite bounds, in the environment or with"
-            " gymnasium.wrappers.RescaleAction"
-        )
+        raise UserError(f"the action space is an unbounded Box: {FIX}")
     native = {"kind": "box", "start": 0, "shape": list(space.shape), "dtype": str(space.dtype)}
     return ActionSpec((), tuple(low.tolist()), tuple(high.tolist()), native)
 
@@ -289,9 +265,13 @@ def _check_choices(where: str, space: spaces.Space, count: int) -> None:
     """Raise UserError where a one-hot vector would be too long."""
     if count > MOST_CHOICES:
         raise UserError(
-            f"{where} is {' '.join(str(space).split())[:80]}, and a choice is a vector of {count:,} numbers here, of"
+            f"{where} is {_shown(space)}, and a choice is a vector of {count:,} numbers here, of"
             f" {MOST_CHOICES:,} at most: use a Box for what is a quantity, or several smaller choices"
         )
+
+
+def _shown(space: spaces.Space) -> str:
+    return " ".join(str(space).split())[:80]
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,14 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec as Registration
 
 from longdream.envs.contract import EnvError, UserError, env_spec
 from longdream.envs.meaning import Meaning, meaning_of
 from longdream.envs.process import stops_the_program
 from longdream.envs.remote import FAULTS
-from longdream.envs.text import without_text
+from longdream.envs.spaces.flat import make_flat, reading_of
+from longdream.envs.spaces.values import Misfit, as_array, conform, described
 
 LIMIT = "max_episode_steps"
 """Argument of every environment: the steps after which an episode is truncated."""
@@ -67,6 +67,10 @@ class Copy(gym.Wrapper):
         """What the environment says of its actions."""
         return meaning_of(self.env)
 
+    def reading(self) -> str:
+        """How its observations and actions are read, in one line."""
+        return reading_of(self.env).line()
+
     def get_probes(self) -> dict[str, np.ndarray]:
         """What the observation hides, where the environment has a `get_probes()` (Memory Maze); else nothing."""
         return getattr(self.env.unwrapped, "get_probes", dict)()
@@ -103,7 +107,7 @@ class Copy(gym.Wrapper):
         result = self._run("step", action)
         if not isinstance(result, tuple | list) or len(result) != 5:
             raise self._error(
-                f"returned {_described(result)} from step: return observation, reward, terminated, truncated, info"
+                f"returned {described(result)} from step: return observation, reward, terminated, truncated, info"
             )
         obs, reward, terminated, truncated, info = result
         obs = self._observation(obs, "step")
@@ -119,7 +123,7 @@ class Copy(gym.Wrapper):
         self.ended = False
         result = self._run("reset", seed=derive_seed(self.root, self.index, episode) if seed is None else seed)
         if not isinstance(result, tuple | list) or len(result) != 2:
-            raise self._error(f"returned {_described(result)} from reset: return observation, info")
+            raise self._error(f"returned {described(result)} from reset: return observation, info")
         obs, info = result
         return self._observation(obs, "reset"), self._info(info)
 
@@ -130,6 +134,8 @@ class Copy(gym.Wrapper):
     def _run(self, name: str, *args: Any, **kwargs: Any) -> Any:
         try:
             return getattr(self.env, name)(*args, **kwargs)
+        except Misfit as misfit:
+            raise self._error(f"returned {misfit} (in {name})") from None
         except BaseException as error:  # SystemExit too: an environment does not end the program
             if stops_the_program(error):
                 raise
@@ -143,15 +149,15 @@ class Copy(gym.Wrapper):
             raise self._error(f"returned {misfit} (in {where})") from None
 
     def _reward(self, reward: Any) -> float:
-        value = _array(reward)
+        value = as_array(reward)
         if value.shape != () or value.dtype.kind not in "fiub":
-            raise self._error(f"returned the reward {_described(reward)}: return one number, float(reward)")
+            raise self._error(f"returned the reward {described(reward)}: return one number, float(reward)")
         return float(value)
 
     def _flag(self, name: str, flag: Any) -> bool:
-        value = _array(flag)
+        value = as_array(flag)
         if value.shape != () or value.dtype.kind not in "iub":
-            raise self._error(f"returned {name} = {_described(flag)}: return a bool, bool({name})")
+            raise self._error(f"returned {name} = {described(flag)}: return a bool, bool({name})")
         return bool(value)
 
     def _error(self, what: str, trace: str = "") -> EnvError:
@@ -167,7 +173,7 @@ def make_copy(
         UserError: the environment cannot be made with these arguments, or has a space that is not supported.
     """
     try:
-        env = without_text(gym.make(registration, **kwargs))
+        env = make_flat(registration, kwargs)
     except UserError:
         raise
     except BaseException as error:
@@ -221,98 +227,3 @@ def name_workers(indices: list[int]) -> str:
 def derive_seed(root: int, index: int, episode: int) -> int:
     """A seed below 2**31 for one episode of one copy."""
     return int(np.random.SeedSequence((root, index, episode)).generate_state(1)[0] >> 1)
-
-
-# -- what an environment returns --------------------------------------------------------------------------------------
-
-
-class Misfit(Exception):
-    """An observation that its space does not announce. The message names the key, the value and the space."""
-
-
-def conform(obs: Any, space: spaces.Space, batch: tuple[int, ...] = ()) -> Any:
-    """An observation as arrays of the shapes and types of its space, a `Box`, `Discrete` or flat `Dict` of these.
-
-    Types are converted within their kind, as numpy's "same_kind" does, where no integer changes.
-
-    Args:
-        batch: shape before that of the space: `(n,)` for observations of a vector environment.
-
-    Raises:
-        Misfit: a key is missing, a shape or type does not fit, or an integer is outside the space.
-    """
-    if not isinstance(space, spaces.Dict):
-        return _conform("obs", obs, space, batch)
-    if not isinstance(obs, dict):
-        raise Misfit(f"an observation {_described(obs)}, its space is a Dict: return a dict with {_names(space)}")
-    missing = [key for key in space.spaces if key not in obs]
-    if missing:
-        raise Misfit(f"an observation without {missing[0]!r}: return a dict with {_names(space)}")
-    return {key: _conform(key, obs[key], part, batch) for key, part in space.spaces.items()}
-
-
-def _conform(key: str, value: Any, space: spaces.Space, batch: tuple[int, ...]) -> np.ndarray:
-    shape = (*batch, *(space.shape or ()))
-    dtype = space.dtype
-    array = _array(value)
-    if array.shape != shape or dtype is None or not np.can_cast(array.dtype, dtype, "same_kind"):
-        raise Misfit(
-            f"the observation {key!r} as {array.dtype} of shape {array.shape}, its space is {_space(space)}: make one"
-            " fit the other"
-        )
-    if isinstance(space, spaces.Discrete):
-        lowest = int(space.start)
-        highest = lowest + int(space.n) - 1
-        if array.min() < lowest or array.max() > highest:
-            raise Misfit(
-                f"the observation {key!r} = {_outside(array, lowest, highest)}, its space is {_space(space)}, which has"
-                f" {lowest} to {highest}: make one fit the other"
-            )
-    if array.dtype == dtype:
-        return array
-    converted = array.astype(dtype)
-    if array.dtype.kind in "iu" and converted.dtype.kind in "iu" and (converted != array).any():
-        bounds = np.iinfo(converted.dtype)
-        raise Misfit(
-            f"the observation {key!r} = {_outside(array, bounds.min, bounds.max)} as {array.dtype}, its space is"
-            f" {_space(space)}: make one fit the other"
-        )
-    return converted
-
-
-def _outside(array: np.ndarray, lowest: int, highest: int) -> Any:
-    return array[(array < lowest) | (array > highest)].flat[0].item()
-
-
-def _array(value: Any) -> np.ndarray:
-    """`value` as an array; one of objects where numpy cannot make another (lists of unequal lengths, tensors that
-    need gradients)."""
-    if isinstance(value, np.ndarray):
-        return value
-    try:
-        return np.asarray(value)
-    except Exception:
-        array = np.empty((), object)
-        array[()] = value
-        return array
-
-
-def _space(space: spaces.Space) -> str:
-    """A space in one short line: the bounds of a Box may fill a page."""
-    return (
-        " ".join(str(space).split())
-        if len(str(space)) < 200
-        else f"{type(space).__name__}({space.shape}, {space.dtype})"
-    )
-
-
-def _names(space: spaces.Dict) -> str:
-    return ", ".join(map(repr, space.spaces))
-
-
-def _described(value: Any) -> str:
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # its __repr__ raises
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 120 else f"{text[:120]}..."

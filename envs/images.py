@@ -1,4 +1,4 @@
-"""Resizing of images."""
+"""Resizing of images, and their colours."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def _weights(old: int, new: int) -> np.ndarray:
     upper = np.minimum(edges[1:, None], starts + 1)
     lower = np.maximum(edges[:-1, None], starts)
     return (np.clip(upper - lower, 0, None) * (new / old)).astype(np.float32)
+
+
+def rgb(images: np.ndarray) -> np.ndarray:
+    """Images `(..., C)` of any number of channels as `(..., 3)`: one channel as grey, of two the third is black, and of
+    more than three the first three."""
+    channels = images.shape[-1]
+    if channels == 1:
+        return images.repeat(3, -1)
+    if channels == 2:
+        return np.concatenate([images, np.zeros_like(images[..., :1])], -1)
+    return images[..., :3]

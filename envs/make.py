@@ -20,9 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from longdream.envs.contract import EnvError, Row, UserError, check_form, env_spec
 from longdream.envs.copies import (
-    Misfit,
     cannot_make,
-    conform,
     derive_seed,
     make_copy,
     name_workers,
@@ -34,6 +32,8 @@ from longdream.envs.memory_maze.sizes import SIZES
 from longdream.envs.minerl.controls import CONTROLS
 from longdream.envs.process import environments_turn, stops_the_program
 from longdream.envs.remote import FAULTS, registration
+from longdream.envs.spaces.flat import Reading, split_options
+from longdream.envs.spaces.values import Misfit, conform
 from longdream.envs.workers import Workers
 
 REPLAYED_STEPS_PER_TIMEOUT = 100  # restoring a copy replays its episode; the time limit grows by one timeout_s per this
@@ -132,7 +132,9 @@ class World:
         num_envs: number of copies.
         seed: root of all seeds, not negative.
         kwargs: arguments of the environment. Any environment takes `max_episode_steps`, after which its episodes are
-            truncated; its own limit, where that is shorter, also holds. The copies are then single ones.
+            truncated; its own limit, where that is shorter, also holds. Any also takes `read_as` and `act_as`, which
+            say how single entries of its observations and actions are read (envs/spaces). With each of these, and where
+            its spaces are not flat, the copies are single ones.
         mode: "sync" or "async".
         timeout_s: time limit in seconds for a copy that runs in its own process: to be made, to step, to reset, to
             close.
@@ -167,8 +169,9 @@ class World:
         self.timeout_s = timeout_s
         registration = find(env_id)
         kwargs, limit = split_limit(kwargs or {})
+        single = limit or split_options(kwargs)[1]
         with environments_turn():
-            native = None if limit else _native(registration, num_envs, kwargs)
+            native = None if single else _native(registration, num_envs, kwargs)
             self.native = native is not None
             self.vector: VectorEnv = native or self._single_copies(registration, kwargs, limit, mode)
         self.max_episode_steps = limit or registration.max_episode_steps or 0  # 0: no limit is known
@@ -317,6 +320,12 @@ class World:
         """What the environment says of its actions."""
         return meaning_of(self.vector) if self.native else self._ask("meaning", self.timeout_s)[0]
 
+    def reading(self) -> str:
+        """How observations and actions are read, in one line."""
+        if self.native:
+            return Reading(self.single_observation_space, self.single_action_space, {}).line()
+        return self._ask("reading", self.timeout_s)[0]
+
     def probes(self, i: int = 0) -> dict[str, np.ndarray]:
         """What the observation of copy i hides (docs/memory-maze.md); empty where the environment has no probes."""
         if not self.native:
@@ -337,9 +346,9 @@ class World:
 
     def _single_copies(self, registration: Registration, kwargs: dict[str, Any], limit: int, mode: str) -> VectorEnv:
         if registration.entry_point is None:
-            lack = "and not one with NEXT_STEP autoreset and get_state/set_state"
-            if limit:
-                lack = "which takes no max_episode_steps"
+            lack = "and not one with NEXT_STEP autoreset, get_state/set_state and flat spaces"
+            if limit or split_options(kwargs)[1]:
+                lack = "which takes no max_episode_steps, read_as or act_as"
             raise UserError(
                 f"{self.env_id} has only a vector form, {lack}: give it an entry_point for single environments"
             )
@@ -385,7 +394,11 @@ def _native(registration: Registration, num_envs: int, kwargs: dict[str, Any]) -
         resumable = hasattr(entry, "get_state") and hasattr(entry, "set_state")
         if not resumable or entry.metadata.get("autoreset_mode") is not AutoresetMode.NEXT_STEP:
             return None
-        return gym.make_vec(registration, num_envs, "vector_entry_point", **kwargs)
+        vector = gym.make_vec(registration, num_envs, "vector_entry_point", **kwargs)
+        if not Reading(vector.single_observation_space, vector.single_action_space, {}).plain:
+            vector.close()
+            return None
+        return vector
     except UserError:
         raise
     except BaseException as error:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Any
 from zlib import crc32
 
-import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
@@ -31,30 +29,3 @@ def embed(text: str) -> np.ndarray:
 def is_text(space: spaces.Space) -> bool:
     """Whether the members of the space are strings: `Text`, or a custom space such as MiniGrid's."""
     return isinstance(space, spaces.Text) or (space.dtype is not None and space.dtype.kind == "U")
-
-
-def without_text(env: gym.Env) -> gym.Env:
-    """Wrap the environment in TextAsVectors if its observation has text at the top level; else return it unchanged."""
-    space = env.observation_space
-    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
-    return TextAsVectors(env) if any(is_text(part) for part in parts) else env
-
-
-class TextAsVectors(gym.ObservationWrapper):
-    """Replaces every text in the observation by its `embed` vector, and leaves the rest unchanged."""
-
-    def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        space = env.observation_space
-        vector = spaces.Box(-np.inf, np.inf, (SIZE,), np.float32)
-        if isinstance(space, spaces.Dict):
-            self.texts = [key for key, part in space.spaces.items() if is_text(part)]
-            self.observation_space = spaces.Dict({**space.spaces, **dict.fromkeys(self.texts, vector)})
-        else:
-            self.texts = None
-            self.observation_space = vector
-
-    def observation(self, observation: Any) -> Any:
-        if self.texts is None:
-            return embed(observation)
-        return {**observation, **{key: embed(observation[key]) for key in self.texts}}

@@ -1,8 +1,8 @@
 """V, the encoder: observations to N latent tokens of D channels per frame, and back.
 
-Images are encoded by strided convolutions down to the token grid. Vectors and discrete values are encoded by a linear
-map plus an MLP, whose sum is added to every token. Latents are continuous and bounded by tanh, or categorical with
-straight-through gradients.
+Images are encoded by strided convolutions down to the token grid. Vectors, discrete values and categories are encoded
+by a linear map plus an MLP, whose sum is added to every token. Latents are continuous and bounded by tanh, or
+categorical with straight-through gradients.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Observed(Protocol):
     """What V needs to know about an observation key."""
 
     @property
-    def kind(self) -> Literal["image", "vector", "discrete"]: ...
+    def kind(self) -> Literal["image", "vector", "discrete", "categories"]: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
@@ -64,10 +64,11 @@ class Encoder(nn.Module):
         self.tokens = self.grid**2
         self.channels = config.channels
         self.vision = nn.ModuleDict({module_name(k): Vision(config, self.grid, spec[k].shape) for k in self.images})
-        self.sizes = {k: spec[k].n if spec[k].kind == "discrete" else math.prod(spec[k].shape) for k in self.flats}
+        self.digits = {k: Digits(spec[k].n) for k in self.flats if spec[k].kind == "categories"}
+        self.sizes = {k: self._size(k) for k in self.flats}
         flat = sum(self.sizes.values())
         if flat:
-            self.scale = nn.ModuleDict({module_name(k): RunningScale(n) for k, n in self._vectors().items()})
+            self.scale = nn.ModuleDict({module_name(k): RunningScale(n) for k, n in self._scaled_sizes().items()})
             self.flat_in = Flat(flat, 4 * config.channels, config.channels, skip=flat**-0.5)
             self.flat_out = Flat(self.tokens * config.channels, 4 * config.channels, flat, skip=0.0)
         if latent == "continuous":
@@ -80,8 +81,17 @@ class Encoder(nn.Module):
     def _scale(self, key: str) -> RunningScale:
         return cast(RunningScale, self.scale[module_name(key)])
 
-    def _vectors(self) -> dict[str, int]:
-        return {k: n for k, n in self.sizes.items() if self.spec[k].kind == "vector"}
+    def _size(self, key: str) -> int:
+        """Numbers that go into V, and come out, for a key that is no image."""
+        if self.spec[key].kind == "discrete":
+            return self.spec[key].n
+        entries = math.prod(self.spec[key].shape)
+        return entries * self.digits[key].size if key in self.digits else entries
+
+    def _scaled_sizes(self) -> dict[str, int]:
+        """The keys that are normalised, and their sizes: vectors, and the one-hot vectors of categories. Of a grid in
+        which few cells ever change, V got stuck at the most frequent one where these were not."""
+        return {k: n for k, n in self.sizes.items() if self.spec[k].kind in ("vector", "categories")}
 
     def forward(self, obs: Mapping[str, Tensor], draw: bool = False) -> Tensor:
         """Latents `(..., N, D)`: bounded by tanh, or one-hot vectors of the likeliest classes (of sampled ones if
@@ -112,7 +122,8 @@ class Encoder(nn.Module):
         self.feature_in = nn.Linear(feature_size, self.tokens * self.channels)
 
     def decode(self, z: Tensor, feat: Tensor | None = None) -> dict[str, Tensor]:
-        """Latents `(..., N, D)` to observations: images uint8, vectors float32, discrete values int64.
+        """Latents `(..., N, D)` to observations: images uint8, vectors float32, discrete values and categories
+        int64.
 
         feat: `(..., F)`, M's features of the frames, which observations are decoded from too where V learns through M.
         """
@@ -125,6 +136,8 @@ class Encoder(nn.Module):
                 value = ((value + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
             elif spec.kind == "discrete":
                 value = value.argmax(-1)
+            elif spec.kind == "categories":
+                value = self.digits[key].likeliest(value)
             else:
                 value = self._scale(key).undo(value)
             out[key] = value.reshape(*lead, *spec.shape)
@@ -132,7 +145,7 @@ class Encoder(nn.Module):
 
     def loss(self, obs: Mapping[str, Tensor]) -> Loss:
         """Reconstruction error, summed over keys: mean squared error of pixels and of normalised vectors, cross-entropy
-        of discrete values."""
+        of discrete values, and its mean over categories."""
         lead = self._lead(obs)
         self.update_scales(obs)
         z = self(obs, draw=True).flatten(0, len(lead) - 1)
@@ -148,6 +161,8 @@ class Encoder(nn.Module):
                 error = F.mse_loss(value, self._vision(key).scaled(target))
             elif spec.kind == "discrete":
                 error = F.cross_entropy(value, target)
+            elif spec.kind == "categories":
+                error = self.digits[key].loss(value, target).mean()
             else:
                 error = F.mse_loss(value, self._scale(key)(target.flatten(1)))
             metrics[f"reconstruction/{key}"] = error.detach()
@@ -156,8 +171,8 @@ class Encoder(nn.Module):
 
     def reconstruction(self, z: Tensor, feat: Tensor, obs: Mapping[str, Tensor]) -> Loss:
         """-log p(obs | z, feat) of rows, up to constants: squared errors summed over pixels and normalised entries, and
-        cross-entropy of discrete values; the mean over rows. What V is trained by beside M's loss where it learns
-        through M; `loss` is what it is trained by alone.
+        cross-entropy of discrete values, summed over categories; the mean over rows. What V is trained by beside M's
+        loss where it learns through M; `loss` is what it is trained by alone.
 
         Args:
             z: `(R, N, D)`. feat: `(R, F)`. obs: `(R, *shape)` per key.
@@ -170,6 +185,10 @@ class Encoder(nn.Module):
             if spec.kind == "discrete":
                 error = F.cross_entropy(value, obs[key])
                 metrics[f"reconstruction/{key}"] = error.detach()
+            elif spec.kind == "categories":
+                losses = self.digits[key].loss(value, obs[key])
+                metrics[f"reconstruction/{key}"] = losses.mean().detach()
+                error = losses.sum(1).mean()
             else:
                 target = self._vision(key).scaled(obs[key]) if spec.kind == "image" else self._scaled(key, obs[key])
                 squares = (value - target).square()
@@ -179,13 +198,17 @@ class Encoder(nn.Module):
         return Loss(total, metrics)
 
     def update_scales(self, obs: Mapping[str, Tensor]) -> None:
-        """Take vectors into the running statistics that they are normalised by."""
+        """Take vectors and categories into the running statistics that they are normalised by."""
         lead = self._lead(obs)
-        for key in self._vectors():
-            self._scale(key).update(obs[key].flatten(0, len(lead) - 1).flatten(1))
+        for key in self._scaled_sizes():
+            self._scale(key).update(self._numbers(key, obs[key].flatten(0, len(lead) - 1)))
+
+    def _numbers(self, key: str, value: Tensor) -> Tensor:
+        """A vector, or categories as one-hot vectors, `(B, *shape)`, as `(B, size)` before they are normalised."""
+        return self.digits[key].one_hots(value) if key in self.digits else value.flatten(1)
 
     def _scaled(self, key: str, value: Tensor) -> Tensor:
-        return self._scale(key)(value.flatten(1))
+        return self._scale(key)(self._numbers(key, value))
 
     def _with_feature(self, z: Tensor, feat: Tensor | None) -> Tensor:
         if self.feature_in is None or feat is None:
@@ -203,12 +226,12 @@ class Encoder(nn.Module):
             if self.spec[key].kind == "discrete":
                 parts.append(F.one_hot(value, self.spec[key].n).float())
             else:
-                parts.append(self._scale(key)(value.flatten(1)))
+                parts.append(self._scaled(key, value))
         return torch.cat(parts, -1)
 
     def _decode(self, z: Tensor, exact: bool) -> dict[str, Tensor]:
         """Latents `(B, N, D)` to raw outputs: images in [-0.5, 0.5], at their own resolution if `exact`; normalised
-        vectors; logits of discrete values."""
+        vectors; logits of discrete values and of categories' digits."""
         out = {key: self._vision(key).decode(z, exact) for key in self.images}
         if self.flats:
             values = self.flat_out(z.flatten(1)).split([self.sizes[k] for k in self.flats], -1)
@@ -261,6 +284,46 @@ class Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.mlp(x)
+
+
+class Digits:
+    """Categories of n values as one-hot vectors of their digits, lowest first, and back.
+
+    Up to `MOST` values are one digit. Others are written in base 16: of bytes, of which many grids use the lowest few,
+    the first digit is then the category and the second says nothing.
+    """
+
+    MOST = 32
+    BASE = 16
+
+    def __init__(self, n: int):
+        self.n = n
+        self.base = n if n <= self.MOST else self.BASE
+        self.count = 1
+        while self.base**self.count < n:
+            self.count += 1
+        self.size = self.base * self.count
+
+    def of(self, values: Tensor) -> Tensor:
+        """`(B, *shape)` integers to `(B, cells, count)` digits."""
+        values = values.flatten(1).long()
+        return torch.stack([values // self.base**i % self.base for i in range(self.count)], -1)
+
+    def one_hots(self, values: Tensor) -> Tensor:
+        """`(B, *shape)` integers to `(B, cells * size)`."""
+        return F.one_hot(self.of(values), self.base).float().flatten(1)
+
+    def loss(self, logits: Tensor, values: Tensor) -> Tensor:
+        """Cross-entropy of each category, `(B, cells)`, of logits `(B, cells * size)`."""
+        digits = self.of(values)
+        log_probs = logits.float().unflatten(-1, (*digits.shape[1:], self.base)).log_softmax(-1)
+        return -log_probs.gather(-1, digits[..., None])[..., 0].sum(-1)
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """The likeliest values `(B, cells)` int64 under logits `(B, cells * size)`."""
+        digits = logits.unflatten(-1, (-1, self.count, self.base)).argmax(-1)
+        scale = torch.tensor([self.base**i for i in range(self.count)], device=logits.device)
+        return (digits * scale).sum(-1).clamp(max=self.n - 1)
 
 
 class Vision(nn.Module):

@@ -43,7 +43,7 @@ def dream(
 
     Args:
         episodes: number of real episodes
-        context: frames at the start of each episode that M receives
+        context: frames at the start of each episode that M receives; of a shorter episode, all but the last
         frames: maximum number of frames of an episode
         seed: selects the episodes
         temperature: randomness of the dream; 1 as learned
@@ -58,8 +58,7 @@ def dream(
         paths, settings, and for each episode the result of Comparison.to_json.
 
     Raises:
-        UserError: a value is out of its range, there is no such run, nothing has been saved in it yet, or an episode is
-            not longer than the context.
+        UserError: a value is out of its range, there is no such run, or nothing has been saved in it yet.
     """
     from longdream.agent.evaluation.comparison import compare, steps_to_show
     from longdream.agent.evaluation.plots import film, save_film, save_picture, sheet, stack
@@ -92,14 +91,14 @@ def dream(
             check_fit(world, agent.spec)
             comparisons.append(compare(agent, world, context, frames, i, temperature, steps))
     fps = fps or min(max(max(map(len, comparisons)) / 10, 2.0), 15.0)
-    shown = f"{context} frames" if context > 1 else "1 frame"
-    title = f"{env.id}   {shown} of reality, then a dream under the same actions"
-    save_film(video, (picture for comparison in comparisons for picture in film(comparison, title)), fps)
+    titles = [_title(env.id, comparison) for comparison in comparisons]
+    pairs = list(zip(comparisons, titles, strict=True))
+    save_film(video, (picture for comparison, title in pairs for picture in film(comparison, title)), fps)
     picture = video.with_suffix(".png")
-    save_picture(picture, stack([sheet(comparison, title) for comparison in comparisons]))
+    save_picture(picture, stack([sheet(comparison, title) for comparison, title in pairs]))
     if console:
         for i, comparison in enumerate(comparisons):
-            print(_sentence(i, comparison))
+            print(_sentence(i, comparison, context))
         print(f"video    {video}{' (replaced)' if replaced else ''}\npicture  {picture}")
     return {
         "run": str(run_folder),
@@ -123,13 +122,20 @@ def _unused(folder: Path) -> Path:
     return next(name for name in names if not name.exists() and not name.with_suffix(".png").exists())
 
 
-def _sentence(i: int, comparison: Comparison) -> str:
+def _title(env: str, comparison: Comparison) -> str:
+    shown = f"{comparison.context} frames" if comparison.context > 1 else "1 frame"
+    return f"{env}   {shown} of reality, then a dream under the same actions"
+
+
+def _sentence(i: int, comparison: Comparison, context: int) -> str:
     from longdream.agent.evaluation.tables import number
 
     dreamt = slice(comparison.context, None)
     parts = [f"episode {i}: {len(comparison)} frames, return {number(comparison.reward.sum())}"]
+    if comparison.context < context:
+        parts.append(f"so short that M is shown {comparison.context} in place of {context}")
     for key, spec in comparison.spec.obs.items():
-        unit = {"image": "dB PSNR", "vector": "rms error", "discrete": "of it wrong"}[spec.kind]
+        unit = {"image": "dB PSNR", "vector": "rms error"}.get(spec.kind, "of it wrong")
         dream = comparison.error(key, "dreamt")[dreamt].mean()
         alone = comparison.error(key, "kept")[dreamt].mean()
         parts.append(f"{key!r} dreamt at {dream:.3g} {unit} (V alone {alone:.3g})")

@@ -66,9 +66,11 @@ def _check_agent(config: Config) -> None:
             f"forcing.prefix = {config.forcing.prefix}: an agent's dreams begin at clean frames, of which some clips "
             f"have none then; set it to 1"
         )
-    if replay.keep == "device" and config.env.kwargs.get("max_episode_steps") is not None:
+    single = [key for key in config.env.kwargs if key.partition(".")[0] in ("max_episode_steps", "read_as", "act_as")]
+    single = [key for key in single if config.env.kwargs[key] is not None]
+    if replay.keep == "device" and single:
         raise UserError(
-            "env.kwargs.max_episode_steps makes single copies of the environment, which make no tensors: omit it, or"
+            f"env.kwargs.{single[0]} makes single copies of the environment, which make no tensors: omit it, or"
             " set replay.keep to disk"
         )
     if replay.episode_start_fraction + replay.priority_fraction > 1:

@@ -184,16 +184,21 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
 def setting(name: str) -> Setting:
     """What the field of this dotted name, or the dict field of which it names an entry, says of itself."""
     field, key = entry(name)
-    # a time limit is no part of what the environment shows: it may change, above all where a run has shown the need
-    ends = (field, key) == ("env.kwargs", "max_episode_steps")
-    return dataclasses.replace(fields()[field], on_resume=True) if ends else fields()[field]
+    # a time limit is no part of what the environment shows: it may change, above all where a run has shown the need.
+    # How its spaces are read may be said, so that they are read as when the run began, which is checked
+    changes = ("max_episode_steps", "read_as", "act_as")
+    general = field == "env.kwargs" and key.partition(".")[0] in changes
+    return dataclasses.replace(fields()[field], on_resume=True) if general else fields()[field]
 
 
 def entry(name: str) -> tuple[str, str]:
-    """The field of a dotted name, and the key where that names an entry of a dict: `env.kwargs.corridor`."""
-    head, _, key = name.rpartition(".")
-    if name not in fields() and head in fields() and holds(fields()[head].hint, dict):
-        return head, key
+    """The field of a dotted name, and the key where that names an entry of a dict: `env.kwargs.corridor`. A key may
+    have dots of its own: `env.kwargs.read_as.board`."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        head = ".".join(parts[:i])
+        if head in fields() and holds(fields()[head].hint, dict):
+            return head, ".".join(parts[i:])
     return name, ""
 
 

@@ -26,7 +26,8 @@ class EnvConfig:
     id: str = "longdream/Recall-v0"
     """A registered Gymnasium id, or `module:Id`."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the environment. Any has `max_episode_steps`: steps after which an episode is truncated."""
+    """Arguments of the environment. Any has `max_episode_steps`: steps after which an episode is truncated; and
+    `read_as` and `act_as`: how single entries of its spaces are read."""
     copies: Annotated[int, AT_LEAST_1] = 8
     """How many copies run side by side."""
     workers: Literal["sync", "async"] = "sync"
@@ -210,8 +211,9 @@ class Config:
 
     @property
     def evaluation_env(self) -> EnvConfig:
-        """The environment to evaluate in. A limit of episodes holds in any."""
+        """The environment to evaluate in. The arguments that any environment has hold there too."""
         if not self.evaluate.env:
             return self.env
-        kwargs = {key: value for key, value in self.env.kwargs.items() if key == "max_episode_steps"}
+        general = ("max_episode_steps", "read_as", "act_as")
+        kwargs = {key: value for key, value in self.env.kwargs.items() if key.partition(".")[0] in general}
         return replace(self.env, id=self.evaluate.env, kwargs=kwargs)

@@ -89,8 +89,7 @@ class DeviceReplay:
         self.times = capacity // num_envs
         if self.times < 1:
             raise UserError(f"replay.capacity = {capacity} is less than a row for each of {num_envs} copies")
-        kinds = {"image": torch.uint8, "vector": torch.float32, "discrete": torch.int64}
-        shapes = {f"obs/{key}": (obs.shape, kinds[obs.kind]) for key, obs in spec.obs.items()}
+        shapes = {f"obs/{key}": (obs.shape, getattr(torch, obs.dtype.name)) for key, obs in spec.obs.items()}
         shapes["action"] = (spec.action.size,), torch.uint8 if spec.action.parts else torch.float32
         shapes |= {key: ((), torch.float32) for key in ("reward", "surprise")}
         shapes |= {key: ((), torch.bool) for key in ("is_first", "terminated", "truncated")}

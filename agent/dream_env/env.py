@@ -59,7 +59,7 @@ class DreamVecEnv(gym.vector.VectorEnv, metaclass=_NamesItsAdapter):
 
     At each step M samples the next frame given the action. The reward is M's expected reward. The dream terminates with
     the probability that M predicts, and is truncated after ``horizon`` steps. The action space is that of the real
-    environment. Infos are empty except for ``final_obs`` with SAME_STEP autoreset.
+    environment, made flat where it is nested. Infos are empty except for ``final_obs`` with SAME_STEP autoreset.
 
     **Seeds.** ``reset(seed=s)`` and the same actions reproduce a dream, given the same checkpoint and arguments; on the
     CPU bit for bit. A copy's dream depends on the seed, on num_envs, on the copy's index and on its own actions, not on
@@ -70,15 +70,15 @@ class DreamVecEnv(gym.vector.VectorEnv, metaclass=_NamesItsAdapter):
         checkpoint: the folder of a run, whose newest checkpoint is loaded, or an Agent.
         observation: ``"feature"``: C's input, Box (F,), which contains M's memory. ``"latent"``: the frame's latents,
             Box (N * D,). ``"image"``: the frame as V decodes it, in the form in which the agent stores real
-            observations: an image, a vector, a discrete value, or a Dict of these.
+            observations: an image, a vector, a discrete value, categories, or a flat Dict of these.
         temperature: randomness of the dreamt frames; 1 as learned. It has no effect on continuous latents (flow) that
             are sampled in one denoising step, which are means.
         steps: denoising steps per frame; None for the run's forcing.steps.
         horizon: steps after which a dream is truncated; None for the run's controller.horizon.
         start: ``"replay"``: random moments of the replay, with M's memory of the rows before them. ``"initial"``: first
             frames of episodes in the replay. ``"observation"``: copy i starts, also after an autoreset, from
-            observation i of the batch last passed as ``reset(options={"observation": ...})``, in the real environment's
-            form. Or Moments of your own.
+            observation i of the batch last passed as ``reset(options={"observation": ...})``, in the form of the flat
+            environment, which `TrainedAgent.make_env` makes. Or Moments of your own.
         context: rows of the clips from which moments of the replay are taken; None for the run's replay.length.
         pool: number of moments that are taken from the replay once; dreams start from these.
         autoreset_mode: NEXT_STEP or SAME_STEP, as Gymnasium's enum or its name.
@@ -283,7 +283,7 @@ class DreamVecEnv(gym.vector.VectorEnv, metaclass=_NamesItsAdapter):
             raise UserError(f"options['observation'] has {sorted(named)}, the agent knows {sorted(spec.obs)}")
         for key, known in spec.obs.items():
             shape = np.shape(named[key])
-            if shape[:1] != (self.num_envs,) or np.prod(shape[1:], dtype=int) != np.prod(known.shape, dtype=int):
+            if shape[:1] != (self.num_envs,) or not known.takes(shape[1:]):
                 raise UserError(
                     f"options['observation'] {key!r} has shape {shape}, expected {(self.num_envs, *known.shape)}"
                 )

@@ -41,10 +41,8 @@ class DreamsForSb3(VecEnv):
 
     def __init__(self, dreams: DreamVecEnv):
         self.dreams = dreams
-        observation = dreams.single_observation_space
-        if isinstance(observation, spaces.Dict):
-            observation = spaces.Dict({key: _from_0(space) for key, space in observation.items()})
-        super().__init__(dreams.num_envs, _from_0(observation), _from_0(dreams.single_action_space))
+        observation = space_from_0(dreams.single_observation_space)
+        super().__init__(dreams.num_envs, observation, space_from_0(dreams.single_action_space))
 
     def reset(self) -> Any:
         obs, _ = self.dreams.reset(seed=self._seeds[0], options=self._options[0])
@@ -71,8 +69,8 @@ class DreamsForSb3(VecEnv):
         """An observation or a batch of them, with discrete values from 0."""
         space = self.dreams.single_observation_space
         if isinstance(space, spaces.Dict):
-            return {key: value - getattr(space[key], "start", 0) for key, value in obs.items()}
-        return obs - space.start if isinstance(space, spaces.Discrete) else obs
+            return {key: from_0(value, space[key]) for key, value in obs.items()}
+        return from_0(obs, space)
 
     def get_images(self) -> list[np.ndarray | None]:
         return list(self.dreams.render() or [None] * self.num_envs)
@@ -93,10 +91,22 @@ class DreamsForSb3(VecEnv):
         return [False] * len(list(self._get_indices(indices)))
 
 
-def _from_0(space: spaces.Space) -> spaces.Space:
-    """The same space with discrete values from 0, and several of them in one row."""
+def space_from_0(space: spaces.Space) -> spaces.Space:
+    """The same space, or Dict, with discrete values from 0, and several of them in one row, as SB3 needs them."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: space_from_0(each) for key, each in space.items()})
     if isinstance(space, spaces.Discrete):
         return spaces.Discrete(int(space.n))
     if isinstance(space, spaces.MultiDiscrete):
         return spaces.MultiDiscrete(space.nvec.ravel())
     return space
+
+
+def from_0(value: Any, space: spaces.Space) -> Any:
+    """A value of `space`, or a batch of them, as of `space_from_0`."""
+    if isinstance(space, spaces.Discrete):
+        return value - space.start
+    if isinstance(space, spaces.MultiDiscrete):
+        batch = np.shape(value)[: np.ndim(value) - len(space.shape)]
+        return (value - space.start).reshape(*batch, -1)
+    return value

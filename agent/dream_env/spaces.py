@@ -8,6 +8,7 @@ import numpy as np
 from gymnasium import spaces
 
 from longdream.envs.contract import ActionSpec, ObsSpec
+from longdream.envs.images import rgb
 
 Observation = Literal["latent", "feature", "image"]
 """What a dream shows of each frame."""
@@ -31,11 +32,14 @@ def action_space(spec: ActionSpec) -> spaces.Space:
 
 
 def observation_space(spec: ObsSpec) -> spaces.Space:
-    """The space of one observation as the agent stores it, but with discrete values from their native start."""
+    """The space of one observation as the agent stores it, but with discrete values and categories from their
+    native start."""
     if spec.kind == "image":
         return spaces.Box(0, 255, spec.shape, np.uint8)
     if spec.kind == "discrete":
         return spaces.Discrete(spec.n, start=spec.start)
+    if spec.kind == "categories":
+        return spaces.MultiDiscrete(np.full(spec.shape, spec.n), start=np.full(spec.shape, spec.start))
     return spaces.Box(-np.inf, np.inf, spec.shape, np.float32)
 
 
@@ -43,8 +47,8 @@ def picture(decoded: dict[str, np.ndarray]) -> np.ndarray:
     """One frame `(H, W, 3)` uint8 of decoded observations: the first image, enlarged. Without an image, a bar of height
     x / (1 + |x|) for each value x."""
     for value in decoded.values():
-        if value.ndim == 3:
-            colours = value.repeat(3, -1) if value.shape[-1] == 1 else value[..., :3]
+        if value.ndim == 3 and value.dtype == np.uint8:
+            colours = rgb(value)
             factor = max(1, RENDERED // max(colours.shape[:2]))
             return colours.repeat(factor, 0).repeat(factor, 1)
     values = np.concatenate([np.ravel(value) for value in decoded.values()]).astype(np.float64)

@@ -55,21 +55,23 @@ class Comparison:
 
     def error(self, key: str, of: str = "dreamt") -> np.ndarray:
         """The error of `dreamt` or `kept` per row, `(T,)`: for images the PSNR in dB (higher is better), for vectors
-        the root mean square error, for discrete values 1 where they differ."""
+        the root mean square error, for discrete values and categories the share that differs."""
 
         def flat(name: str) -> np.ndarray:
             return getattr(self, name)[key].reshape(len(self), -1).astype(np.float64)
 
         kind = self.spec.obs[key].kind
+        if kind in ("discrete", "categories"):
+            return (flat("real") != flat(of)).mean(1)
         mse = np.square(flat("real") - flat(of)).mean(1)
         if kind == "image":
             return psnr(mse)
-        return np.sqrt(mse) if kind == "vector" else (mse > 0).astype(np.float64)
+        return np.sqrt(mse)
 
     def to_json(self) -> dict[str, Any]:
         """Over the dreamt rows: rewards, ends, and the errors of the dream and of V's reconstructions."""
         rows = slice(self.context, None)
-        units = {"image": "psnr_db", "vector": "rms", "discrete": "wrong"}
+        units = {"image": "psnr_db", "vector": "rms", "discrete": "wrong", "categories": "wrong"}
         errors = {}
         for key, spec in self.spec.obs.items():
             curves = {name: _plain(self.error(key, of)[rows]) for name, of in (("dream", "dreamt"), ("v", "kept"))}
@@ -113,18 +115,18 @@ def compare(
     """Play an episode of up to `frames` rows in a world of one copy, and dream it again.
 
     Args:
-        context: frames at the start that M receives.
+        context: frames at the start that M receives; of a shorter episode, all but the last.
         steps: denoising steps per frame; None for the config's forcing.steps. With one step, a dreamt frame of
             continuous latents is the mean of the possible futures; with several it is a sample.
         greedy: whether the agent takes its most probable actions instead of sampling them.
 
     Raises:
-        UserError: the episode ends before there is anything to dream.
+        UserError: there are no frames beside the context.
     """
     if context < 1 or frames <= context:
         raise UserError(f"--context {context}, --frames {frames}: give 1 frame of context or more, and more frames")
     model = agent.model
-    start = None
+    carries = []  # after each row of the context
     rows = []
     feats = []
     actions = []
@@ -140,7 +142,7 @@ def compare(
             surprises.append(torch.stack([*surprise], 1))
             rows.append(row)
             feats.append(carry.feat)
-            start = carry if len(rows) == context else start
+            carries += [carry] if len(rows) <= context else []
             if row.terminated[0] or row.truncated[0] or len(rows) == frames:
                 break
             carry = agent.acted(carry, agent.act(carry, greedy))
@@ -149,10 +151,8 @@ def compare(
             expected.append(reward.item())
             going_on.append(cont.item())
             row = world.step(carry.action.cpu().numpy())
-        if start is None or len(rows) == context:
-            raise UserError(
-                f"the episode was over after {len(rows)} frames, --context {context} leaves nothing to dream: use less"
-            )
+        context = min(context, len(rows) - 1)
+        start = carries[context - 1]
         plan = iter(actions[context - 1 :])
         moment = Starts(start.feat, start.state, torch.ones(1, device=agent.device))
         dream = imagine(model, moment, lambda _: next(plan), len(rows) - context, temperature, steps)

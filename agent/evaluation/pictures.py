@@ -29,14 +29,13 @@ from longdream.agent.evaluation.plots import (
     bars,
     beside,
     hex_of,
-    rgb,
     sheet,
 )
 from longdream.agent.evaluation.policy import WatchedWorld, make_world
 from longdream.agent.evaluation.rollout import EVALUATION_SEED
 from longdream.agent.run.logger import Drawn
 from longdream.agent.run.signals import Signals
-from longdream.envs.contract import UserError
+from longdream.envs.images import rgb
 
 ROWS = 100
 """Rows of the episode that is dreamt again, at most."""
@@ -53,7 +52,7 @@ RECONSTRUCTED = 8
 def evaluation_pictures(
     agent: Agent, env: EnvConfig, seed: int, greedy: bool, signals: Signals | None = None
 ) -> dict[str, Drawn]:
-    """Pictures by name of one more episode of an evaluation; none where it is over before there is a dream.
+    """Pictures by name of one more episode of an evaluation.
 
     The random streams of training are as they were afterwards. What the agent has compiled runs uncompiled: these
     shapes are others than those of training.
@@ -66,10 +65,7 @@ def evaluation_pictures(
     with closing(make_world(WatchedWorld, env, 1, seed, signals)) as world, torch.compiler.set_stance("force_eager"):
         world.signals = signals
         world.label = ""
-        try:
-            pictures = drawings(compare(agent, world, SEEN, ROWS, seed, steps=steps, greedy=greedy))
-        except UserError:
-            return {}
+        pictures = drawings(compare(agent, world, SEEN, ROWS, seed, steps=steps, greedy=greedy))
         if world.probes():
             pictures["path"] = still(path(*_walk(agent, world, seed, greedy)))
     return pictures

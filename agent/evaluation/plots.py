@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from longdream.agent.evaluation.comparison import Comparison
 from longdream.envs.contract import UserError
+from longdream.envs.images import rgb
 
 Picture = np.ndarray
 """`(height, width, 3)` uint8."""
@@ -217,7 +218,7 @@ def _plots(comparison: Comparison, title: str) -> tuple[Picture, list[tuple[slic
     left_out = len(lines) - ENTRIES
     apart = []
     for key in comparison.keys(image=False):
-        unit = "1 where wrong" if comparison.spec.obs[key].kind == "discrete" else "rms"
+        unit = {"discrete": "1 where wrong", "categories": "share wrong"}.get(comparison.spec.obs[key].kind, "rms")
         apart.append(
             (f"{key}: difference, {unit} (white: V alone)", comparison.error(key, "kept"), comparison.error(key))
         )
@@ -284,11 +285,6 @@ def hex_of(colour: Colour) -> str:
 
 def _blank(height: int, width: int) -> Picture:
     return np.full((height, width, 3), BACKGROUND, np.uint8)
-
-
-def rgb(images: np.ndarray) -> np.ndarray:
-    """Images `(..., C)` with 1, 3 or 4 channels as `(..., 3)`."""
-    return images.repeat(3, -1) if images.shape[-1] == 1 else images[..., :3]
 
 
 def _sized(images: np.ndarray, side: int) -> np.ndarray:

@@ -174,14 +174,22 @@ def _difference(spec: EnvSpec, known: EnvSpec) -> str:
         return f"it shows {', '.join(spec.obs)}, the agent knows {', '.join(known.obs)}"
     for key, obs in spec.obs.items():
         if obs != (other := known.obs[key]):
-            return f"its {key!r} is {_shown(obs)}, the agent knows {_shown(other)}"
+            return f"its {key!r} is {_shown(obs)}, the agent knows {_shown(other)}{_fix(key, obs, other)}"
     return f"its actions are {_space(spec.action)}, the agent was trained with {_space(known.action)}"
+
+
+def _fix(key: str, obs: ObsSpec, known: ObsSpec) -> str:
+    """The flag that reads an observation as the agent knows it, where there may be one."""
+    ways = ("image", "vector", "categories")
+    return f" (--env.kwargs.read_as.{key} {known.kind})" if obs.kind != known.kind and known.kind in ways else ""
 
 
 def _shown(obs: ObsSpec) -> str:
     """An observation in words; values that distinguish it from others of its kind are among them."""
     if obs.kind == "discrete":
         return f"one of {obs.n} values from {obs.start} on"
+    if obs.kind == "categories":
+        return f"{' x '.join(map(str, obs.shape))} categories of {obs.n} values from {obs.start} on"
     return f"{'an' if obs.kind[0] in 'aeiou' else 'a'} {obs.kind} of shape {obs.shape}"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longdream.agent.core.agent import Agent
 from longdream.agent.library.functions import load
-from longdream.agent.library.trained import DTYPES, TrainedAgent
+from longdream.agent.library.trained import TrainedAgent
 from longdream.envs.contract import UserError
 from longdream.worldmodel.dynamics import State
 
@@ -167,7 +167,10 @@ def parts_of(agent: Agent) -> dict[str, Program]:
     """The programs of an agent, by name."""
     spec = agent.spec
     model = agent.model
-    obs = {key: torch.zeros(STREAMS, *known.shape, dtype=DTYPES[known.kind]) for key, known in spec.obs.items()}
+    obs = {
+        key: torch.zeros(STREAMS, *known.shape, dtype=getattr(torch, known.dtype.name))
+        for key, known in spec.obs.items()
+    }
     latents = {"latents": model.encoder(obs)}
     features = {"features": torch.zeros(STREAMS, model.feature_size)}
     action = {"action": torch.zeros(STREAMS, spec.action.size)}

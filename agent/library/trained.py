@@ -25,12 +25,9 @@ from longdream.agent.dream_env.transfer import Actions
 from longdream.envs.contract import EnvSpec, ObsSpec, Row, UserError
 from longdream.envs.copies import cannot_make, for_gym_make
 from longdream.envs.make import find
-from longdream.envs.text import without_text
+from longdream.envs.spaces.flat import make_flat
 from longdream.worldmodel import model
 from longdream.worldmodel.dream import Starts, imagine
-
-DTYPES = {"image": torch.uint8, "vector": torch.float32, "discrete": torch.int64}
-"""Types in which observations of each kind are stored, as in ObsSpec."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,7 @@ class TrainedAgent:
 
         def make() -> gym.Env:
             try:
-                return without_text(gym.make(registration, **arguments))
+                return make_flat(registration, arguments)
             except UserError:
                 raise
             except Exception as error:
@@ -396,7 +393,7 @@ class TrainedAgent:
             raise UserError("V of this run learns through M: give decode the features of these latents too")
         lead = z.shape[:-2]
         flat = encoder.decode(z.reshape(-1, *z.shape[-2:]), None if feat is None else feat.reshape(-1, feat.shape[-1]))
-        obs = {key: value.reshape(*lead, *value.shape[1:]) + self.spec.obs[key].start for key, value in flat.items()}
+        obs = {key: value.reshape((*lead, *value.shape[1:])) + self.spec.obs[key].start for key, value in flat.items()}
         if not isinstance(latents, Tensor):
             obs = {key: value.cpu().numpy() for key, value in obs.items()}
         return obs["obs"] if obs.keys() == {"obs"} else obs
@@ -444,11 +441,14 @@ class TrainedAgent:
     def _pack(self, key: str, spec: ObsSpec, value: Any, memory: Memory) -> Tensor:
         n = len(memory)
         shape = tuple(np.shape(value))
-        if _size(shape) != n * _size(spec.shape) or not (memory.single or shape[:1] == (n,)):
+        single = shape if memory.single else shape[1:]
+        if not spec.takes(single) or not (memory.single or shape[:1] == (n,)):
             wanted = spec.shape if memory.single else (n, *spec.shape)
             raise UserError(f"observation {key!r} has shape {shape}, expected {wanted}")
         if isinstance(value, Tensor):
-            return (value.to(self.actor.device) - spec.start).reshape(n, *spec.shape).to(DTYPES[spec.kind])
+            return (
+                (value.to(self.actor.device) - spec.start).reshape(n, *spec.shape).to(getattr(torch, spec.dtype.name))
+            )
         return torch.from_numpy(spec.pack(_batched(value, memory.single))).to(self.actor.device)
 
     def _encoded(self, native: np.ndarray, n: int) -> Tensor:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from longdream.agent.dream_env.spaces import picture
 from longdream.envs.contract import EnvSpec, UserError
-from longdream.envs.images import resize_area
+from longdream.envs.images import resize_area, rgb
 
 LOSSLESS_SIDE = 128
 """Pictures up to this side are sent as they are, as lossless WebP; larger ones as JPEG."""
@@ -26,8 +26,8 @@ def encode(obs: dict[str, np.ndarray], i: int = 0) -> bytes:
     """Row i of observations as WebP or JPEG: the first image at its own size, or bars for numbers."""
     shown = None
     for value in obs.values():
-        if value.ndim == 4:
-            colours = value[i].repeat(3, -1) if value.shape[-1] == 1 else value[i, ..., :3]
+        if value.ndim == 4 and value.dtype == np.uint8:
+            colours = rgb(value[i])
             step = -(-max(colours.shape[:2]) // MAX_SIDE)
             shown = np.ascontiguousarray(colours[::step, ::step])
             break
@@ -81,6 +81,9 @@ def cannot_be_uploaded(spec: EnvSpec) -> str:
     """Why a dream cannot begin with a picture; empty where it can."""
     if [known.kind for known in spec.obs.values()] != ["image"]:
         return f"this agent sees {', '.join(spec.obs)}: a dream can begin with a picture where it sees one image alone"
+    channels = next(iter(spec.obs.values())).shape[-1]
+    if channels not in (1, 3, 4):
+        return f"this agent's image has {channels} channels: a picture has 1, 3 or 4"
     return ""
 
 

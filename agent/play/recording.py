@@ -16,6 +16,7 @@ from longdream.agent.play.frames import decode
 from longdream.agent.play.session import Moment
 from longdream.agent.run.files import check_own_path
 from longdream.envs.contract import EnvSpec
+from longdream.envs.images import rgb
 
 Format = Literal["mp4", "gif"]
 MOST = 10_000
@@ -111,15 +112,14 @@ class Recording:
         """Layout mp4: frames, and beside them the action that was taken at each but the last."""
         key = next(key for key, known in self.spec.obs.items() if known.kind == "image")
         images = [moment.real.row.obs[key][0] for moment in episode if moment.real]
-        height, width, channels = images[0].shape
+        height, width = images[0].shape[:2]
         with av.open(str(path), "w") as file:
             stream = file.add_stream("libx264", rate=max(1, round(fps)), options={"crf": QUALITY})
             stream.width = width
             stream.height = height
             stream.pix_fmt = "yuv444p"
             for image in images:
-                rgb = image.repeat(3, -1) if channels == 1 else image[..., :3]
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb(image)), format="rgb24")
                 file.mux(stream.encode(frame))
             file.mux(stream.encode())
         actions = np.concatenate([moment.action for moment in episode[1:] if moment.action is not None])

@@ -278,6 +278,9 @@ class OnlineTrainer(Timed, Trainer):
     def progress(self) -> int:
         return self.steps
 
+    def greeting(self, progress: int) -> str:
+        return f"{super().greeting(progress)}\n{self.config.env.id}: {self.world.reading()}"
+
     def turn(self) -> None:
         """A step of every copy and the updates that are due then, or one update of warm-up."""
         learn = self.config.learn

@@ -86,13 +86,54 @@ class Mixed(gym.Env):
         return self.seen(), float(action[0]), self.t >= 7, False, {}
 
 
+class Nested(gym.Env):
+    """A goal, a grid, a bag of things, a channel-first camera and words; buttons and a wheel; three steps."""
+
+    def __init__(self):
+        thing = spaces.Dict({"kind": spaces.Discrete(4, start=1), "at": spaces.Box(-1, 1, (2,))})
+        self.observation_space = spaces.Dict(
+            {
+                "goal": spaces.Tuple([spaces.Box(-1, 1, (3,)), spaces.Discrete(3, start=1)]),
+                "grid": spaces.Box(0, 255, (5, 5, 2), np.uint8),
+                "bag": spaces.Sequence(thing),
+                "eye": spaces.Box(0, 255, (2, 9, 12), np.uint8),
+                "words": spaces.Text(9, charset="abc "),
+            }
+        )
+        wheel = spaces.Box(-np.inf, np.inf, (1,))
+        self.action_space = spaces.Dict({"buttons": spaces.MultiBinary(3), "wheel": wheel})
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.seen(), {}
+
+    def seen(self):
+        thing = {"kind": np.int64(1 + self.t), "at": np.full(2, self.t / 4, np.float32)}
+        return {
+            "goal": (np.full(3, self.t / 4, np.float32), np.int64(1 + self.t % 3)),
+            "grid": np.full((5, 5, 2), 60 * self.t, np.uint8),
+            "bag": (thing,) * min(self.t, 2),
+            "eye": np.full((2, 9, 12), 40 * self.t, np.uint8),
+            "words": "a b" if self.t % 2 else "c",
+        }
+
+    def step(self, action):
+        assert self.action_space.contains(action) and abs(action["wheel"]) <= 4
+        self.t += 1
+        return self.seen(), float(action["buttons"].sum()), self.t >= 3, False, {}
+
+
 gym.register("MixedForDreams-v0", entry_point=Mixed)
+gym.register("NestedForDreams-v0", entry_point=Nested)
 
 
 @pytest.fixture(scope="session")
 def dream_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folders of runs by name, each trained for a moment when first asked for. Not to be changed."""
     settings: dict[str, dict] = {"images": {}, "vectors": {"env.id": "CartPole-v1"}, "box": {"env.id": "Pendulum-v1"}}
+    nested = {"read_as": {"bag": 2}, "act_as.wheel": 4.0}
+    settings["nested"] = {"env.id": "NestedForDreams-v0", "env.kwargs": nested}
     settings["mixed"] = {"env.id": "MixedForDreams-v0", "forcing.objective": "mask"}
     short = {"learn.steps": 60, "learn.prefill": 40, "learn.warmup": 2, "evaluate.final_episodes": 4}
     root, made = tmp_path_factory.mktemp("dream_runs"), set()

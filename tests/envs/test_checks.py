@@ -77,7 +77,7 @@ gym.register("Checked-v0", entry_point=RandomWalk)
 gym.register("CheckedToTheLimit-v0", entry_point=RandomWalk, max_episode_steps=8)
 
 
-@pytest.mark.parametrize("env_id", ["Checked-v0", "longdream/Recall-v0", "CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("env_id", ["Checked-v0", "longdream/Recall-v0", "CartPole-v1", "Pendulum-v1", "Blackjack-v1"])
 def test_correct_environments_have_no_problems(env_id: str) -> None:
     report = check(env_id)
     assert report.problems == [] and len(report.passed) == 5 and report.steps_per_s
@@ -92,8 +92,8 @@ def test_memory_maze_has_no_problems() -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("tuple", "is a Tuple: use a flat Dict"),
-        ("layout", "channel-first image .* move the channels last"),
+        ("tuple", "returned the observation {'place'.*, its space is a Tuple: return a tuple with 1 entries"),
+        ("layout", "returned the observation 'obs' as object .*, its space is"),
         ("grows", "action_space changed from .* set it once, in __init__"),
         ("shape", r"'image' as uint8 of shape \(15, 15, 3\)"),
         ("dtype", "'place' as float64 of shape"),

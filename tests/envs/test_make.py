@@ -333,8 +333,8 @@ def test_wrong_arguments_of_an_environment_are_one_line(env_id, mode):
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_unusable_spaces_are_refused_by_key(faulty, mode):
-    nested = gym.spaces.Dict({"eyes": gym.spaces.Tuple([gym.spaces.Discrete(2)])})
-    with pytest.raises(UserError, match="observation 'eyes' is a Tuple"):
+    nested = gym.spaces.Dict({"eyes": gym.spaces.Tuple([gym.spaces.Graph(gym.spaces.Discrete(2), None)])})
+    with pytest.raises(UserError, match="observation 'eyes/0' is a Graph space: give its nodes and edges as Boxes"):
         World(faulty, 2, 0, {"observation_space": nested}, mode=mode)
 
 

@@ -107,6 +107,6 @@ def test_an_agent_accepts_it() -> None:
         assert agent.act(carry, greedy=False).shape == (3, 3)
 
 
-def test_the_message_for_an_unwrapped_text_space() -> None:
-    with pytest.raises(UserError, match=r"is text, .* return longdream.envs.text.embed\(text\)"):
+def test_a_text_space_is_no_flat_one() -> None:
+    with pytest.raises(UserError, match=r"'obs' is Text.* not flat: register a single environment"):
         env_spec(spaces.Text(5), spaces.Discrete(2))

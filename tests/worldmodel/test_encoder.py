@@ -7,11 +7,11 @@ from torch import Tensor
 
 from longdream.worldmodel import encoder as encoder_module
 from longdream.worldmodel.config import EncoderConfig
-from longdream.worldmodel.encoder import Encoder, RunningScale
+from longdream.worldmodel.encoder import Digits, Encoder, RunningScale
 
 
 class Spec(NamedTuple):
-    kind: Literal["image", "vector", "discrete"]
+    kind: Literal["image", "vector", "discrete", "categories"]
     shape: tuple[int, ...] = ()
     n: int = 0
 
@@ -22,6 +22,8 @@ MIXED = {
     "speed": Spec("vector", (3,)),
     "room": Spec("discrete", n=4),
     "age": Spec("vector", (1,)),
+    "grid": Spec("categories", (3, 2), 256),
+    "bits": Spec("categories", (5,), 2),
 }
 
 
@@ -34,7 +36,7 @@ def draw(spec: dict[str, Spec], *lead: int) -> dict[str, Tensor]:
     def one(s: Spec) -> Tensor:
         if s.kind == "image":
             return torch.randint(0, 256, (*lead, *s.shape), dtype=torch.uint8)
-        return torch.randn(*lead, *s.shape) if s.kind == "vector" else torch.randint(0, s.n, lead)
+        return torch.randn(*lead, *s.shape) if s.kind == "vector" else torch.randint(0, s.n, (*lead, *s.shape))
 
     return {key: one(s) for key, s in spec.items()}
 
@@ -46,7 +48,7 @@ def check_round_trip(encoder: Encoder, spec: dict[str, Spec], *lead: int) -> Ten
     back = encoder.decode(z.detach())
     assert {k: (v.shape, v.dtype) for k, v in back.items()} == {k: (v.shape, v.dtype) for k, v in obs.items()}
     for key, s in spec.items():
-        if s.kind == "discrete":
+        if s.n:
             assert (back[key] >= 0).all() and (back[key] < s.n).all()
     return z
 
@@ -191,6 +193,47 @@ def test_one_batch_of_mixed_keys_is_learned(latent: str) -> None:
     error = (back["pos"] - obs["pos"]).square().mean(0) / obs["pos"].var(0)
     assert (error < 0.1).all()
     assert psnr(back["map"], obs["map"]) > 22
+
+
+@pytest.mark.parametrize("latent", ["continuous", "categorical"])
+def test_one_batch_of_grids_is_learned(latent: str) -> None:
+    """Cells of bytes, most of them the same, with a few things of kinds and colours in other places."""
+    grid = torch.ones(8, 5, 5, 2, dtype=torch.int16)
+    for i in range(8):
+        grid[i, i % 5, 3 * i % 5] = torch.tensor([10, 200 + i], dtype=torch.int16)
+    spec = {"grid": Spec("categories", (5, 5, 2), 256), "bits": Spec("categories", (3,), 2)}
+    obs = {"grid": grid, "bits": torch.tensor([[i >> b & 1 for b in range(3)] for i in range(8)])}
+    encoder = build(spec, latent, channels=32, classes=8)
+    back = fit(encoder, obs, 150)
+    assert torch.equal(back["grid"], grid.long()) and torch.equal(back["bits"], obs["bits"])
+
+
+def test_learning_through_m_sums_over_categories() -> None:
+    spec = {"grid": Spec("categories", (3, 2), 40), "bits": Spec("categories", (5,), 2)}
+    encoder = build(spec, "categorical")
+    encoder.learn_through_model(6)
+    obs = draw(spec, 7)
+    encoder.update_scales(obs)
+    z, feat = encoder(obs), torch.randn(7, 6)
+    loss = encoder.reconstruction(z, feat, obs)
+    means = loss.metrics["reconstruction/grid"], loss.metrics["reconstruction/bits"]
+    torch.testing.assert_close(loss.value, 6 * means[0] + 5 * means[1])
+    assert 0.7 * 2 * np.log(16) < means[0] < 1.3 * 2 * np.log(16) and 0.7 * np.log(2) < means[1] < 1.3 * np.log(2)
+
+
+@pytest.mark.parametrize(("n", "count", "base"), [(1, 1, 1), (2, 1, 2), (32, 1, 32), (33, 2, 16), (256, 2, 16)])
+def test_categories_are_digits(n: int, count: int, base: int) -> None:
+    digits = Digits(n)
+    values = torch.arange(n)[:, None]
+    assert (digits.count, digits.base, digits.size) == (count, base, count * base)
+    ones = digits.one_hots(values)
+    assert ones.shape == (n, digits.size) and (ones.sum(1) == count).all() and len(ones.unique(dim=0)) == n
+    assert torch.equal(digits.likeliest(ones), values)
+    assert (digits.likeliest(torch.ones(1, digits.size).cumsum(1)) == n - 1).all()  # no value that there is not
+    logits = torch.randn(n, digits.size)
+    each = [torch.nn.functional.log_softmax(part, -1) for part in logits.split(base, -1)]
+    by_hand = [-sum(part[v, v // base**i % base] for i, part in enumerate(each)) for v in range(n)]
+    torch.testing.assert_close(digits.loss(logits, values)[:, 0], torch.stack(by_hand))
 
 
 def test_running_scale_against_numpy() -> None:

@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from longdream.agent.config.schema import EnvConfig
+from longdream.agent.dream_env.sb3 import space_from_0
 from longdream.agent.dream_env.spaces import action_space, observation_space
 from longdream.agent.evaluation.policy import WatchedWorld, make_world, play
 from longdream.agent.evaluation.tables import summary_table
@@ -26,7 +27,7 @@ from longdream.agent.run.logger import Logger
 from longdream.agent.run.metrics import Averages
 from longdream.agent.run.signals import Signals
 from longdream.controller.sb3 import encode
-from longdream.envs.contract import EnvSpec, Row, UserError
+from longdream.envs.contract import EnvSpec, ObsSpec, Row, UserError
 
 SAVE_SECONDS = 60.0
 ROLLOUT = 2048
@@ -147,7 +148,7 @@ class RealVec(VecEnv):
             self.close()
             raise
         self.spec: EnvSpec = self.worlds[0].spec
-        by_key = {key: observation_space(spec) for key, spec in self.spec.obs.items()}
+        by_key = {key: _space(spec) for key, spec in self.spec.obs.items()}
         space = by_key["obs"] if by_key.keys() == {"obs"} else spaces.Dict(cast(Any, by_key))
         super().__init__(config.copies, space, action_space(self.spec.action))
 
@@ -203,8 +204,19 @@ class RealVec(VecEnv):
 
 def seen(spec: EnvSpec, obs: dict[str, np.ndarray]) -> Any:
     """Convert observations as stored, `(n, *shape)` by key, to members of `RealVec`'s observation space."""
-    native = {key: value + spec.obs[key].start if value.dtype == np.int64 else value for key, value in obs.items()}
+
+    def native_of(known: ObsSpec, value: np.ndarray) -> np.ndarray:
+        if known.kind == "categories":  # SB3 takes them in one row, from 0
+            return value.reshape(len(value), -1)
+        return value + known.start if known.start else value
+
+    native = {key: native_of(spec.obs[key], value) for key, value in obs.items()}
     return native["obs"] if native.keys() == {"obs"} else native
+
+
+def _space(known: ObsSpec) -> spaces.Space:
+    space = observation_space(known)
+    return space_from_0(space) if known.kind == "categories" else space
 
 
 class Played(NamedTuple):

@@ -24,6 +24,7 @@ from longdream.envs.make import find
 from longdream.envs.memory_maze import policies
 from longdream.envs.memory_maze.sizes import references
 from longdream.envs.process import environments_turn, stops_the_program
+from longdream.envs.spaces.flat import split_options
 from longdream.envs.workers import Workers
 
 Name = Literal["oracle", "navigator", "random"]
@@ -173,7 +174,7 @@ class _Players:
         self.offset = offset
         registration = find(env)
         kwargs = for_gym_make(registration, kwargs)
-        native = registration.vector_entry_point is not None and LIMIT not in kwargs
+        native = registration.vector_entry_point is not None and LIMIT not in kwargs and not split_options(kwargs)[1]
         limit = kwargs.get(LIMIT) or registration.max_episode_steps or 0
         self.most_steps = max(LONGEST_EPISODE, limit)
         self.n = min(episodes, copies or (64 if native else os.cpu_count() or 1))

@@ -76,6 +76,9 @@ def test_an_entry_of_a_dict_is_of_the_kinds_of_its_field() -> None:
     assert options.setting("env.kwargs.corridor") == options.fields()["env.kwargs"]
     assert options.entry("controller.kwargs.population") == ("controller.kwargs", "population")
     assert options.entry("controller.gamma") == ("controller.gamma", "")
+    assert options.entry("env.kwargs.read_as.goal/a.b") == ("env.kwargs", "read_as.goal/a.b")
+    assert options.entry("env.id.x") == ("env.id.x", "")
+    assert options.setting("env.kwargs.read_as.board").on_resume and options.setting("env.kwargs.act_as.a").on_resume
 
 
 def test_where_an_agent_is_evaluated() -> None:
@@ -85,3 +88,5 @@ def test_where_an_agent_is_evaluated() -> None:
     assert elsewhere.evaluation_env == EnvConfig("CartPole-v1")
     limited = options.update(elsewhere, {"env.kwargs.max_episode_steps": 9, "env.kwargs.corridor": 3})
     assert limited.evaluation_env == EnvConfig("CartPole-v1", {"max_episode_steps": 9})
+    read = options.update(elsewhere, {"env.kwargs.read_as.obs": "vector", "env.kwargs.corridor": 3})
+    assert read.evaluation_env == EnvConfig("CartPole-v1", {"read_as.obs": "vector"})

@@ -67,10 +67,12 @@ def test_a_world_without_a_label_is_silent(monkeypatch: pytest.MonkeyPatch, caps
 def test_an_environment_is_named_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code = "import gymnasium as gym\nfrom gymnasium import spaces\n\n\nclass Words(gym.Env):\n"
-    code += "    observation_space = spaces.Discrete(2)\n    action_space = spaces.Text(5)\n\n\n"
+    code += (
+        "    observation_space = spaces.Discrete(2)\n    action_space = spaces.Graph(spaces.Discrete(2), None)\n\n\n"
+    )
     code += "gym.register('Words-v0', entry_point=Words)\n"
     (tmp_path / "of_words.py").write_text(code)
-    with pytest.raises(UserError, match=r"^of_words:Words-v0: the action space is a Text space"):
+    with pytest.raises(UserError, match=r"^of_words:Words-v0: an action is a Graph space"):
         policy.make_world(World, EnvConfig(id="of_words:Words-v0"), 1, 0)
 
 
