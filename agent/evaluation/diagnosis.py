@@ -189,8 +189,8 @@ class Explained:
     """How much of what differs from a reference is predicted, in sums over rows, of one observation.
 
     The error is compared with that of the better of two guesses that know nothing: the reference itself, and the mean
-    over all rows. 1: predicted exactly. 0 or less: no better than a guess. Discrete values: the share of those that
-    differ which are right.
+    over all rows. 1: predicted exactly. 0 or less: no better than a guess. Discrete values and categories: the share of
+    those that differ which are right.
     """
 
     spec: ObsSpec
@@ -200,7 +200,7 @@ class Explained:
 
     def add(self, real: np.ndarray, predicted: np.ndarray, reference: np.ndarray) -> None:
         """Rows `(R, *shape)` of each."""
-        if self.spec.kind == "discrete":
+        if self.spec.kind in ("discrete", "categories"):
             differs = real != reference
             self.sums += np.array([(predicted != real)[differs].sum(), differs.sum(), differs.sum()])
             return

@@ -52,6 +52,8 @@ def test_what_changes_is_what_counts() -> None:
 def test_discrete_values_and_vectors() -> None:
     rows = np.array([0, 1, 1, 2, 3, 3, 0])
     assert explained(rows, np.array([0, 1, 0, 2, 0, 0, 0]), "discrete") == pytest.approx(3 / 4)
+    cells = np.array([[[0, 1]], [[1, 1]], [[1, 2]]])
+    assert explained(cells, np.array([[[0, 1]], [[1, 0]], [[1, 1]]]), "categories") == pytest.approx(1 / 2)
     vectors = np.random.default_rng(1).normal(size=(500, 3))
     assert explained(vectors, vectors, "vector") == 1
     noisy = explained(vectors, vectors + 0.5 * np.random.default_rng(2).normal(size=(500, 3)), "vector")
