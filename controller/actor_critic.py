@@ -17,6 +17,9 @@ from longdream.worldmodel.heads import TwoHot
 from longdream.worldmodel.networks import mark_training_only, mlp
 from longdream.worldmodel.types import Loss
 
+LAMBDA = 0.95
+"""Of the lambda-returns, as in DreamerV3."""
+
 
 class ActorCritic(nn.Module):
     """REINFORCE on lambda-returns, with a two-hot critic that is regularised towards a target critic, which is a moving
@@ -52,7 +55,7 @@ class ActorCritic(nn.Module):
         discount = config.gamma * dream.cont
         logits = self.critic(dream.feat)
         value = self.two_hot.mean(logits.detach())
-        returns = lambda_returns(dream.reward, discount, value, config.lam)
+        returns = lambda_returns(dream.reward, discount, value, LAMBDA)
         # probability that the dream has not ended before a step, with the discount
         weight = torch.cat([dream.weight[:, None], discount[:, :-1]], 1).cumprod(1)
         total = ranks.total_weight(weight, 1e-6)
@@ -83,7 +86,7 @@ class ActorCritic(nn.Module):
         """
         logits = self.critic(clip.feat)
         value = self.two_hot.mean(logits.detach())
-        returns = lambda_returns(clip.reward, self.config.gamma * clip.cont, value, self.config.lam, clip.known)
+        returns = lambda_returns(clip.reward, self.config.gamma * clip.cont, value, LAMBDA, clip.known)
         known = clip.known.float()
         each = self._value_loss(clip.feat[:, :-1], logits[:, :-1], returns)
         loss = (known * each).sum() / ranks.total_weight(known)

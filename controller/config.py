@@ -32,8 +32,6 @@ class ControllerConfig:
     """Steps per dream."""
     gamma: Annotated[float, SHARE] = 0.997
     """Discount per step."""
-    lam: Annotated[float, SHARE] = 0.95
-    """Lambda of the lambda-returns."""
     entropy: Annotated[float, AT_LEAST_0] = 3e-4
     """Weight of the policy's entropy."""
     unimix: Annotated[float, SHARE] = 0.01

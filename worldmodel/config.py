@@ -69,9 +69,9 @@ class EncoderConfig:
     """Classes per categorical variable; must divide channels."""
     depth: Annotated[int, AT_LEAST_1] = 16
     """Channels of the first convolution; doubled at each halving, up to 8 times."""
-    noise: Annotated[float, AT_LEAST_0] = 0.0
-    """Standard deviation of noise on continuous latents while V learns to decode them. It pushes the latents of
-    different observations apart, so that small errors of M decode to small errors."""
+    decoder_gradient: bool = True
+    """Where V learns through M: whether M learns by V's reconstruction too, which is decoded from M's features. In sums
+    over pixels it can outweigh all that M predicts, and M forgets (docs/objectives.md)."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,18 @@ class ForcingConfig:
     """Denoising steps per dreamt frame."""
     ramp: bool = False
     """Weight the loss by 0.9 tau + 0.1 instead of evenly (flow; Hafner et al. 2025, arXiv 2509.24527)."""
-    pure_noise_prob: Annotated[float, SHARE] = 0.3
-    """Share of noised frames whose level is exactly 0, where sampling begins."""
     prefix: Annotated[float, SHARE] = 1.0
     """Share of clips that have a clean prefix (history noisy; 0.5 in Po et al. 2025). Dreams start in prefixes: an
     agent needs 1."""
     shortcut: Annotated[float, SHARE] = 0.0
     """Share of noised frames that learn to be denoised in few, long steps (flow; Frans et al. 2024, arXiv 2410.12557).
     It costs two more passes of M per update."""
+
+    free_nats: Annotated[float, AT_LEAST_0] = 1.0
+    """KL of a frame below which `prior` has no gradient (Hafner et al. 2023, arXiv 2301.04104, section 3)."""
+    past: Annotated[float, AT_LEAST_0] = 0.0
+    """Weight of a loss of `prior` that has each feature tell a frame of its past. M then remembers in hundreds of
+    updates what the reward alone teaches it in thousands (docs/objectives.md)."""
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,6 @@ class Encoder(nn.Module):
         lead = self._lead(obs)
         self.update_scales(obs)
         z = self(obs, draw=True).flatten(0, len(lead) - 1)
-        if self.config.noise and self.latent == "continuous":
-            z = z + self.config.noise * torch.randn_like(z)
         raw = self._decode(z, exact=False)
         metrics = {}
         total = torch.zeros((), device=next(iter(raw.values())).device)

@@ -143,6 +143,8 @@ class WorldModel(nn.Module):
         if rows is not None and rows < total:
             index = torch.randperm(total, device=z.device)[:rows]
         obs = {key: value.flatten(0, 1)[index] for key, value in batch.obs.items()}
+        if not self.encoder.config.decoder_gradient:
+            feat = feat.detach()
         return self.encoder.reconstruction(z.flatten(0, 1)[index], feat.flatten(0, 1)[index], obs)
 
     @staticmethod

@@ -195,6 +195,8 @@ def prepare(
     from longdream.agent.run.folder import open_run
 
     label = ""
+    if resume is None:
+        source, settings = options.sized(source, settings)
     if resume is not None:
         fixed = ["name"] if name else [key for key in settings if not options.setting(key).on_resume]
         if fixed:
@@ -221,7 +223,7 @@ def prepare(
         config = options.changed(source, settings)
         label = config.kind
     else:
-        raise UserError(f"train what? Name a preset, one of {', '.join(options.presets())}, or a .yaml file")
+        raise UserError(f"train what? --env ID, a .yaml file, or a preset, one of {', '.join(options.presets())}")
     folder_of(config, label, name, resume)  # a name that cannot be is said first
     checks.check_given(config, settings)
     checks.check(config)

@@ -16,11 +16,15 @@ import yaml
 from longdream import __version__ as VERSION
 from longdream.agent.config.flags import holds, parse_yaml, read, read_yaml, shown, suggest
 from longdream.agent.config.schema import Config, Kind
+from longdream.agent.config.sizes import NAME as SIZE
+from longdream.agent.config.sizes import default_size, expanded
 from longdream.agent.run.files import kind_of, read_text
 from longdream.envs.contract import UserError
 from longdream.worldmodel.fields import Mode, OnResume
 
 PRESETS = Path(__file__).resolve().parents[2] / "runs" / "presets"
+RECIPE = "recipe"
+"""The preset for environments without one of their own."""
 SHORT = {"env": "env.id", "steps": "learn.steps", "data": "video.data"}
 """Flags that are shorter than the field they set."""
 
@@ -41,7 +45,8 @@ def describe(path: Path) -> str:
 def load(source: str) -> Config:
     """The Config of a preset, or of a YAML file where `source` ends in .yaml or .yml.
 
-    A file may begin with `preset: NAME`: it then changes the settings of that preset instead of the defaults.
+    A file may begin with `preset: NAME`: it then changes the settings of that preset instead of the defaults. `size:
+    NAME` stands for the settings of a size.
 
     Raises:
         UserError: no such preset or file, or something in it that is no Config.
@@ -73,7 +78,7 @@ def load(source: str) -> Config:
     if base is not None and base not in presets():
         raise UserError(f"{path}: unknown preset {base!r}" + suggest(str(base), presets()))
     start = Config() if base is None else load(base)
-    settings = dict(leaves(tree))
+    settings = expanded(dict(leaves(tree)))
     unknown_names = [name for name in settings if entry(name)[0] not in fields()]
     try:
         return update(start, settings)
@@ -157,12 +162,12 @@ def field_value(config: Config, name: str) -> Any:
 
 def update(config: Config, settings: dict[str, Any]) -> Config:
     """`config` with other values by dotted name, each checked for its type and range. An entry of a dict may be named
-    too (`env.kwargs.corridor`); the others stay.
+    too (`env.kwargs.corridor`); the others stay. `size` stands for the settings of a size.
 
     Raises:
         UserError: an unknown name, or a value that cannot be read as the field's type or is out of its range.
     """
-    for name, value in settings.items():
+    for name, value in expanded(settings).items():
         field, key = entry(name)
         if field not in fields():
             raise unknown(name)
@@ -179,6 +184,20 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
         if settings.get(chosen, field_value(config, chosen)) != field_value(config, chosen):
             config = update(config, {kwargs: {}})
     return update(config, settings)
+
+
+def sized(source: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Where a new run begins and its settings, with those of a size in its place. An environment alone is trained by
+    the preset RECIPE, at a size that its observations and the device allow, unless one is named.
+
+    Raises:
+        UserError: there is no such size, or the environment cannot be made.
+    """
+    if source is None and "env.id" in settings and not {"world", "init"} & settings.keys():
+        source = RECIPE
+    if source == RECIPE and not {SIZE, "worldmodel.width"} & settings.keys():
+        settings = {SIZE: default_size(changed(load(RECIPE), settings))} | settings
+    return source, expanded(settings)
 
 
 def setting(name: str) -> Setting:
@@ -231,7 +250,7 @@ def hint(flag: str) -> Any:
         UserError: an unknown flag, with the closest ones.
     """
     field, key = entry(full_name(flag, "--"))
-    return Any if key else fields()[field].hint
+    return str if field == SIZE else Any if key else fields()[field].hint
 
 
 def full_name(flag: str, dashes: str = "") -> str:
@@ -242,9 +261,9 @@ def full_name(flag: str, dashes: str = "") -> str:
     """
     name = SHORT.get(flag, flag)
     for candidate in (name, name.replace("-", "_")):
-        if entry(candidate)[0] in fields():
+        if entry(candidate)[0] in fields() or candidate == SIZE:
             return candidate
-    raise unknown(flag, dashes, tuple(SHORT))
+    raise unknown(flag, dashes, (*SHORT, SIZE))
 
 
 def from_flags(flags: dict[str, Any]) -> dict[str, Any]:
@@ -257,5 +276,8 @@ def from_flags(flags: dict[str, Any]) -> dict[str, Any]:
     for flag, value in flags.items():
         name = full_name(flag, "--")
         field, key = entry(name)
-        settings[name] = read_yaml(flag, value) if key else read(f"--{flag}", value, fields()[field].hint)
+        if name == SIZE:
+            settings |= expanded({SIZE: value}) | settings
+        else:
+            settings[name] = read_yaml(flag, value) if key else read(f"--{flag}", value, fields()[field].hint)
     return settings

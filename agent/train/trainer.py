@@ -172,11 +172,10 @@ class Trainer(Session):
         the agent, and warn once of each part that stands at red."""
         if here().rank:
             return
-        config = self.config
-        env = config.evaluation_env
-        pictures = evaluation_pictures(agent, env, config.seed, config.evaluate.greedy, self.signals)
+        env, seed = self.config.evaluation_env, self.config.seed
+        pictures = evaluation_pictures(agent, env, seed, self.config.evaluate.greedy, self.signals)
         self.logger.draw(self.progress, pictures)
-        findings = diagnose(agent, env, config.seed, signals=self.signals)
+        findings = diagnose(agent, env, seed, signals=self.signals)
         self.logger.write(self.progress, metrics_of(findings))
         for text in newly_red(findings, self.count):
             self.logger.warn(self.progress, f"{text} (longdream diagnose {self.folder})")

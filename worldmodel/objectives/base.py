@@ -25,6 +25,8 @@ from longdream.worldmodel.dynamics import Dynamics, Output, State
 
 MIN_PREFIX = 0.5
 """Least share of a clip that its clean prefix takes up, where it has one (Po et al. 2025)."""
+PURE_NOISE = 0.3
+"""Share of noised frames whose level is exactly 0, where sampling begins."""
 MAX_DENOISING_STEPS = 64
 """Denoising steps of the shortest length that `shortcut` distinguishes; a power of 2."""
 
@@ -152,7 +154,7 @@ class Forcing(nn.Module):
         carried = state is not None
         before = dynamics.initial(batch, z.device) if state is None else state
         ones = torch.ones(batch, frames, device=z.device)
-        level = torch.rand_like(ones) * (torch.rand_like(ones) >= self.config.pure_noise_prob)
+        level = torch.rand_like(ones) * (torch.rand_like(ones) >= PURE_NOISE)
         level, steps = self.sample_step_sizes(level)
         if self.config.history == "clean":
             at = torch.randint(0, frames, (batch, num_starts), device=z.device)

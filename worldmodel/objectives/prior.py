@@ -3,10 +3,14 @@
 As in DreamerV2 and V3 (Hafner et al. 2021, arXiv 2010.02193, equation 2; 2023, arXiv 2301.04104, equation 5): the prior
 p(z_{t+1} | feat_t, a_t) learns to predict the posterior q(z_{t+1} | o_{t+1}) that V gives, and V learns, at a tenth of
 that weight, to be predicted. Latents are sampled in training and in dreams.
+
+None of this asks M for more than the next frame needs. Two further heads, used in training alone, give it a reason to
+remember: one looks some frames ahead, the other (`forcing.past`) tells frames of the past.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -22,19 +26,16 @@ from longdream.worldmodel.objectives.base import Pass
 
 POSTERIOR_WEIGHT = 0.1
 """Weight of the KL loss that moves the posterior towards the prior (beta_rep); that of the other is 1 (beta_dyn)."""
-FREE_NATS = 1.0
-"""KL of a frame below which neither loss has a gradient."""
 AHEAD = 8
 """Frames that the second head looks ahead."""
 AHEAD_WEIGHT = 0.3
+LAG_FREQUENCIES = 8
+"""Frequencies of the sines and cosines that say how far back a frame lies."""
 
 
 class Prior(nn.Module):
-    """Two heads: the prior of frame t + 1 from (feat_t, a_t), and a prediction of frame t + AHEAD from feat_t and the
-    actions in between.
-
-    The second one is used in training alone: it gives M a reason to keep what it will need later.
-    """
+    """The prior of frame t + 1 from (feat_t, a_t); a prediction of frame t + AHEAD from feat_t and the actions in
+    between; and, with `forcing.past`, one of frame t - k from feat_t and a lag k."""
 
     latent: Literal["continuous", "categorical"] = "categorical"
     trains_encoder = True
@@ -48,6 +49,12 @@ class Prior(nn.Module):
         self.head = mlp(dynamics.feature_size + actions, hidden, size)
         self.ahead = mlp(dynamics.feature_size + AHEAD * actions, hidden, size)
         mark_training_only(self, "ahead")
+        self.free_nats = config.free_nats
+        self.past_weight = config.past
+        self.past: nn.Module | None = None
+        if config.past:
+            self.past = mlp(dynamics.feature_size + 2 * LAG_FREQUENCIES, hidden, size)
+            mark_training_only(self, "past")
 
     def run(
         self,
@@ -86,13 +93,17 @@ class Prior(nn.Module):
             target = posterior[:, 1:]
             to_posterior = kl_divergence(target.detach(), prior)
             to_prior = kl_divergence(target, prior.detach())
-            loss = (to_posterior.clamp(min=FREE_NATS) * predicted).sum() / total
-            loss = loss + POSTERIOR_WEIGHT * ((to_prior.clamp(min=FREE_NATS) * predicted).sum() / total)
+            loss = (to_posterior.clamp(min=self.free_nats) * predicted).sum() / total
+            loss = loss + POSTERIOR_WEIGHT * ((to_prior.clamp(min=self.free_nats) * predicted).sum() / total)
             metrics["kl"] = ((to_posterior * predicted).sum() / total).detach()
         if z.shape[1] > AHEAD:
             ahead = self._ahead_loss(feat, prev_action, first, z.detach())
             metrics["ahead"] = ahead.detach()
             loss = loss + AHEAD_WEIGHT * ahead
+        if self.past is not None:
+            past = self._past_loss(self.past, feat, first, z.detach())
+            metrics["past"] = past.detach()
+            loss = loss + self.past_weight * past
         metrics["prediction"] = loss.detach()
         return loss, metrics
 
@@ -105,6 +116,15 @@ class Prior(nn.Module):
         episode = first.long().cumsum(1)
         same = episode[:, AHEAD:] == episode[:, :frames]
         return (-(z[:, AHEAD:] * log_probs).sum((-2, -1)) * same).sum() / ranks.total_weight(same)
+
+    def _past_loss(self, head: nn.Module, feat: Tensor, first: Tensor, z: Tensor) -> Tensor:
+        """Cross-entropy of a frame of each frame's past, in nats per frame, at a lag drawn anew for each: evenly on a
+        logarithmic scale up to the length of the clip, so that near and far are asked for alike."""
+        length = z.shape[1]
+        lag = torch.rand(first.shape, device=z.device).mul(math.log(length)).exp().long()
+        frames, known = frames_before(z, first, lag)
+        log_probs = self._log_probs(head, feat, lag_embedding(lag, length), frames)
+        return (-(frames * log_probs).sum((-2, -1)) * known).sum() / ranks.total_weight(known)
 
     def sample(
         self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
@@ -122,3 +142,22 @@ class Prior(nn.Module):
         """Log-probabilities of the shape of `like` `(..., N, D)`, from feat `(..., F)` and action `(..., A)`."""
         logits = head(torch.cat([feat, action], -1)).view_as(like)
         return uniform_mixture(logits, self.classes, UNIMIX).log()
+
+
+def frames_before(z: Tensor, first: Tensor, lag: Tensor) -> tuple[Tensor, Tensor]:
+    """The frame that lies `lag` `(B, T)` frames, 1 or more, before each frame of z `(B, T, N, D)`; and whether there is
+    one, `(B, T)`: an episode begins where `first` `(B, T)` is true."""
+    batch, frames = first.shape
+    rows = torch.arange(batch, device=z.device)[:, None]
+    at = torch.arange(frames, device=z.device) - lag
+    there = at.clamp(min=0)
+    episode = first.long().cumsum(1)
+    return z[rows, there], (at >= 0) & (episode[rows, there] == episode)
+
+
+def lag_embedding(lag: Tensor, length: int) -> Tensor:
+    """Sines and cosines of lags `(...)` in clips of a length, at wavelengths from 2 pi to 2 pi `length`: `(..., 2
+    LAG_FREQUENCIES)`."""
+    wavelengths = torch.linspace(0, math.log(length), LAG_FREQUENCIES, device=lag.device).exp()
+    angle = lag[..., None] / wavelengths
+    return torch.cat([angle.sin(), angle.cos()], -1)

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from longdream.agent.config import checks, options
+from longdream.agent.config.sizes import expanded
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.learner import Learner
 from longdream.agent.data.replay import Replay
@@ -27,7 +28,7 @@ def settings(name: str) -> dict:
     """What the file of a preset sets, by dotted name."""
     tree = yaml.safe_load((options.PRESETS / f"{name}.yaml").read_text())
     tree.pop("preset", None)
-    return dict(options.leaves(tree))
+    return expanded(dict(options.leaves(tree)))
 
 
 @pytest.mark.parametrize("name", PRESETS)

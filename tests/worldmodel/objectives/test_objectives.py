@@ -227,7 +227,7 @@ def test_one_stream_learns_from_noised_frames_behind_a_clean_prefix(name: str, f
     lengths = set()
     levels = []
     for _ in range(8):
-        objective, dynamics = build(name, history="noisy", pure_noise_prob=0.25)
+        objective, dynamics = build(name, history="noisy")
         seen = watch(objective, dynamics, name, frames)
         clean = seen.passed.clean
         length = clean.sum(1)
@@ -245,19 +245,19 @@ def test_one_stream_learns_from_noised_frames_behind_a_clean_prefix(name: str, f
         levels.append(seen.level[~clean])
     assert len(lengths) >= min(4, frames - frames // 2)
     if frames > 2:
-        assert 0.1 < (torch.cat(levels) == 0).float().mean() < 0.4
+        assert 0.15 < (torch.cat(levels) == 0).float().mean() < 0.45
 
 
 @pytest.mark.parametrize("name", ["flow", "mask"])
 def test_two_streams_learn_from_every_frame_against_a_clean_past(name: str) -> None:
-    objective, dynamics = build(name, grid=2, history="clean", pure_noise_prob=0.25)
+    objective, dynamics = build(name, grid=2, history="clean")
     seen = watch(objective, dynamics, name, 50)
     assert torch.equal(seen.inputs, seen.z) and (seen.input_level == 1).all()
     assert seen.passed.clean.all()
     learned = objective.error(seen.pred, seen.z, seen.noisy, seen.level)
     torch.testing.assert_close(seen.passed.loss.detach(), learned.mean())
     assert torch.equal(seen.grad.flatten(2).any(2), learned > 0)
-    assert 0.15 < (seen.level == 0).float().mean() < 0.35
+    assert 0.2 < (seen.level == 0).float().mean() < 0.4
     assert (seen.level[seen.level > 0] - 0.5).abs().mean() == pytest.approx(0.25, abs=0.05)  # uniform
 
 

@@ -1,14 +1,17 @@
 """The prior: both directions of the KL against their definition, what is predicted and what is not, V through M."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from longdream.worldmodel.categorical import kl_divergence, uniform_mixture
 from longdream.worldmodel.config import DynamicsConfig, EncoderConfig, ForcingConfig, HeadsConfig
+from longdream.worldmodel.dynamics import Dynamics
 from longdream.worldmodel.model import WorldModel
 from longdream.worldmodel.objectives import prior
-from longdream.worldmodel.objectives.prior import AHEAD, Prior
+from longdream.worldmodel.objectives.prior import AHEAD, LAG_FREQUENCIES, Prior, frames_before, lag_embedding
 from longdream.worldmodel.types import Batch
 
 CLASSES = 3
@@ -23,14 +26,14 @@ class Pixels:
     n = 0
 
 
-def model(objective: str = "prior") -> WorldModel:
+def model(objective: str = "prior", free_nats: float = 1.0, encoder: dict[str, Any] | None = None) -> WorldModel:
     torch.manual_seed(0)
     return WorldModel(
         {"image": Pixels()},
         ACTIONS,
-        EncoderConfig(channels=4 * CLASSES, classes=CLASSES, depth=4),
+        EncoderConfig(channels=4 * CLASSES, classes=CLASSES, depth=4, **(encoder or {})),
         DynamicsConfig(width=16, num_heads=2, layers=1, state_size=4, window=2),
-        ForcingConfig(objective=objective),
+        ForcingConfig(objective=objective, free_nats=free_nats),
         HeadsConfig(hidden=16, bins=11),
     )
 
@@ -64,10 +67,9 @@ def test_kl_is_that_of_torch() -> None:
 
 
 @pytest.mark.parametrize("free", [0.0, 1e6])
-def test_the_loss_is_its_definition(free: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_is_its_definition(free: float) -> None:
     """Frame by frame, by a loop; with free nats beyond all KLs it has no gradient but that of the prediction ahead."""
-    monkeypatch.setattr(prior, "FREE_NATS", free)
-    made = model()
+    made = model(free_nats=free)
     rows = batch()
     z, posterior = made.encoder.posterior(rows.obs)
     first = rows.clip_first()
@@ -204,3 +206,72 @@ def test_m_learns_what_follows() -> None:
     z, feat, _ = made.dream_step(starts.feat, starts.state, rows.action[:, 0].repeat_interleave(3, 0))
     dreamt = made.encoder.decode(z, feat)["image"].float().mean((1, 2, 3))
     assert ((dreamt - 40).abs().minimum((dreamt - 210).abs()) < 25).float().mean() > 0.8
+
+
+def test_frames_before_are_those_of_the_same_episode() -> None:
+    """Against a loop, at odd sizes."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(3, 11, 2, 5, generator=generator)
+    first = torch.rand(3, 11, generator=generator) < 0.2
+    lag = torch.randint(1, 11, (3, 11), generator=generator)
+    frames, known = frames_before(z, first, lag)
+    for clip in range(3):
+        for t in range(11):
+            at = t - int(lag[clip, t])
+            there = at >= 0 and not first[clip, at + 1 : t + 1].any()
+            assert bool(known[clip, t]) == there
+            if there:
+                assert torch.equal(frames[clip, t], z[clip, at])
+    assert 0 < known.sum() < 33
+
+
+def test_lags_are_told_apart() -> None:
+    told = lag_embedding(torch.arange(1, 100), 100)
+    assert told.shape == (99, 2 * LAG_FREQUENCIES)
+    assert torch.cdist(told, told).fill_diagonal_(9).min() > 0.05
+
+
+@pytest.mark.parametrize("flows", [True, False])
+def test_what_v_reconstructs_reaches_m_or_not(flows: bool) -> None:
+    made = model(encoder={"decoder_gradient": flows})
+    rows = batch()
+    z, _ = made.encoder.posterior(rows.obs)
+    feat = torch.randn(3, 13, made.feature_size, requires_grad=True)
+    (to_feat, to_z) = torch.autograd.grad(made._reconstruction(rows, z, feat, None).value, (feat, z), allow_unused=True)
+    assert to_z.abs().sum() > 0
+    assert (to_feat is not None) == flows
+
+
+@pytest.mark.parametrize(("past", "remembered"), [(1.0, True), (0.0, False)])
+def test_told_of_the_past_m_remembers_what_nothing_asks_for(past: float, remembered: bool) -> None:
+    """A cue in the first frame, which no later frame shows or depends on: is it in the feature 27 frames later?"""
+    torch.manual_seed(0)
+    classes = 6
+    config = DynamicsConfig(width=32, num_heads=2, layers=1, state_size=8, window=2)
+    dynamics = Dynamics(config, 1, 2 * classes, ACTIONS)
+    objective = Prior(ForcingConfig(objective="prior", past=past), dynamics, classes, ACTIONS)
+    optimizer = torch.optim.Adam([*dynamics.parameters(), *objective.parameters()], 3e-3)
+
+    def clips(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cue = torch.randint(0, 2, (count,))
+        frames = torch.randint(2, classes, (count, 28, 2))
+        frames[:, 0] = cue[:, None]
+        z = torch.nn.functional.one_hot(frames, classes).float().flatten(-2)[:, :, None]
+        first = torch.zeros(count, 28, dtype=torch.bool)
+        first[:, 0] = True
+        return cue, z, torch.zeros(count, 28, ACTIONS), first
+
+    for _ in range(250):
+        _, z, actions, first = clips(32)
+        optimizer.zero_grad()
+        objective.run(dynamics, z, actions, first, 1).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        cue, z, actions, first = clips(768)
+        feat = objective.run(dynamics, z, actions, first, 1).feat[:, -1]
+    told = torch.cat([(feat - feat.mean(0)) / (feat.std(0) + 1e-4), torch.ones(768, 1)], 1)
+    answer = 2.0 * cue - 1
+    ridge = told[:512].T @ told[:512] + 10 * torch.eye(told.shape[1])
+    weights = torch.linalg.solve(ridge, told[:512].T @ answer[:512])
+    right = ((told[512:] @ weights).sign() == answer[512:]).float().mean()
+    assert right > 0.95 if remembered else right < 0.75, right
