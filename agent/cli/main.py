@@ -19,6 +19,7 @@ from longdream.envs.contract import UserError
 
 if TYPE_CHECKING:
     from longdream.agent.config.schema import Config
+    from longdream.agent.run.folder import Run
 
 COMMANDS = {
     "evaluate": "evaluate:evaluate",
@@ -157,9 +158,8 @@ def begin(
 
     Errors as in Trainer.train.
     """
-    from longdream.agent.run.folder import claim  # imported here: it brings torch, and help is quick
-
     config, label = prepare(source, settings, name, resume)
+    from longdream.agent.run.folder import claim  # imported here: it brings torch; help and many mistakes need none
 
     def start(folder: Path) -> dict[str, Any]:
         module, _, trainer = TRAINERS[config.kind].partition(":")
@@ -191,7 +191,11 @@ def prepare(
         UserError: settings that cannot be used, or a folder that is in use.
     """
     from longdream.agent.config import checks, options
-    from longdream.agent.run.folder import open_run
+
+    def open_run(folder: str | Path) -> Run:
+        from longdream.agent.run import folder as run_folder  # imported here: it brings torch
+
+        return run_folder.open_run(folder)
 
     label = ""
     if resume is not None:
