@@ -32,9 +32,10 @@ def survive(only: str, workers: int, folder: Path, say: Callable[[str], None]) -
     shutil.rmtree(folder, ignore_errors=True)
     base = folder / "base"
     base.mkdir(parents=True)
-    made = _faulty("none", base, "--name", "run", "--evaluate.save_seconds", "0")
-    _expect(made.code == 0, made, "the run to be damaged was not trained")
     chosen = {name: each for name, each in situations(base).items() if only in name}
+    if any(base in getattr(each, "args", ()) for each in chosen.values()):
+        made = _faulty("none", base, "--name", "run", "--evaluate.save_seconds", "0")
+        _expect(made.code == 0, made, "the run to be damaged was not trained")
 
     def go_through(number: int, name: str) -> str:
         place = folder / f"situation-{number}"

@@ -43,7 +43,8 @@ def main(base: Path, home: Path, seed: int, numbers: range) -> None:
     os.chdir(home / "place")
     # a module that a configuration may name: it is not to be imported
     Path("evil.py").write_text(f"open({str(home / 'outside' / 'PWNED')!r}, 'w').write('evil')\n")
-    importlib.import_module("longdream.agent.train.trainer")  # matplotlib looks for fonts when it is first imported
+    importlib.import_module("longdream.agent.train.trainer")
+    importlib.import_module("longdream.agent.evaluation.pictures")  # its first import looks for fonts
     box = kinds.Box(base)
     watch = Watch([home / "place", home / "config", home / "tmp"], str(home / "place" / "peer"))
     warnings.simplefilter("ignore")
