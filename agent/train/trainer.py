@@ -23,7 +23,6 @@ from longdream.agent.core.ranks import here
 from longdream.agent.data.base import ReplayBuffer
 from longdream.agent.data.device_replay import DeviceReplay
 from longdream.agent.data.replay import Replay
-from longdream.agent.evaluation.pictures import evaluation_pictures
 from longdream.agent.evaluation.policy import evaluate_agent, make_world, play
 from longdream.agent.run import folder as run_folder
 from longdream.agent.run import parts, sinks
@@ -167,9 +166,11 @@ class Trainer(Session):
         return summary | {"dream_steps": agent.dream_steps}
 
     def show(self, agent: Agent) -> None:
-        """Show an episode of the evaluation in pictures: dream beside reality, V's reconstructions, surprise."""
-        if here().rank:
+        """Show an episode of the evaluation in pictures, where the settings ask for them."""
+        if here().rank or not self.config.evaluate.pictures:
             return
+        from longdream.agent.evaluation.pictures import evaluation_pictures  # imported here: it brings matplotlib
+
         config = self.config
         pictures = evaluation_pictures(agent, config.evaluation_env, config.seed, config.evaluate.greedy, self.signals)
         self.logger.draw(self.progress, pictures)
