@@ -101,13 +101,6 @@ def test_the_time_limit_truncates_and_nothing_terminates() -> None:
         assert env.step(0)[3] is False
 
 
-def test_an_episode_has_a_thousand_steps() -> None:
-    with closing(MemoryMazeEnv(9)) as env:
-        env.reset(seed=0)
-        simulation = env.simulation
-        assert sum(1 for _ in iter(lambda: simulation.step(0)[1], True)) + 1 == 1000
-
-
 def test_probes_are_consistent(env: gym.Env) -> None:
     _, info = env.reset(seed=8)
     first = {key: np.copy(value) for key, value in info.items()}
