@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from longdream import __version__
 from longdream.agent.cli import launch, output
-from longdream.agent.run import trust
+from longdream.agent.run import files, trust
 from longdream.envs.contract import UserError
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"longdream: {message}", file=sys.stderr)
             result = {"error": message.partition("\n")[0]}
         if as_json and result is not None:
-            from longdream.agent.run.folder import to_json
-
-            console.end(to_json(result))
+            console.end(files.to_json(result))
     return code
 
 
