@@ -95,8 +95,7 @@ def test_what_cannot_be_compared_is_one_line(record: Callable, capsys, tmp_path:
         assert message in error and error.count("\n") == 1 and "Traceback" not in error
 
 
-@pytest.mark.parametrize("x", ["steps", "wall", "updates"])
-@pytest.mark.parametrize("suffix", ["pdf", "png", "svg"])
+@pytest.mark.parametrize(("x", "suffix"), [("steps", "pdf"), ("wall", "png"), ("updates", "svg")])
 def test_curves_are_drawn(record: Callable, capsys, x: str, suffix: str) -> None:
     words = [record(f"a-s{i}", i, seed=i, steps=100 + 10 * i) for i in range(3)] + [record("b-s1", 2.0)]
     result = run(capsys, "plot", *words, "--x", x, "--out", f"figures/one.{suffix}")
