@@ -1,5 +1,6 @@
 """What every test can rely on: one thread per worker, fixed seeds, no display, the CUDA marker."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -26,6 +27,14 @@ settings.load_profile("longdream")
 def no_trust_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Runs of tests are remembered as trusted, here and in subprocesses, but not in the list of who runs the tests."""
     os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """What is imported by now is never garbage, and collections need not look at it. Each would take a third of a
+    second, and imageio asks for one whenever it closes a film."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
