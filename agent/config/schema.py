@@ -152,9 +152,6 @@ class EvaluateConfig:
     greedy: Annotated[bool, Mode("online", "imagination")] = True
     """C's most probable actions. false: actions are sampled as in training; where little is seen at once, a greedy C
     can turn on the spot for ever."""
-    pictures: Annotated[bool, Mode("online", "imagination")] = True
-    """Show an evaluation in pictures, too, of one more episode: a dream beside reality, V's reconstructions, surprise.
-    They take some seconds."""
     log_every: Annotated[int, AT_LEAST_1, Mode("online")] = 500
     """Real steps between lines of metrics."""
     save_seconds: Annotated[float, AT_LEAST_0] = 60.0
@@ -167,7 +164,7 @@ class LogConfig:
 
     to: tuple[str, ...] = ("tensorboard",)
     """tensorboard, wandb, mlflow, or dotted paths `package.module:Class` to sinks of your own, with commas between
-    them."""
+    them. With none (`to: []` in a YAML file) evaluations are not shown in pictures either, which saves seconds."""
 
 
 @dataclass(frozen=True)

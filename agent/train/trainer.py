@@ -166,8 +166,8 @@ class Trainer(Session):
         return summary | {"dream_steps": agent.dream_steps}
 
     def show(self, agent: Agent) -> None:
-        """Show an episode of the evaluation in pictures, where the settings ask for them."""
-        if here().rank or not self.config.evaluate.pictures:
+        """Show an episode of the evaluation in pictures, unless the run is shown nowhere."""
+        if here().rank or not self.config.log.to:
             return
         from longdream.agent.evaluation.pictures import evaluation_pictures  # imported here: it brings matplotlib
 

@@ -121,7 +121,7 @@ GOING_ON = {
     "its environment changes folder, torch and numbers": ("sync", "changes settings", ()),
     "its environment does not close": ("async", "hang in close", ("--env.timeout_s", "3")),
     "a reward that is not finite": ("sync", "reward is not finite", ()),
-    "TensorBoard cannot write": ("sync", "blocks tensorboard", ()),
+    "TensorBoard cannot write": ("sync", "blocks tensorboard", ("--log.to", "tensorboard")),
     "episodes end by their limit alone": ("sync", "endless", ("--env.kwargs.max_episode_steps", "9")),
 }
 ENDED_AT_ONCE = (("sync", "exit in init", 2), ("async", "exit in init", 1), ("async", "hang in init", 1))

@@ -26,7 +26,7 @@ def frames_of(data: bytes) -> np.ndarray:
 
 
 def test_tensorboard_gives_back_what_evaluations_showed(tmp_path: Path) -> None:
-    settings = {"learn.steps": 220, "evaluate.every": 100, "evaluate.final_episodes": 2, "evaluate.pictures": True}
+    settings = {"learn.steps": 220, "evaluate.every": 100, "evaluate.final_episodes": 2, "log.to": ("tensorboard",)}
     config = options.update(options.load("tiny"), settings)
     OnlineTrainer.train(config, tmp_path / "run", console=False)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"images": 0}).Reload()

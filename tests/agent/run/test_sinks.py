@@ -13,7 +13,7 @@ from longdream.agent.run.logger import Logger
 from longdream.agent.run.sinks import find
 
 SHORT = ["--steps", "60", "--learn.prefill", "40", "--learn.warmup", "1", "--evaluate.every", "0"]
-SHORT += ["--evaluate.final_episodes", "2", "--evaluate.pictures", "true", "--name", "x"]
+SHORT += ["--evaluate.final_episodes", "2", "--name", "x"]
 OWN = """
 import json
 class Lines:

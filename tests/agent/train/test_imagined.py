@@ -68,7 +68,7 @@ def test_resumed_is_uninterrupted(dream_runs, tmp_path: Path, monkeypatch, kind:
     checkpoint is before an evaluation, right after it, and right after the next."""
     keep = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda root, step, tree: keep(root, step, tree, keep=100))
-    config = imagined(dream_runs("images"), kind, evaluate__times=3, evaluate__pictures=True)
+    config = imagined(dream_runs("images"), kind, evaluate__times=3, log__to=("tensorboard",))
     summary = ImaginationTrainer.train(config, tmp_path / "whole", console=False)
     lines = record(tmp_path / "whole")
     assert [line["step"] for line in lines if "evaluate/return_mean" in line] == [3, 5, 7]

@@ -149,7 +149,7 @@ def test_ctrl_c_on_a_terminal_does_not_end_the_workers_first(tmp_path: Path) -> 
 def test_stopped_in_an_evaluation(env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which leaves training as it was. Environments that cannot be saved are run again up to where they were."""
     settings = {"learn.steps": 132, "evaluate.final_episodes": 1, "evaluate.episodes": 1, "env.id": env}
-    settings["evaluate.pictures"] = env == "longdream/Recall-v0"
+    settings["log.to"] = ("tensorboard",) if env == "longdream/Recall-v0" else ()
     kwargs = {"corridor": 3, "size": 16} if env == "longdream/Recall-v0" else {}
     config = options.update(options.load("tiny"), settings | {"env.kwargs": kwargs})
     OnlineTrainer.train(config, tmp_path / "whole", console=False)

@@ -150,7 +150,7 @@ def test_evaluations_are_greedy_unless_the_config_says_no(monkeypatch: pytest.Mo
 
 
 def test_evaluating_changes_nothing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    config = tiny(evaluate__every=30, evaluate__episodes=3, evaluate__pictures=True)
+    config = tiny(evaluate__every=30, evaluate__episodes=3, log__to=("tensorboard",))
     OnlineTrainer.train(config, tmp_path / "run", console=False)
     without = [[x for x in record(f) if "evaluate/return_mean" not in x] for f in (tmp_path / "run", finished[0])]
     assert without[0] == without[1]
