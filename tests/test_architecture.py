@@ -4,11 +4,9 @@ They read the syntax tree, so an import inside a function or behind TYPE_CHECKIN
 """
 
 import ast
-import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -283,32 +281,3 @@ def test_old_names_are_gone() -> None:
         if name in OLD_NAMES
     }
     assert used == {}
-
-
-def test_a_wheel_brings_one_name(tmp_path: Path) -> None:
-    """And with it the presets; what a user calls envs, agent or runs stays theirs."""
-    source = tmp_path / "source"
-    shutil.copytree(
-        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build")
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-build-isolation",
-        "--no-deps",
-        "-q",
-        "-w",
-        str(tmp_path),
-        ".",
-    ]
-    subprocess.run(command, cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("longdream-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"longdream"}
-    packed = {name.removeprefix("longdream/") for name in names}
-    assert {str(path.relative_to(ROOT)) for path in sources(*MAY_IMPORT)} <= packed
-    assert {f"agent/play/page/{path.name}" for path in (ROOT / "agent" / "play" / "page").iterdir()} <= packed
-    assert {f"runs/presets/{path.name}" for path in (ROOT / "runs" / "presets").glob("*.yaml")} <= packed

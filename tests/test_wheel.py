@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def needed(distribution: str) -> set[str]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an environment with the wheel, and with links to the installed packages that it requires."""
     home = tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "tests", "docs")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build")
     shutil.copytree(ROOT, home / "source", symlinks=True, ignore=ignored)
     pip = [sys.executable, "-m", "pip"]
     build = [*pip, "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", str(home), "."]
@@ -85,6 +86,20 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (place / top.name).symlink_to(top)
     shutil.rmtree(home / "source")
     return home
+
+
+def test_it_brings_one_name(installed: Path) -> None:
+    """And with it the presets; what a user calls envs, agent or runs stays theirs."""
+    (wheel,) = installed.glob("longdream-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"longdream"}
+    packed = {name.removeprefix("longdream/") for name in names}
+    sources = [
+        path for folder in ("agent", "controller", "envs", "worldmodel") for path in (ROOT / folder).rglob("*.py")
+    ]
+    assert {str(path.relative_to(ROOT)) for path in sources} <= packed
+    assert {f"agent/play/page/{path.name}" for path in (ROOT / "agent" / "play" / "page").iterdir()} <= packed
+    assert {f"runs/presets/{path.name}" for path in (ROOT / "runs" / "presets").glob("*.yaml")} <= packed
 
 
 def test_the_wheel_trains_evaluates_dreams_and_says_what_an_extra_would_bring(installed: Path) -> None:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from longdream import __version__
 from longdream.agent.cli import launch, output
-from longdream.agent.run import trust
+from longdream.agent.run import files, trust
 from longdream.envs.contract import UserError
 
 if TYPE_CHECKING:
     from longdream.agent.config.schema import Config
+    from longdream.agent.run.folder import Run
 
 COMMANDS = {
     "evaluate": "evaluate:evaluate",
@@ -79,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"longdream: {message}", file=sys.stderr)
             result = {"error": message.partition("\n")[0]}
         if as_json and result is not None:
-            from longdream.agent.run.folder import to_json
-
-            console.end(to_json(result))
+            console.end(files.to_json(result))
     return code
 
 
@@ -158,9 +157,8 @@ def begin(
 
     Errors as in Trainer.train.
     """
-    from longdream.agent.run.folder import claim  # imported here: it brings torch, and help is quick
-
     config, label = prepare(source, settings, name, resume)
+    from longdream.agent.run.folder import claim  # imported here: it brings torch; help and many mistakes need none
 
     def start(folder: Path) -> dict[str, Any]:
         module, _, trainer = TRAINERS[config.kind].partition(":")
@@ -192,7 +190,11 @@ def prepare(
         UserError: settings that cannot be used, or a folder that is in use.
     """
     from longdream.agent.config import checks, options
-    from longdream.agent.run.folder import open_run
+
+    def open_run(folder: str | Path) -> Run:
+        from longdream.agent.run import folder as run_folder  # imported here: it brings torch
+
+        return run_folder.open_run(folder)
 
     label = ""
     if resume is None:

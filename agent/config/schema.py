@@ -165,7 +165,8 @@ class LogConfig:
 
     to: tuple[str, ...] = ("tensorboard",)
     """tensorboard, wandb, mlflow, or dotted paths `package.module:Class` to sinks of your own, with commas between
-    them."""
+    them. With none (`to: []` in a YAML file) evaluations are neither shown in pictures nor diagnosed, which saves
+    seconds."""
 
 
 @dataclass(frozen=True)

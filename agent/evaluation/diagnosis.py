@@ -22,6 +22,7 @@ from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import own_randomness
 from longdream.agent.evaluation.policy import WatchedWorld, check_fit, make_world
 from longdream.agent.evaluation.rollout import EVALUATION_SEED
+from longdream.agent.run.logger import Logger
 from longdream.agent.run.signals import Signals
 from longdream.controller.types import Judging
 from longdream.envs.contract import ObsSpec
@@ -122,17 +123,17 @@ def diagnose(
         }
 
 
-def metrics_of(findings: dict[str, Finding]) -> dict[str, float]:
-    """The values that were measured, as metrics."""
-    return {f"diagnosis/{name}": finding.value for name, finding in findings.items() if finding.value is not None}
-
-
-def newly_red(findings: dict[str, Finding], count: dict[str, Any]) -> list[str]:
-    """What to say of red lights that were not red before. `count` counts, by name, how often each one was."""
-    red = [name for name, finding in findings.items() if finding.light == "red"]
-    for name in red:
+def tell(findings: dict[str, Finding], logger: Logger, step: int, count: dict[str, Any]) -> None:
+    """Write what was measured as metrics, and warn of red lights that were not red before. `count` counts, by name, how
+    often each one was."""
+    values = {f"diagnosis/{name}": finding.value for name, finding in findings.items()}
+    logger.write(step, {name: value for name, value in values.items() if value is not None})
+    for name, finding in findings.items():
+        if finding.light != "red":
+            continue
         count[f"red/{name}"] = count.get(f"red/{name}", 0) + 1
-    return [f"{findings[name].says}; try {findings[name].advice}" for name in red if count[f"red/{name}"] == 1]
+        if count[f"red/{name}"] == 1:
+            logger.warn(step, f"{finding.says}; try {finding.advice} (longdream diagnose {logger.folder})")
 
 
 def memory(kept: float, erased: float, random: float) -> Finding:

@@ -28,6 +28,7 @@ from longdream.agent.evaluation.plots import (
     TEXT,
     bars,
     beside,
+    gif,
     hex_of,
     sheet,
 )
@@ -91,8 +92,7 @@ def still(picture: np.ndarray) -> Drawn:
 
 def moving(frames: Sequence[np.ndarray]) -> Drawn:
     """Frames `(H, W, 3)` of one size as a GIF that repeats."""
-    data = iio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=1000 / FPS, loop=0)
-    return Drawn(data, *frames[0].shape[:2])
+    return Drawn(gif(frames, FPS), *frames[0].shape[:2])
 
 
 def _dream(comparison: Comparison) -> list[np.ndarray]:

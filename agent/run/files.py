@@ -8,13 +8,15 @@ ones.
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from longdream.envs.contract import UserError
 
@@ -124,3 +126,16 @@ def _walk(folder: Path, root: Path) -> Iterator[tuple[Path, os.stat_result]]:
             yield path, status
             if entry.is_dir(follow_symlinks=False) and not (folder == root and entry.name in READ_ONLY):
                 yield from _walk(path, root)
+
+
+def to_json(values: Any, indent: int | None = None) -> str:
+    """Standard JSON: numbers that are not finite become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), indent=indent, allow_nan=False)

@@ -191,19 +191,6 @@ def write(path: Path, text: str) -> None:
         raise
 
 
-def to_json(values: Any, indent: int | None = None) -> str:
-    """Standard JSON: numbers that are not finite become null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(values), indent=indent, allow_nan=False)
-
-
 def _environment() -> str:
     def version(package: str) -> str:
         try:

@@ -12,8 +12,8 @@ import torch
 from longdream.agent.config.schema import Config
 from longdream.agent.core.learner import Learner
 from longdream.agent.core.ranks import here
+from longdream.agent.run import files, parts
 from longdream.agent.run import folder as run_folder
-from longdream.agent.run import parts
 from longdream.agent.run.logger import Logger
 from longdream.agent.run.metrics import Averages
 from longdream.agent.run.saver import Saver
@@ -126,7 +126,7 @@ class Session:
         """Write summary.json: these values, the number of updates, and the time that they took."""
         summary = summary | {"updates": self.learner.updates, "wall_s": round(self.wall(), 1)}
         if not here().rank:
-            run_folder.write(self.folder / "summary.json", run_folder.to_json(summary, indent=1) + "\n")
+            run_folder.write(self.folder / "summary.json", files.to_json(summary, indent=1) + "\n")
         return summary
 
     def wall(self) -> float:

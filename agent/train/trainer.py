@@ -23,8 +23,7 @@ from longdream.agent.core.ranks import here
 from longdream.agent.data.base import ReplayBuffer
 from longdream.agent.data.device_replay import DeviceReplay
 from longdream.agent.data.replay import Replay
-from longdream.agent.evaluation.diagnosis import diagnose, metrics_of, newly_red
-from longdream.agent.evaluation.pictures import evaluation_pictures
+from longdream.agent.evaluation.diagnosis import diagnose, tell
 from longdream.agent.evaluation.policy import evaluate_agent, make_world, play
 from longdream.agent.run import folder as run_folder
 from longdream.agent.run import parts, sinks
@@ -168,17 +167,16 @@ class Trainer(Session):
         return summary | {"dream_steps": agent.dream_steps}
 
     def show(self, agent: Agent) -> None:
-        """Show an episode of the evaluation in pictures: dream beside reality, V's reconstructions, surprise. Diagnose
-        the agent, and warn once of each part that stands at red."""
-        if here().rank:
+        """Show an episode of the evaluation in pictures, diagnose the agent, and warn once of each part that stands at
+        red; unless the run is shown nowhere."""
+        if here().rank or not self.config.log.to:
             return
+        from longdream.agent.evaluation.pictures import evaluation_pictures  # imported here: it brings matplotlib
+
         env, seed = self.config.evaluation_env, self.config.seed
         pictures = evaluation_pictures(agent, env, seed, self.config.evaluate.greedy, self.signals)
         self.logger.draw(self.progress, pictures)
-        findings = diagnose(agent, env, seed, signals=self.signals)
-        self.logger.write(self.progress, metrics_of(findings))
-        for text in newly_red(findings, self.count):
-            self.logger.warn(self.progress, f"{text} (longdream diagnose {self.folder})")
+        tell(diagnose(agent, env, seed, signals=self.signals), self.logger, self.progress, self.count)
 
     def rate_scale(self) -> float:
         """Factor on the learning rates: from 1 linearly to `learn.decay` at the end."""

@@ -21,7 +21,7 @@ from longdream.agent.config.checks import check
 from longdream.agent.config.schema import Config
 from longdream.agent.core.learner import Learner
 from longdream.agent.core.ranks import RankFailed, here
-from longdream.agent.run.folder import to_json
+from longdream.agent.run.files import to_json
 from longdream.agent.train.video import ClipLearner
 from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, UserError
 

@@ -32,9 +32,10 @@ def survive(only: str, workers: int, folder: Path, say: Callable[[str], None]) -
     shutil.rmtree(folder, ignore_errors=True)
     base = folder / "base"
     base.mkdir(parents=True)
-    made = _faulty("none", base, "--name", "run", "--evaluate.save_seconds", "0")
-    _expect(made.code == 0, made, "the run to be damaged was not trained")
     chosen = {name: each for name, each in situations(base).items() if only in name}
+    if any(base in getattr(each, "args", ()) for each in chosen.values()):
+        made = _faulty("none", base, "--name", "run", "--evaluate.save_seconds", "0")
+        _expect(made.code == 0, made, "the run to be damaged was not trained")
 
     def go_through(number: int, name: str) -> str:
         place = folder / f"situation-{number}"
@@ -120,7 +121,7 @@ GOING_ON = {
     "its environment changes folder, torch and numbers": ("sync", "changes settings", ()),
     "its environment does not close": ("async", "hang in close", ("--env.timeout_s", "3")),
     "a reward that is not finite": ("sync", "reward is not finite", ()),
-    "TensorBoard cannot write": ("sync", "blocks tensorboard", ()),
+    "TensorBoard cannot write": ("sync", "blocks tensorboard", ("--log.to", "tensorboard")),
     "episodes end by their limit alone": ("sync", "endless", ("--env.kwargs.max_episode_steps", "9")),
 }
 ENDED_AT_ONCE = (("sync", "exit in init", 2), ("async", "exit in init", 1), ("async", "hang in init", 1))

@@ -35,6 +35,9 @@ def main(base: Path, home: Path, seed: int, numbers: range) -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    # matplotlib looks for fonts when it is first imported, unless it finds its list of them where the user has it
+    for module in ("longdream.agent.train.trainer", "longdream.agent.evaluation.pictures"):
+        importlib.import_module(module)
     for name in PLACES:
         (home / name).mkdir(parents=True, exist_ok=True)
     os.environ["XDG_CONFIG_HOME"] = os.environ["MPLCONFIGDIR"] = str(home / "config")
@@ -43,7 +46,6 @@ def main(base: Path, home: Path, seed: int, numbers: range) -> None:
     os.chdir(home / "place")
     # a module that a configuration may name: it is not to be imported
     Path("evil.py").write_text(f"open({str(home / 'outside' / 'PWNED')!r}, 'w').write('evil')\n")
-    importlib.import_module("longdream.agent.train.trainer")  # matplotlib looks for fonts when it is first imported
     box = kinds.Box(base)
     watch = Watch([home / "place", home / "config", home / "tmp"], str(home / "place" / "peer"))
     warnings.simplefilter("ignore")

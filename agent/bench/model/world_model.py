@@ -23,7 +23,8 @@ from longdream.agent.data.video.library import open_library
 from longdream.agent.data.video.loader import read_clip
 from longdream.agent.data.video.reader import Damaged
 from longdream.agent.evaluation.similarity import Similarity
-from longdream.agent.run.folder import open_run, to_json, write
+from longdream.agent.run.files import to_json
+from longdream.agent.run.folder import open_run, write
 from longdream.agent.train.video import HELD_OUT, ClipLearner, VideoTrainer, load_model
 from longdream.envs.contract import UserError
 from longdream.worldmodel.generate import generate, read_context

@@ -22,7 +22,8 @@ from longdream.agent.dream_env.sb3 import space_from_0
 from longdream.agent.dream_env.spaces import action_space, observation_space
 from longdream.agent.evaluation.policy import WatchedWorld, make_world, play
 from longdream.agent.evaluation.tables import summary_table
-from longdream.agent.run.folder import claim, make, to_json, unused, write
+from longdream.agent.run.files import to_json
+from longdream.agent.run.folder import claim, make, unused, write
 from longdream.agent.run.logger import Logger
 from longdream.agent.run.metrics import Averages
 from longdream.agent.run.signals import Signals

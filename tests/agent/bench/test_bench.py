@@ -174,7 +174,7 @@ def test_controllers_are_compared_in_dreams_of_one_run(tmp_path: Path, monkeypat
     short = {"learn.steps": 80, "learn.prefill": 40, "learn.warmup": 2, "evaluate.episodes": 2, "evaluate.every": 0}
     short |= {"env.kwargs": {"corridor": 3, "size": 16, "max_steps": 8}}
     (tmp_path / "small.yaml").write_text(options.dump(options.update(options.load("tiny"), short)))
-    kinds = ("actor_critic", "planner/cem", "evolution", "real/PPO")
+    kinds = ("planner/cem", "evolution", "real/PPO")
     asked = {"presets": ("small.yaml",), "kinds": kinds, "seeds": (4,), "episodes": 3, "updates": 2, "parallel": 2}
     result = json.loads(json.dumps(controllers.measure(**asked, out=Path("out"))))
     rows = {row["controller"]: row for row in result["rows"]}
@@ -184,12 +184,10 @@ def test_controllers_are_compared_in_dreams_of_one_run(tmp_path: Path, monkeypat
         assert row["return_ci95"][0] <= row["return_mean"] <= row["return_ci95"][1]
     # those in dreams count the real steps behind M and their own dreams; one in reality has none
     behind = rows["with M"]["env_steps"]
-    assert [rows[kind]["env_steps"] for kind in kinds[:3]] == [behind] * 3 and rows["real/PPO"]["env_steps"] >= 80
-    config = options.load("out/runs/small-actor_critic-s4/config.yaml")
-    dreams = config.replay.batch * config.controller.imagination_starts * config.controller.horizon
+    assert [rows[kind]["env_steps"] for kind in kinds[:2]] == [behind] * 2 and rows["real/PPO"]["env_steps"] >= 80
     evolution = EvolutionSettings()
     generation = evolution.population * evolution.moments * evolution.horizon
-    wanted = {"actor_critic": 2 * dreams, "planner/cem": 0, "evolution": 2 * generation, "real/PPO": 0}
+    wanted = {"planner/cem": 0, "evolution": 2 * generation, "real/PPO": 0}
     assert {kind: rows[kind]["dream_steps"] for kind in kinds} == wanted and rows["with M"]["dream_steps"] > 0
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert json.loads(json.dumps(controllers.measure(**asked, out=Path("out")))) == result
@@ -280,7 +278,5 @@ def test_workers_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
     assert len(workers) == 2
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):  # within the time of a test
         time.sleep(0.05)
-    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]

@@ -52,12 +52,12 @@ def test_what_must_not_happen_is_seen(tmp_path: Path) -> None:
 
 
 def test_kills_and_inputs_are_survived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = faults.measure(kills=2, inputs=40, situations="trian", workers=2, seed=3, out=tmp_path / "out")
+    result = faults.measure(kills=1, inputs=20, situations="trian", workers=2, seed=3, out=tmp_path / "out")
     assert json.loads(json.dumps(result)) == result
     assert result["failures"] == [] and result["ok"]
-    assert result["kills"]["survived"] == 2 and result["lost"] == {"rows": 0, "runs": 0, "checkpoints": 0}
-    assert result["inputs"]["tried"] == 40 and set(result["inputs"]["kinds"]) == set(kinds.KINDS)
-    assert result["tried"] == result["survived"] == 43
+    assert result["kills"]["survived"] == 1 and result["lost"] == {"rows": 0, "runs": 0, "checkpoints": 0}
+    assert result["inputs"]["tried"] == 20 and set(result["inputs"]["kinds"]) == set(kinds.KINDS)
+    assert result["tried"] == result["survived"] == 22
     told = capsys.readouterr()
     assert "lost         rows 0, runs 0, checkpoints 0" in told.out and "situations" in told.err
 
@@ -78,11 +78,11 @@ def test_inputs_that_hang_or_end_the_process_are_failures(tmp_path: Path, monkey
     monkeypatch.setattr(inputs, "INPUT_S", 2.0)
     inputs.make_base(tmp_path / "base")
     told: list[dict] = []
-    inputs._work(tmp_path / "base", tmp_path / "home", 0, 4, 10, 1, told.append)
-    assert [each["kind"] for each in told] == ["config", *["flags"] * 3, *["npz"] * 2]
+    inputs._work(tmp_path / "base", tmp_path / "home", 0, 4, 10, 2, told.append)
+    assert [each["kind"] for each in told] == ["config", "flags", "npz"]
     assert "it took more than 2 s" in told[0]["why"]
-    assert all("it ended the process (exit code 5" in each["why"] for each in told[1:4])
-    assert all(each["ended"] in ("accepted", "refused") for each in told[4:])
+    assert "it ended the process (exit code 5" in told[1]["why"]
+    assert told[2]["ended"] in ("accepted", "refused")
 
 
 def test_inputs_depend_on_their_seed_alone() -> None:

@@ -95,8 +95,7 @@ def test_what_cannot_be_compared_is_one_line(record: Callable, capsys, tmp_path:
         assert message in error and error.count("\n") == 1 and "Traceback" not in error
 
 
-@pytest.mark.parametrize("x", ["steps", "wall", "updates"])
-@pytest.mark.parametrize("suffix", ["pdf", "png", "svg"])
+@pytest.mark.parametrize(("x", "suffix"), [("steps", "pdf"), ("wall", "png"), ("updates", "svg")])
 def test_curves_are_drawn(record: Callable, capsys, x: str, suffix: str) -> None:
     words = [record(f"a-s{i}", i, seed=i, steps=100 + 10 * i) for i in range(3)] + [record("b-s1", 2.0)]
     result = run(capsys, "plot", *words, "--x", x, "--out", f"figures/one.{suffix}")
@@ -123,7 +122,8 @@ def test_runs_are_listed_with_what_has_become_of_them(record: Callable, capsys, 
     }  # fmt: skip
     assert rows["stopped"]["steps"] == 100 and rows["stopped"]["return"] == 1 and rows["stopped"]["seed"] == 3
     assert "seed 'much'" in rows["strange"]["problem"] and rows["torn"]["steps"] == 100
-    assert abs(time.time() - rows["complete"]["written"]) < 60 and rows["complete"]["size"] > 1_000
+    written = (tmp_path / "runs" / "complete" / "metrics.jsonl").stat().st_mtime
+    assert rows["complete"]["written"] == pytest.approx(written, abs=1) and rows["complete"]["size"] > 1_000
     assert cli.main(["list"]) == 0 and "ago" in capsys.readouterr().out
     assert cli.main(["list", "nowhere"]) == 2 and "no such folder" in capsys.readouterr().err
 
@@ -170,13 +170,12 @@ def test_a_signal_ends_all_seeds_which_have_saved_themselves(tmp_path: Path) -> 
     with subprocess.Popen(
         [*command, "--steps", "100000"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 120
         metrics = [tmp_path / "runs" / f"x-s{i}" / "metrics.jsonl" for i in (1, 2)]
         while not all(path.is_file() and path.stat().st_size for path in metrics):
-            assert time.monotonic() < deadline and process.poll() is None
+            assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert "go on with: longdream train --resume runs/x-s1" in said and "--resume runs/x-s2" in said
     assert all(list((path.parent / "checkpoints").iterdir()) for path in metrics)

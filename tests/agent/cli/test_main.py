@@ -26,7 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = os.getcwd()
     os.chdir(folder)
     try:
-        assert cli.main(["train", "tiny", "--name", "short", "--seed", "3", *SHORT]) == 0
+        assert cli.main(["train", "tiny", "--name", "short", "--seed", "3", "--log.to", "tensorboard", *SHORT]) == 0
     finally:
         os.chdir(before)
     return folder

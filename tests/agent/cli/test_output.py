@@ -4,10 +4,10 @@ import errno
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,12 @@ def test_a_terminal_that_is_closed_ends_the_run_with_everything_saved(tmp_path: 
     process = subprocess.Popen(long, cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave, preexec_fn=adopt)
     os.close(slave)
     metrics = tmp_path / "runs/r/metrics.jsonl"
-    until = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < until:
-        time.sleep(0.1)
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None
+        if select.select([master], [], [], 0.1)[0]:
+            os.read(master, 1 << 16)  # as a terminal does: once it holds a few lines that nobody reads, writing waits
     os.close(master)
-    assert process.wait(120) == 128 + signal.SIGHUP
+    assert process.wait() == 128 + signal.SIGHUP
     assert list((tmp_path / "runs/r/checkpoints").glob("step_*"))
 
 
@@ -150,9 +151,8 @@ with Signals() as signals:
 """
 
 
-@pytest.mark.parametrize("coding", ["ascii", "latin-1"])
-def test_names_that_the_console_cannot_show(tmp_path: Path, coding: str) -> None:
-    environment = os.environ | {"PYTHONIOENCODING": f"{coding}:strict", "PYTHONUTF8": "0", "LC_ALL": "C"}
+def test_names_that_the_console_cannot_show(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0", "LC_ALL": "C"}
     environment |= {"PYTHONCOERCECLOCALE": "0"}
     command: list[Any] = [*TRAIN, *SHORT]
     command[command.index("r")] = "größe-日本".encode()
@@ -160,6 +160,7 @@ def test_names_that_the_console_cannot_show(tmp_path: Path, coding: str) -> None
     assert done.returncode == 0, done.stderr.decode()
     (folder,) = (tmp_path / "runs").iterdir()
     again = [*TRAIN[:4], "--resume", str(folder), "--steps", "96"]
+    environment |= {"PYTHONIOENCODING": "latin-1:strict"}
     done = subprocess.run(again, cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 

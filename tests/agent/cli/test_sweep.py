@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -57,10 +56,9 @@ def test_the_best_and_what_mattered_are_told(tmp_path: Path, monkeypatch: pytest
         return [{"return_mean": -abs(config.learn.model_rate - 1e-3)} for config, _ in runs]
 
     monkeypatch.setattr("longdream.agent.cli.seeds.train_all", worth)
-    began = time.monotonic()
     assert cli.main(["sweep", "rates.yaml", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(result["trials"]) == 30 and time.monotonic() - began < 60
+    assert len(result["trials"]) == 30
     assert abs(result["best"]["settings"]["learn.model_rate"] - 1e-3) < 5e-4
     importance = result["importance"]
     assert importance["learn.model_rate"] > importance["worldmodel.mixer"]

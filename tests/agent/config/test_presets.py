@@ -60,12 +60,12 @@ def test_a_preset_sets_only_what_concerns_its_kind_of_run(name: str) -> None:
 def test_a_preset_builds_an_agent(name: str, tmp_path: Path) -> None:
     config = options.load(name)
     config = dataclasses.replace(config, device="cpu")
-    world = World(config.env.id, config.env.copies, config.seed, config.env.kwargs)
+    world = World(config.env.id, 2, config.seed, config.env.kwargs)
     checks.check(config)
     agent = Agent(config, world.spec)
-    carry, surprise = agent.observe(agent.initial(config.env.copies), world.reset())
+    carry, surprise = agent.observe(agent.initial(2), world.reset())
     action = agent.act(carry, greedy=False)
-    assert action.shape == (config.env.copies, world.spec.action.size) and surprise is not None
+    assert action.shape == (2, world.spec.action.size) and surprise is not None
     replay = Replay(tmp_path, world.spec, config.env.copies, config.replay.capacity)
     checks.check_clip(config, replay.longest_clip)
     world.close()

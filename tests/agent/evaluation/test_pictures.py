@@ -26,7 +26,7 @@ def frames_of(data: bytes) -> np.ndarray:
 
 
 def test_tensorboard_gives_back_what_evaluations_showed(tmp_path: Path) -> None:
-    settings = {"learn.steps": 220, "evaluate.every": 100, "evaluate.final_episodes": 2}
+    settings = {"learn.steps": 220, "evaluate.every": 100, "evaluate.final_episodes": 2, "log.to": ("tensorboard",)}
     config = options.update(options.load("tiny"), settings)
     OnlineTrainer.train(config, tmp_path / "run", console=False)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"images": 0}).Reload()
@@ -62,11 +62,13 @@ def test_a_film_shows_reality_and_dream_row_by_row(dream_runs: Callable[[str], P
     world.close()
 
 
-def test_numbers_are_drawn_as_lines(dream_runs: Callable[[str], Path]) -> None:
-    agent, _ = load_agent(dream_runs("vectors"))
-    config = agent.config
-    pictures = evaluation_pictures(agent, config.env, 0, True)
-    assert set(pictures) == {"dream", "surprise"} and pictures["dream"].data[1:4] == b"PNG"
+@pytest.mark.parametrize(
+    ("run", "names"), [("vectors", {"dream", "surprise"}), ("mixed", {"dream", "reconstruction", "surprise"})]
+)
+def test_numbers_are_drawn_as_lines(dream_runs: Callable[[str], Path], run: str, names: set[str]) -> None:
+    agent, _ = load_agent(dream_runs(run))
+    pictures = evaluation_pictures(agent, agent.config.env, 0, True)
+    assert set(pictures) == names and pictures["dream"].data[1:4] == (b"PNG" if run == "vectors" else b"IF8")
 
 
 def test_an_evaluation_changes_no_random_stream(dream_runs: Callable[[str], Path]) -> None:

@@ -173,15 +173,12 @@ def test_training_takes_a_configuration(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_importing_is_quick() -> None:
-    """At most half a second, in the best of three; and without what takes longer."""
+    """It brings nothing that takes long."""
     code = (
-        "import time; t = time.perf_counter(); import longdream; t = time.perf_counter() - t; import sys;"
-        "dir(longdream); print(t, *[name for name in ('torch', 'matplotlib', 'pydantic') if name in sys.modules])"
+        "import longdream, sys; dir(longdream);"
+        "print([name for name in ('torch', 'matplotlib', 'pydantic', 'scipy') if name in sys.modules])"
     )
-    outputs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(3)]
-    lines = [done.stdout.split() for done in outputs]
-    assert all(len(line) == 1 for line in lines), lines
-    assert min(float(line[0]) for line in lines) < 0.5
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_every_name_is_there() -> None:

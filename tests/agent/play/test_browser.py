@@ -25,7 +25,7 @@ SEEING = {
     "env.kwargs": {"corridor": 3, "doors": 2, "size": 16}, "learn.steps": 700, "learn.prefill": 400,
     "learn.warmup": 150, "learn.warmup_model": 250, "replay.batch": 16, "replay.length": 10, "encoder.channels": 16,
     "encoder.depth": 8, "worldmodel.width": 32, "learn.encoder_rows": 160, "evaluate.every": 0,
-    "evaluate.final_episodes": 2,
+    "evaluate.final_episodes": 2, "log.to": ("tensorboard",),
 }  # fmt: skip
 """Enough for V and M to see, in some seconds."""
 

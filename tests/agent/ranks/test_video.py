@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -47,37 +46,30 @@ from longdream.agent.core.ranks import here, joined
 from longdream.agent.run.signals import Interrupted
 from longdream.agent.train.video import VideoTrainer
 
-folder, settings, stop = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 config = options.update(options.load("video-tiny"), settings)
 
 
 class Stopped(VideoTrainer):
     def turn(self):
         super().turn()
-        if here().rank and self.progress == stop:
+        if here().rank and self.progress == 6:
             self.signals.number = 15
 
 
 with joined():
-    if stop:
-        try:
-            Stopped.train(config, folder, console=False)
-        except Interrupted:
-            pass
-    VideoTrainer.train(config, folder, resume=stop > 0, console=False)
+    VideoTrainer.train(config, folder / "whole", console=False)
+    try:
+        Stopped.train(config, folder / "stopped", console=False)
+    except Interrupted:
+        pass
+    else:
+        raise AssertionError("it was not stopped")
+    VideoTrainer.train(config, folder / "stopped", resume=True, console=False)
 """
 
 
-def train(folder: Path, settings: dict[str, Any], stop: int) -> list[dict[str, Any]]:
-    """The record of a run of two ranks, stopped after so many updates and resumed by the same processes."""
-    store = {"WORLD_SIZE": "2", "LONGDREAM_STORE": f"{folder}.store", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-c", RUN, str(folder), json.dumps(settings), str(stop)]
-    processes = [
-        subprocess.Popen(command, env=os.environ | store | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=250)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+def record(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 
@@ -85,19 +77,18 @@ def train(folder: Path, settings: dict[str, Any], stop: int) -> list[dict[str, A
 def test_two_ranks_learn_from_video_and_go_on_in_the_middle_of_an_epoch(mazes: Path, tmp_path: Path) -> None:
     settings = SHORT | {"video.data": str(mazes)}
     options.update(options.load("video-tiny"), settings)
-    outcomes: dict[str, Any] = {}
-    threads = [
-        threading.Thread(target=lambda n=name, s=stop: outcomes.update({n: train(tmp_path / n, settings, s)}))
-        for name, stop in (("whole", 0), ("stopped", 6))
+    store = {"WORLD_SIZE": "2", "LONGDREAM_STORE": str(tmp_path / "store"), "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-c", RUN, str(tmp_path), json.dumps(settings)]
+    processes = [
+        subprocess.Popen(command, env=os.environ | store | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    whole = outcomes["whole"]
+    errors = [process.communicate(timeout=250)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    whole = record(tmp_path / "whole")
     assert any("model/prediction" in line for line in whole) and any(
         "held_out/psnr_open_loop" in line for line in whole
     )
     assert whole[-1]["final/psnr_open_loop"] > 0
     assert [line["count/frames"] for line in whole if "count/frames" in line][-1] == 11 * 16
-    assert outcomes["stopped"] == whole
+    assert record(tmp_path / "stopped") == whole

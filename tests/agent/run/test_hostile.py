@@ -30,6 +30,7 @@ from longdream.envs.contract import UserError
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with two checkpoints."""
     short = {"learn.steps": 88, "evaluate.final_episodes": 2, "evaluate.every": 0, "evaluate.save_seconds": 0.0}
+    short["log.to"] = ("tensorboard",)
     folder = tmp_path_factory.mktemp("trained") / "run"
     OnlineTrainer.train(options.update(options.load("tiny"), short), folder, console=False)
     return folder

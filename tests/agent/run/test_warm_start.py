@@ -15,7 +15,7 @@ from longdream.envs.contract import UserError
 
 
 def tiny(**settings: object) -> Config:
-    few = {"learn.steps": 260, "learn.prefill": 100, "evaluate.every": 0, "evaluate.final_episodes": 2}
+    few = {"learn.steps": 180, "learn.prefill": 100, "evaluate.every": 0, "evaluate.final_episodes": 2}
     return options.update(options.load("tiny"), few | {key.replace("__", "."): v for key, v in settings.items()})
 
 
@@ -48,7 +48,7 @@ def test_a_run_begins_with_the_weights_of_another(source: Path, tmp_path: Path, 
 
     monkeypatch.setattr(OnlineTrainer, "act", watched)
     summary = OnlineTrainer.train(tiny(seed=4, init=str(source)), tmp_path / "run", console=False)
-    assert summary["env_steps"] >= 260 and not any(seen)
+    assert summary["env_steps"] >= 180 and not any(seen)
     assert len(scales) > 5 and all(scale == min(1.0, (updates + 1) / RAMP) for updates, scale in scales)
 
 
@@ -57,8 +57,8 @@ def test_it_brings_its_settings_and_resumes(source: Path, tmp_path: Path, monkey
     command = ["train", "--init", str(source), "--seed", "5", "--name", "tuned", "--env.kwargs.corridor", "4"]
     assert cli.main(command) == 0
     config = run_folder.open_run("runs/tuned").config
-    assert config.learn.steps == 260 and config.env.kwargs["corridor"] == 4 and config.init == str(source)
-    assert cli.main(["train", "--resume", "runs/tuned", "--steps", "290"]) == 0
+    assert config.learn.steps == 180 and config.env.kwargs["corridor"] == 4 and config.init == str(source)
+    assert cli.main(["train", "--resume", "runs/tuned", "--steps", "200"]) == 0
 
 
 @pytest.mark.parametrize(

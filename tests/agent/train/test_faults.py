@@ -12,6 +12,7 @@ from longdream.agent.run import folder as run_folder
 from longdream.agent.train import trainer
 from longdream.envs.contract import EnvError
 
+SHORT = ["--steps", "160", "--evaluate.final_episodes", "2"]
 FAULTY = '''
 import os
 import time
@@ -77,8 +78,8 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def train(fault: str, *flags: str, **kwargs: object) -> int:
-    given = json.dumps({"fault": fault, **kwargs})
-    return cli.main(["train", "tiny", "--name", "run", "--env", "faulty:Faulty-v0", "--env.kwargs", given, *flags])
+    where = ["--env", "faulty:Faulty-v0", "--env.kwargs", json.dumps({"fault": fault, **kwargs})]
+    return cli.main(["train", "tiny", "--name", "run", *where, *SHORT, *flags])
 
 
 def lines(folder: Path = Path("runs/run")) -> list[dict]:
@@ -117,10 +118,12 @@ def test_an_environment_that_fails(workers: str, fault: str, what: str, capfd: p
     tree, step = run_folder.open_run("runs/run").saved
     assert step >= 30 and tree["collected"][0] == step and tree["collector"] is None
     assert sum(rows for _, rows, _ in tree["replay"]["segments"]) == step // 2 + step // 20 + 1
+    if workers == "async" and fault != "hang":
+        return  # to go on is the same after every fault
     assert cli.main(["train", "--resume", "runs/run"]) == 0
     record = lines()
     assert [line["count/lost_worlds"] for line in record if "count/lost_worlds" in line][-1] == 1
-    assert json.loads(Path("runs/run/summary.json").read_text())["env_steps"] >= 240
+    assert json.loads(Path("runs/run/summary.json").read_text())["env_steps"] >= 160
     assert [line["step"] for line in record] == sorted(line["step"] for line in record)
 
 

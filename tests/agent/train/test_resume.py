@@ -22,7 +22,7 @@ from longdream.agent.train import trainer
 from longdream.agent.train.trainer import OnlineTrainer
 
 ROOT = Path(__file__).resolve().parents[3]
-KILLS = int(os.environ.get("LONGDREAM_KILLS", "4"))  # each costs the start of a process
+KILLS = int(os.environ.get("LONGDREAM_KILLS", "2"))  # each costs the start of a process
 OFTEN = ["--evaluate.save_seconds", "0"]  # a checkpoint at every turn: about half of the time goes into writing them
 
 
@@ -38,6 +38,15 @@ def start(folder: Path, *arguments: str, **kwargs: Any) -> subprocess.Popen:
 def writing(folder: Path) -> bool:
     """Whether a checkpoint is half written."""
     return any(folder.glob("checkpoints/.tmp-*"))
+
+
+def caught_writing(process: subprocess.Popen, folder: Path) -> bool:
+    """Stop the process; whether it stands still in the middle of a write. Otherwise it goes on."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    if not writing(folder):
+        process.send_signal(signal.SIGCONT)
+    return writing(folder)
 
 
 def reached(folder: Path) -> int:
@@ -75,14 +84,16 @@ def copy(uninterrupted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(uninterrupted, tmp_path / "runs" / "copy"))
 
 
-@pytest.mark.timeout(120 + 60 * KILLS)
+@pytest.mark.timeout(240 + 60 * KILLS)
 def test_killed_at_random_moments(uninterrupted: Path, tmp_path: Path) -> None:
     moments, kills, in_a_write = random.Random(KILLS), 0, 0
     folder = tmp_path / "runs" / "killed"
     process = start(tmp_path, "train", "tiny", "--name", "killed", *OFTEN)
     while True:
         if kills < KILLS:
-            while reached(folder) < 230 * kills // KILLS or (kills % 2 and not writing(folder)):
+            while reached(folder) < 230 * kills // KILLS or (
+                kills % 2 and not (writing(folder) and caught_writing(process, folder))
+            ):
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.001)
             time.sleep(moments.uniform(0, 0.1) * (kills % 2 == 0))
@@ -138,6 +149,7 @@ def test_ctrl_c_on_a_terminal_does_not_end_the_workers_first(tmp_path: Path) -> 
 def test_stopped_in_an_evaluation(env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which leaves training as it was. Environments that cannot be saved are run again up to where they were."""
     settings = {"learn.steps": 132, "evaluate.final_episodes": 1, "evaluate.episodes": 1, "env.id": env}
+    settings["log.to"] = ("tensorboard",) if env == "longdream/Recall-v0" else ()
     kwargs = {"corridor": 3, "size": 16} if env == "longdream/Recall-v0" else {}
     config = options.update(options.load("tiny"), settings | {"env.kwargs": kwargs})
     OnlineTrainer.train(config, tmp_path / "whole", console=False)

@@ -17,7 +17,7 @@ from longdream.agent.core.actor import Carry
 from longdream.agent.core.agent import Agent, Stage
 from longdream.agent.evaluation.policy import evaluate_agent
 from longdream.agent.run import folder as run_folder
-from longdream.agent.run.logger import Logger
+from longdream.agent.run.logger import PICTURES, Logger
 from longdream.agent.run.signals import Interrupted, Signals
 from longdream.agent.train import trainer
 from longdream.agent.train.trainer import OnlineTrainer
@@ -150,10 +150,12 @@ def test_evaluations_are_greedy_unless_the_config_says_no(monkeypatch: pytest.Mo
 
 
 def test_evaluating_changes_nothing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    OnlineTrainer.train(tiny(evaluate__every=30, evaluate__episodes=3), tmp_path / "run", console=False)
+    config = tiny(evaluate__every=30, evaluate__episodes=3, log__to=("tensorboard",))
+    OnlineTrainer.train(config, tmp_path / "run", console=False)
     without = [[x for x in record(f) if "evaluate/return_mean" not in x] for f in (tmp_path / "run", finished[0])]
     assert without[0] == without[1]
     assert len(record(tmp_path / "run")) == len(without[0]) + 4
+    assert (tmp_path / "run" / PICTURES / "dream.gif").exists() and not (finished[0] / PICTURES).exists()
 
 
 def test_no_updates_where_nothing_is_due(tmp_path: Path) -> None:

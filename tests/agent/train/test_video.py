@@ -147,15 +147,17 @@ def test_it_learns_what_actions_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "stops"),
     [
-        {},
-        {"video.carry": True},
-        {"video.carry": True, "forcing.history": "noisy", "video.freeze": True},
+        ({}, (3, 4, 8)),  # evaluations are at 4 and 8
+        ({"video.carry": True}, (7,)),
+        ({"video.carry": True, "forcing.history": "noisy", "video.freeze": True}, (2,)),
     ],
     ids=["clips", "carried", "noisy history"],
 )
-def test_resumed_is_uninterrupted(settings: dict, mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_is_uninterrupted(
+    settings: dict, stops: tuple[int, ...], mazes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keep = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda root, step, tree: keep(root, step, tree, keep=100))
     damaged = mazes / "episode-1.npz"
@@ -166,7 +168,7 @@ def test_resumed_is_uninterrupted(settings: dict, mazes: Path, tmp_path: Path, m
     config = options.update(tiny(mazes), {"evaluate.save_seconds": 0.0} | settings)
     summary = VideoTrainer.train(config, tmp_path / "whole", console=False)
     assert summary["damaged"] == 1
-    for stop in (2, 7) if settings else (3, 4, 7, 8):  # evaluations are at 4 and 8
+    for stop in stops:
         folder = tmp_path / f"stopped-{stop}"
         shutil.copytree(tmp_path / "whole", folder)
         (folder / "summary.json").unlink()

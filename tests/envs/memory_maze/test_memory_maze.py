@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv
 
 from longdream.envs.contract import UserError
 from longdream.envs.make import World
@@ -101,13 +101,6 @@ def test_the_time_limit_truncates_and_nothing_terminates() -> None:
         assert env.step(0)[3] is False
 
 
-def test_an_episode_has_a_thousand_steps() -> None:
-    with closing(MemoryMazeEnv(9)) as env:
-        env.reset(seed=0)
-        simulation = env.simulation
-        assert sum(1 for _ in iter(lambda: simulation.step(0)[1], True)) + 1 == 1000
-
-
 def test_probes_are_consistent(env: gym.Env) -> None:
     _, info = env.reset(seed=8)
     first = {key: np.copy(value) for key, value in info.items()}
@@ -161,10 +154,9 @@ def test_render_modes() -> None:
         assert env.render() is None
 
 
-@pytest.mark.parametrize("vector", [SyncVectorEnv, partial(AsyncVectorEnv, context="forkserver")])
-def test_vector_environments(vector) -> None:
+def test_vector_environments() -> None:
     make = partial(gym.make, "longdream:" + ID, probes=True)
-    with closing(vector([make, make])) as envs:
+    with closing(AsyncVectorEnv([make, make], context="forkserver")) as envs:
         obs, infos = envs.reset(seed=[3, 4])
         assert obs.shape == (2, 64, 64, 3) and infos["agent_pos"].shape == (2, 2)
         frames = [obs.copy()] + [envs.step(np.array([a, a]))[0].copy() for a in WALK[:4]]
