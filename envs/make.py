@@ -94,11 +94,8 @@ def find(env_id: str) -> Registration:
     matches = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
     # an id that only the module registers needs it in front
     close = [f"{module}:{match}" if match not in known_before or _is_of(module, match) else match for match in matches]
-    hint = (
-        f"did you mean {' or '.join(close)}?"
-        if close
-        else f"put the module that registers it in front, as in my_envs:{name}"
-    )
+    front = f"put the module that registers it in front, as in my_envs:{name}"
+    hint = f"did you mean {' or '.join(close)}?" if close else front
     raise UserError(f"unknown environment {env_id!r}: {hint}")
 
 
