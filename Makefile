@@ -56,7 +56,7 @@ docs: .venv/installed-dev
 	  "If you have one elsewhere: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
-	$(INSTALL) -e '.[video]'
+	$(INSTALL) -e '.[play,video]'
 	@touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip

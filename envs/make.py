@@ -83,14 +83,19 @@ def find(env_id: str) -> Registration:
         except BaseException as error:
             if stops_the_program(error):
                 raise
-            raise UserError(f"cannot import module {module!r} of environment {env_id!r}: {one_line(error)}") from error
+            missing = isinstance(error, ModuleNotFoundError) and error.name in (module, module.partition(".")[0])
+            fix = "; start in the folder where it lies, or install it" if missing else ""
+            raise UserError(
+                f"cannot import module {module!r} of environment {env_id!r}: {one_line(error)}{fix}"
+            ) from error
     if name in gym.registry:
         return gym.registry[name]
     by_lower = {known.lower(): known for known in gym.registry}
     matches = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
     # an id that only the module registers needs it in front
     close = [f"{module}:{match}" if match not in known_before or _is_of(module, match) else match for match in matches]
-    hint = f"did you mean {' or '.join(close)}?" if close else "import the package that registers it: module:Id"
+    front = f"put the module that registers it in front, as in my_envs:{name}"
+    hint = f"did you mean {' or '.join(close)}?" if close else front
     raise UserError(f"unknown environment {env_id!r}: {hint}")
 
 

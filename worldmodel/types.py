@@ -83,4 +83,6 @@ def class_by_name(field: str, name: str, known: Mapping[str, type]) -> type:
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{field} = {name}: {error}") from None
+        missing = isinstance(error, ModuleNotFoundError) and error.name in (module, module.partition(".")[0])
+        fix = "; start in the folder where it lies, or install it" if missing else ""
+        raise ValueError(f"{field} = {name}: {error}{fix}") from None

@@ -135,10 +135,13 @@ def _sentence(i: int, comparison: Comparison, context: int) -> str:
     if comparison.context < context:
         parts.append(f"so short that M is shown {comparison.context} in place of {context}")
     for key, spec in comparison.spec.obs.items():
-        unit = {"image": "dB PSNR", "vector": "rms error"}.get(spec.kind, "of it wrong")
         dream = comparison.error(key, "dreamt")[dreamt].mean()
         alone = comparison.error(key, "kept")[dreamt].mean()
-        parts.append(f"{key!r} dreamt at {dream:.3g} {unit} (V alone {alone:.3g})")
+        if spec.kind in ("image", "vector"):
+            unit = "dB PSNR" if spec.kind == "image" else "rms error"
+            parts.append(f"{key!r} dreamt at {dream:.3g} {unit} (V alone {alone:.3g})")
+        else:
+            parts.append(f"{key!r} dreamt wrongly in {dream:.0%} (V alone {alone:.0%})")
     expected = number(comparison.expected[dreamt].sum())
     real = number(comparison.reward[dreamt].sum())
     return ", ".join([*parts, f"reward dreamt {expected}, real {real}"])

@@ -37,18 +37,18 @@ VISIBLE = 8
 FEW = 3
 """Events under which nothing is said about them."""
 ADVICE = {
-    "encoder": "--encoder.grid 4 (more tokens keep small things apart), --encoder.depth 32, or more updates of V",
     "dream": "more updates (--learn.train_ratio) or a wider M (--worldmodel.width); if the next frame is random by"
     " nature, this light means nothing",
     "reward": "--heads.reward_weight 10, or, of rare rewards, --replay.priority reward --replay.priority_fraction 0.5",
     "end": "more real steps: ends are rare events",
     "promise": "--controller.replay_value 0.3, a shorter --controller.horizon, or --learn.warmup_model 300",
-    "entropy": "where it acts at random, a lower --controller.entropy or --controller.return_floor; where it tries"
-    " nothing any more, a higher --controller.entropy",
+    "random": "a lower --controller.entropy or --controller.return_floor, where the lights above are green",
+    "narrow": "a higher --controller.entropy",
+    "chance": "what helps the first red light above; memory is not to be judged before",
     "memory": "clips as long as what is to be remembered (--replay.length), begun where episodes begin"
     " (--replay.episode_start_fraction 1)",
 }
-"""What to try where a light is not green."""
+"""What to try where a light is not green; of V, `_for_encoder` says it."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def memory(kept: float, erased: float, random: float) -> Finding:
     above = kept - random
     share = (kept - erased) / above if above > 0 else None
     if share is None:
-        return Finding(None, "red", f"{says}: it is no better than chance", ADVICE["memory"])
+        return Finding(None, "red", f"{says}: it is no better than chance", ADVICE["chance"])
     light: Light = "green" if share > -0.1 else "yellow"
     if share < -0.1:
         says += ": it does better without"
@@ -247,7 +247,19 @@ def _encoder(agent: Agent, played: Played) -> Finding:
         return Finding(None, "unknown", "nothing changed in what the agent saw")
     worst = min(shares, key=lambda key: shares[key])
     says = f"V shows {_percent(shares[worst])} of what changes from row to row{_named(worst, shares)}"
-    return _judged("encoder", shares[worst], says, red=0.3, green=0.7)
+    return _judged(shares[worst], says, _for_encoder(agent, worst), red=0.3, green=0.7)
+
+
+def _for_encoder(agent: Agent, key: str) -> str:
+    """What to try where V does not show an observation: settings that concern it and are not large already."""
+    config = agent.config.encoder
+    tries = []
+    if agent.spec.obs[key].kind == "image":
+        if config.grid < 4:
+            tries.append("--encoder.grid 4 (more tokens keep small things apart)")
+        if config.depth < 32:
+            tries.append("--encoder.depth 32")
+    return ", or ".join([*tries, "more updates of V (--learn.train_ratio, more steps)"])
 
 
 def _dream(agent: Agent, played: Played, horizon: int) -> Finding:
@@ -272,7 +284,7 @@ def _dream(agent: Agent, played: Played, horizon: int) -> Finding:
     worst = min(sorted(best), key=lambda key: best[key])
     parts = [f"{_percent(shares[worst])} after {h}" for h, shares in curves.items() if worst in shares]
     says = f"of what changes, dreams show {', '.join(parts)} steps{_named(worst, best)}"
-    return _judged("dream", best[worst], says, red=0.1, green=0.4)
+    return _judged(best[worst], says, ADVICE["dream"], red=0.1, green=0.4)
 
 
 def _dreams(agent: Agent, played: Played, horizon: int, of_c: bool) -> Iterator[tuple[int, Any]]:
@@ -309,7 +321,7 @@ def _reward(agent: Agent, played: Played) -> Finding:
     error = np.square(expected - real).sum()
     share = float(np.clip(1 - error / np.square(real - usual).sum(), -1, 1))
     says = f"M knows {_percent(share)} of the rewards that are not {usual:.3g}, of {count:,} steps"
-    return _judged("reward", share, says, red=0.2, green=0.7)
+    return _judged(share, says, ADVICE["reward"], red=0.2, green=0.7)
 
 
 def _end(agent: Agent, played: Played) -> Finding:
@@ -321,7 +333,7 @@ def _end(agent: Agent, played: Played) -> Finding:
     there = float(end[ended].mean())
     elsewhere = float(end[within & ~ended].mean())
     says = f"M expects an end with probability {there:.2f} where episodes ended, {elsewhere:.3f} elsewhere"
-    return _judged("end", there - elsewhere, says, red=0.1, green=0.5)
+    return _judged(there - elsewhere, says, ADVICE["end"], red=0.1, green=0.5)
 
 
 # -- C ----------------------------------------------------------------------------------------------------------------
@@ -361,12 +373,12 @@ def _entropy(agent: Agent, played: Played) -> Finding:
     share = float(played.entropy.mean() / sum(math.log(max(n, 2)) for n in parts))
     says = f"the policy's entropy is {share:.1%} of that of random actions"
     light: Light = "red" if share > 0.98 else "yellow" if share > 0.9 or share < 0.001 else "green"
-    return Finding(share, light, says, "" if light == "green" else ADVICE["entropy"])
+    return Finding(share, light, says, "" if light == "green" else ADVICE["random" if share > 0.9 else "narrow"])
 
 
-def _judged(name: str, value: float, says: str, red: float, green: float) -> Finding:
+def _judged(value: float, says: str, advice: str, red: float, green: float) -> Finding:
     light: Light = "red" if value < red else "yellow" if value < green else "green"
-    return Finding(value, light, says, "" if light == "green" else ADVICE[name])
+    return Finding(value, light, says, "" if light == "green" else advice)
 
 
 def _shares(explained: dict[str, Explained]) -> dict[str, float]:

@@ -108,7 +108,7 @@ class Dream:
     @cached_property
     def frames(self) -> Any:
         """The dreamt observations, decoded by V when they are first asked for: `(H, *shape)` as `TrainedAgent.decode`
-        gives them."""
+        gives them, a dict of these where the observations are a Dict."""
         return self.agent.decode(self.latents, self.features)
 
 

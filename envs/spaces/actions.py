@@ -18,6 +18,10 @@ VALUES = 11
 """Values, evenly between its bounds, of a number beside choices: C takes choices or numbers, not both."""
 
 
+MOST_NAMED = 8
+"""Choices of one space that are named one by one."""
+
+
 class Element(NamedTuple):
     """One of `n` choices; or, with n = 0, a number from low to high, which is whole where `whole`."""
 
@@ -78,7 +82,8 @@ class _Choices:
         counts = np.full(space.shape, 2) if binary else np.asarray(getattr(space, "nvec", getattr(space, "n", 0)))
         self.start = np.asarray(getattr(space, "start", 0))
         self.parts = [Element(int(n)) for n in counts.ravel()]
-        what = f"{len(self.parts)} choices" if space.shape else f"one of {counts}"
+        each = [f"one of {part.n}" for part in self.parts]
+        what = " and ".join(each) if len(each) <= MOST_NAMED else f"{len(each)} choices"
         self.words = f"{name}: {len(self.parts)} bits" if binary else f"{name}: {what}"
 
     def build(self, values: Iterator[Any]) -> Any:

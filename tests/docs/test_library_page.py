@@ -29,7 +29,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/index.md", 1), ("docs/library.md", 6)])
+@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/index.md", 1), ("docs/library.md", 7)])
 def test_the_examples_run(demo: Path, monkeypatch: pytest.MonkeyPatch, page: str, count: int) -> None:
     monkeypatch.chdir(demo)
     assert len(blocks(page)) == count
@@ -40,7 +40,8 @@ def test_the_examples_run(demo: Path, monkeypatch: pytest.MonkeyPatch, page: str
     if page == "docs/library.md":
         assert here["futures"].rewards.shape == (16, 6) and here["spread"].shape == (6,)
         assert here["again"].shape == here["obs"].shape and here["tuned"]["run"] == "runs/tuned"
-        assert here["config"].worldmodel.mixer == "window" and (demo / "parts" / "parts.json").is_file()
+        assert here["config"].worldmodel.mixer == "window"
+        assert (demo / "dream.png").is_file() and (demo / "parts" / "parts.json").is_file()
 
 
 def test_the_sink_of_the_page_gets_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

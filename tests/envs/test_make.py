@@ -312,8 +312,8 @@ def test_close_in_the_middle_of_a_call(faulty, make_world):
         ("CartPol-v1", "did you mean CartPole-v1"),
         ("cartpole-v1", "did you mean CartPole-v1"),
         ("longdream/Recal-v0", "did you mean longdream/Recall-v0"),
-        ("Qqqqqqqqqqqqqqq", "import the package that registers it"),
-        ("no_such_module_here:X-v0", "cannot import module 'no_such_module_here'"),
+        ("Qqqqqqqqqqqqqqq", "put the module that registers it in front, as in my_envs:Qqqqqqqqqqqqqqq"),
+        ("no_such_module_here:X-v0", "cannot import module 'no_such_module_here' .* start in the folder where it lies"),
         ("faulty_world:Fault-v0", "did you mean faulty_world:Faulty-v0"),
     ],
 )

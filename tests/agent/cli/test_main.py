@@ -325,7 +325,7 @@ MISTAKES = [
         "train tiny --controller.kind mine",
         "controller.kind = mine: use one of actor_critic, planner, tree, evolution or package.module:Class",
     ),
-    ("train tiny --controller.kind nowhere:Mine", "controller.kind = nowhere:Mine: No module named 'nowhere'"),
+    ("train tiny --controller.kind nowhere:Mine", "No module named 'nowhere'; start in the folder where it lies"),
     (
         "train tiny --forcing.objective flwo",
         "forcing.objective = flwo: use one of flow, mask, prior, teacher or package.module:Class",

@@ -114,7 +114,27 @@ def test_memory_is_what_is_lost_without_it() -> None:
     assert diagnosis.memory(1.0, 0.5, 0.0).value == 0.5
     harmful = diagnosis.memory(1.0, 1.5, 0.0)
     assert harmful.light == "yellow" and "better without" in harmful.says
-    assert diagnosis.memory(0.2, 0.2, 0.3).light == "red"
+    chance = diagnosis.memory(0.2, 0.2, 0.3)
+    assert chance.light == "red" and "replay.length" not in chance.advice and "light above" in chance.advice
+
+
+def test_what_v_should_try_concerns_what_it_does_not_show() -> None:
+    def advice(key: str, **encoder: int) -> str:
+        config = options.update(options.load("tiny"), {f"encoder.{name}": value for name, value in encoder.items()})
+        spec = SimpleNamespace(obs={"screen": ObsSpec("image", (8, 8, 3)), "key": ObsSpec("discrete", (), 2)})
+        return diagnosis._for_encoder(SimpleNamespace(config=config, spec=spec), key)  # type: ignore[arg-type]
+
+    assert "--encoder.grid 4" in advice("screen") and "--encoder.depth 32" in advice("screen")
+    assert "grid" not in advice("screen", grid=4) and "depth" not in advice("screen", depth=32)
+    assert "--encoder" not in advice("key") and "--learn.train_ratio" in advice("key")
+
+
+@pytest.mark.parametrize(("entropy", "says"), [(0.69, "a lower"), (0.66, "a lower"), (0.0, "a higher")])
+def test_the_advice_on_entropy_names_one_side(entropy: float, says: str) -> None:
+    agent: Any = SimpleNamespace(spec=SimpleNamespace(action=SimpleNamespace(parts=(2,))))
+    rows = played([[0.0] * 4] * 2)
+    rows.entropy = np.full((4, 2), entropy)
+    assert diagnosis._entropy(agent, rows).advice.startswith(f"{says} --controller.entropy")
 
 
 def test_an_agent_that_has_learned_nothing() -> None:

@@ -103,7 +103,9 @@ def test_the_commands_take_it(run: Path, capsys: pytest.CaptureFixture[str], tmp
     out = str(tmp_path / "dream.gif")
     assert cli.main(["dream", str(run), "--context", "9", "--episodes", "1", "--out", out]) == 0
     said = capsys.readouterr().out
-    assert "4 frames" in said and "so short that M is shown 3 in place of 9" in said and "'grid' dreamt at" in said
+    assert (
+        "4 frames" in said and "so short that M is shown 3 in place of 9" in said and "'grid' dreamt wrongly in" in said
+    )
     assert cli.main(["evaluate", str(run), "--episodes", "2"]) == 0
     flags = ["--env.kwargs.read_as.bag", "2", "--env.kwargs.act_as.wheel", "4", "--env.kwargs.read_as.grid", "vector"]
     capsys.readouterr()

@@ -168,6 +168,20 @@ def test_one_choice_in_a_dict_is_a_discrete_action() -> None:
     assert reading.action_space == spaces.Discrete(5) and reading.action(np.int64(4)) == {"move": 5}
 
 
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        (spaces.Discrete(5), "acts by action: one of 5"),
+        (spaces.MultiDiscrete([5, 3]), "acts by action: one of 5 and one of 3"),
+        (spaces.MultiDiscrete([2] * 9), "acts by action: 9 choices"),
+        (spaces.MultiBinary(4), "acts by action: 4 bits"),
+    ],
+    ids=str,
+)
+def test_the_line_says_what_is_chosen(space: spaces.Space, said: str) -> None:
+    assert read(TWO, None, space).line().endswith(said)
+
+
 def test_numbers_beside_choices_are_values() -> None:
     mix = spaces.Tuple([spaces.Discrete(2), spaces.Box(-1, 1, (1,)), spaces.Box(0, 3, (1,), np.int32)])
     reading = read(TWO, None, mix)
