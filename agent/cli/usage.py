@@ -8,6 +8,7 @@ from typing import Any
 USAGE = """longdream: agents that learn inside a learned world model with long-term memory
 
   longdream train PRESET|FILE.yaml [options]   train, evaluate, write runs/NAME
+  longdream train --env ID [--size SIZE]       the same for any environment, by one recipe
   longdream train PRESET --seeds 1,2,3         a run per seed; --jobs 2 trains two at a time
   longdream train --resume runs/NAME           go on where a run stopped
   longdream train --world runs/NAME [options]  another controller, in the dreams of an existing run
@@ -37,6 +38,7 @@ longdream COMMAND --help explains a command. Every command takes --json and then
 LONGDREAM_DEBUG=1 shows where in the program an error came from."""
 
 TRAIN = """usage: longdream train PRESET|FILE.yaml [--name NAME] [--json] [--OPTION VALUE ...]
+       longdream train --env ID [--size SIZE] [--OPTION VALUE ...]
        longdream train video-NAME --data DIR [--name NAME] [--OPTION VALUE ...]
        longdream train PRESET --seeds 1,2,3 [--jobs 2] [--name NAME] [--OPTION VALUE ...]
        longdream train --resume runs/NAME [--json] [--steps N]
@@ -52,7 +54,7 @@ examples
   longdream train quickstart --seed 3
   longdream train quickstart --seeds 1,2,3 --jobs 2 --name hybrid
   longdream train quickstart --steps 20000 --worldmodel.layers 4 --env.kwargs.corridor 24
-  longdream train cartpole --env LunarLander-v3 --name lander
+  longdream train --env LunarLander-v3 --steps 50000 --name lander
   longdream train quickstart --env remote:/opt/old/bin/python:their_package:Their-v0
   longdream train my_preset.yaml --controller.kind my_package.my_module:MyController
   longdream train video-memory-maze --data recordings/maze --video.lengths 64,128
@@ -68,6 +70,7 @@ examples
   --init RUN     begin with the weights of this run and, without a PRESET, with its settings
   --world RUN    keep V and M of this run; a new C learns in their dreams alone, from moments of its replay
   --gpus N       N ranks on this machine train together, each with a GPU (docs/scale.md); torchrun starts more
+  --size SIZE    of V, M and C: tiny, small, medium or large (with --env alone: as device and observations allow)
   --data DIR     short for --video.data: recordings for V and M to learn from, without an environment and without C
   --env ID       short for --env.id
   --steps N      short for --learn.steps

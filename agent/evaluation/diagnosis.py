@@ -34,6 +34,7 @@ ROWS = 512
 """Real rows that are looked at while it trains, over all copies."""
 VISIBLE = 8
 """Difference of pixels, of 255, from which on they count as changed."""
+WARNED = -1
 FEW = 3
 """Events under which nothing is said about them."""
 ADVICE = {
@@ -124,15 +125,18 @@ def diagnose(
 
 
 def tell(findings: dict[str, Finding], logger: Logger, step: int, count: dict[str, Any]) -> None:
-    """Write what was measured as metrics, and warn of red lights that were not red before. `count` counts, by name, how
-    often each one was."""
+    """Write what was measured as metrics, and warn once of each light that is red twice in a row, or at the end: at
+    first everything is red. `count` counts, by name, how often in a row a light was red, or WARNED."""
     values = {f"diagnosis/{name}": finding.value for name, finding in findings.items()}
     logger.write(step, {name: value for name, value in values.items() if value is not None})
+    finished = logger.total is not None and step >= logger.total
     for name, finding in findings.items():
-        if finding.light != "red":
+        key = f"red/{name}"
+        if count.get(key) == WARNED:
             continue
-        count[f"red/{name}"] = count.get(f"red/{name}", 0) + 1
-        if count[f"red/{name}"] == 1:
+        count[key] = count.get(key, 0) + 1 if finding.light == "red" else 0
+        if count[key] == 2 or (finished and count[key]):
+            count[key] = WARNED
             logger.warn(step, f"{finding.says}; try {finding.advice} (longdream diagnose {logger.folder})")
 
 

@@ -163,7 +163,7 @@ def test_vectors_boxes_and_episodes_without_ends(env: str) -> None:
 
 
 def test_training_warns_once_of_each_red_light(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {"learn.steps": 160, "evaluate.every": 60, "evaluate.final_episodes": 2, "log.to": "tensorboard"}
+    settings = {"learn.steps": 160, "evaluate.every": 60, "evaluate.final_episodes": 2, "log.to": ("tensorboard",)}
     config = options.update(options.load("tiny"), settings)
     folder = tmp_path / "run"
     OnlineTrainer.train(config, folder)
