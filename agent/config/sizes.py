@@ -34,7 +34,7 @@ SIZES = {
     "medium": _size(256, 3, 512, 16, 32, 256, 3),
     "large": _size(512, 4, 1024, 32, 32, 512, 3),
 }
-"""Settings by size. An update takes about half a second of a CPU core at tiny; large is Memory Maze's, for a GPU."""
+"""Settings by size. tiny is for CPUs; large is that of Memory Maze, for a GPU."""
 
 
 def expanded(settings: dict[str, Any]) -> dict[str, Any]:

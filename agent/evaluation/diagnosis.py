@@ -35,6 +35,7 @@ ROWS = 512
 VISIBLE = 8
 """Difference of pixels, of 255, from which on they count as changed."""
 WARNED = -1
+"""Count of a red light that has been warned of."""
 FEW = 3
 """Events under which nothing is said about them."""
 ADVICE = {
