@@ -225,7 +225,7 @@ def prepare(
         config = options.changed(source, settings)
         label = config.kind
     else:
-        raise UserError(f"train what? --env ID, a .yaml file, or a preset, one of {', '.join(options.presets())}")
+        raise UserError(f"train what? Name a preset, one of {', '.join(options.presets())}, a .yaml file or --env ID")
     folder_of(config, label, name, resume)  # a name that cannot be is said first
     checks.check_given(config, settings)
     checks.check(config)

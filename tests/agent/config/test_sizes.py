@@ -51,7 +51,7 @@ def test_an_environment_alone_is_trained_by_the_recipe(
     assert main(["train", "--env", "CartPole-v1", "--size", "enormous"]) == 2
     assert "size = enormous: there are tiny, small, medium, large" in capsys.readouterr().err
     assert main(["train", "--size", "small"]) == 2
-    assert "train what? --env ID" in capsys.readouterr().err
+    assert "a .yaml file or --env ID" in capsys.readouterr().err
 
 
 def test_the_size_follows_device_and_observations(monkeypatch: pytest.MonkeyPatch) -> None:

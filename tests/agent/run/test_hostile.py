@@ -396,7 +396,7 @@ def test_an_altered_configuration_is_told(run: Path, command: str, capsys: pytes
 def test_what_is_as_it_was_is_not_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert resume(run, "--steps", "96", "--evaluate.final_episodes", "3") == 0
+        assert resume(run, "--steps", "96", "--evaluate.final_episodes", "3", "--log.to", "") == 0
     assert "warning" not in capsys.readouterr().err
     with warnings.catch_warnings():
         warnings.simplefilter("error")
