@@ -1,6 +1,7 @@
 """Where metrics are shown: sinks get every number, and a run does without one that fails."""
 
 import json
+import time
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -96,6 +97,7 @@ def test_weights_and_biases_gets_the_metrics_offline(here: Path, monkeypatch: py
         with Logger(here / "runs/x", console=False, sinks=[factory]) as logger:
             for step in steps:
                 logger.write(step, {"evaluate/return_mean": step / 2}, note="a text is no metric")
+        time.sleep(1.1)  # wandb names a session's folder by the second, and writes into the one that is there
     found: dict[str, list] = {"runs": [], "returns": []}
     for path in sorted((here / "wandb").glob("offline-run-*/*.wandb")):
         for data in in_wandb(path):
