@@ -1,9 +1,9 @@
 """Where metrics are shown: sinks get every number, and a run does without one that fails."""
 
 import json
-import time
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
