@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from longdream.agent.config.flags import read
 from longdream.agent.config.options import field_value, fields, setting
-from longdream.agent.config.schema import Config
+from longdream.agent.config.schema import Config, is_general
 from longdream.envs.contract import UserError
 
 
@@ -66,8 +66,7 @@ def _check_agent(config: Config) -> None:
             f"forcing.prefix = {config.forcing.prefix}: an agent's dreams begin at clean frames, of which some clips "
             f"have none then; set it to 1"
         )
-    single = [key for key in config.env.kwargs if key.partition(".")[0] in ("max_episode_steps", "read_as", "act_as")]
-    single = [key for key in single if config.env.kwargs[key] is not None]
+    single = [key for key, value in config.env.kwargs.items() if is_general(key) and value is not None]
     if replay.keep == "device" and single:
         raise UserError(
             f"env.kwargs.{single[0]} makes single copies of the environment, which make no tensors: omit it, or"

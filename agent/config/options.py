@@ -15,7 +15,7 @@ import yaml
 
 from longdream import __version__ as VERSION
 from longdream.agent.config.flags import holds, parse_yaml, read, read_yaml, shown, suggest
-from longdream.agent.config.schema import Config, Kind
+from longdream.agent.config.schema import Config, Kind, is_general
 from longdream.agent.config.sizes import NAME as SIZE
 from longdream.agent.config.sizes import default_size, expanded
 from longdream.agent.run.files import kind_of, read_text
@@ -202,11 +202,12 @@ def sized(source: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def setting(name: str) -> Setting:
     """What the field of this dotted name, or the dict field of which it names an entry, says of itself."""
+    if name == SIZE:
+        return Setting(str, ("online", "video"), on_resume=False)
     field, key = entry(name)
     # a time limit is no part of what the environment shows: it may change, above all where a run has shown the need.
     # How its spaces are read may be said, so that they are read as when the run began, which is checked
-    changes = ("max_episode_steps", "read_as", "act_as")
-    general = field == "env.kwargs" and key.partition(".")[0] in changes
+    general = field == "env.kwargs" and is_general(key)
     return dataclasses.replace(fields()[field], on_resume=True) if general else fields()[field]
 
 
@@ -276,8 +277,6 @@ def from_flags(flags: dict[str, Any]) -> dict[str, Any]:
     for flag, value in flags.items():
         name = full_name(flag, "--")
         field, key = entry(name)
-        if name == SIZE:
-            settings |= expanded({SIZE: value}) | settings
-        else:
-            settings[name] = read_yaml(flag, value) if key else read(f"--{flag}", value, fields()[field].hint)
+        hint = str if name == SIZE else fields()[field].hint
+        settings[name] = read_yaml(flag, value) if key else read(f"--{flag}", value, hint)
     return settings

@@ -19,6 +19,11 @@ Device = Literal["auto", "cpu", "cuda"]
 Kind = Literal["online", "imagination", "video"]
 
 
+def is_general(key: str) -> bool:
+    """Whether an entry of `env.kwargs` is an argument that every environment has."""
+    return key.partition(".")[0] in ("max_episode_steps", "read_as", "act_as")
+
+
 @dataclass(frozen=True)
 class EnvConfig:
     """The real environment."""
@@ -215,6 +220,5 @@ class Config:
         """The environment to evaluate in. The arguments that any environment has hold there too."""
         if not self.evaluate.env:
             return self.env
-        general = ("max_episode_steps", "read_as", "act_as")
-        kwargs = {key: value for key, value in self.env.kwargs.items() if key.partition(".")[0] in general}
+        kwargs = {key: value for key, value in self.env.kwargs.items() if is_general(key)}
         return replace(self.env, id=self.evaluate.env, kwargs=kwargs)

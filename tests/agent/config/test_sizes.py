@@ -28,7 +28,8 @@ def test_sizes_grow() -> None:
 
 def test_what_is_named_beside_a_size_holds(tmp_path: Path) -> None:
     named = {"worldmodel.width": 96, "size": "small", "worldmodel.num_heads": 6}
-    for config in (options.update(Config(), named), options.update(Config(), options.from_flags(named))):
+    flags = {name: str(value) for name, value in named.items()}
+    for config in (options.update(Config(), named), options.update(Config(), options.from_flags(flags))):
         assert (config.worldmodel.width, config.worldmodel.num_heads, config.heads.hidden) == (96, 6, 256)
     file = tmp_path / "mine.yaml"
     file.write_text("preset: recipe\nsize: small\nworldmodel: {width: 96}\n", encoding="utf-8")
@@ -36,6 +37,11 @@ def test_what_is_named_beside_a_size_holds(tmp_path: Path) -> None:
     assert options.load(str(file)).encoder.channels == 256
     with pytest.raises(UserError, match="size = hug: there are tiny, small"):
         options.update(Config(), {"size": "hug"})
+
+
+def test_the_size_of_a_run_stays(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--size cannot change in a run that goes on"):
+        prepare(None, {"size": "small"}, None, tmp_path / "run")
 
 
 def test_an_environment_alone_is_trained_by_the_recipe(
