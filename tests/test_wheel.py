@@ -35,6 +35,7 @@ obs, _ = agent.make_env().reset(seed=0)
 _, memory = agent.act(obs, agent.reset())
 results["python"] = {"file": ld.__file__, "presets": sorted(options.presets())}
 results["python"]["dreamt"] = agent.imagine(memory, horizon=3).frames.shape
+results["python"]["pretrained"] = str(ld.load("memory-maze-9x9").action_space)
 print(json.dumps(results))
 """
 """Commands one after another in one process: each alone would import torch anew."""
@@ -89,7 +90,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_brings_one_name(installed: Path) -> None:
-    """And with it the presets; what a user calls envs, agent or runs stays theirs."""
+    """And with it the presets and the trained agent; what a user calls envs, agent or runs stays theirs."""
     (wheel,) = installed.glob("longdream-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"longdream"}
@@ -100,6 +101,8 @@ def test_it_brings_one_name(installed: Path) -> None:
     assert {str(path.relative_to(ROOT)) for path in sources} <= packed
     assert {f"agent/play/page/{path.name}" for path in (ROOT / "agent" / "play" / "page").iterdir()} <= packed
     assert {f"runs/presets/{path.name}" for path in (ROOT / "runs" / "presets").glob("*.yaml")} <= packed
+    files = [path for path in (ROOT / "runs" / "pretrained").rglob("*") if path.is_file()]
+    assert files and {str(path.relative_to(ROOT)) for path in files} <= packed
 
 
 def test_the_wheel_trains_evaluates_dreams_and_says_what_an_extra_would_bring(installed: Path) -> None:
@@ -127,6 +130,7 @@ def test_the_wheel_trains_evaluates_dreams_and_says_what_an_extra_would_bring(in
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert results["python"]["file"].startswith(str(home / "venv")) and results["python"]["dreamt"] == [3, 16, 16, 3]
+    assert results["python"]["pretrained"] == "Discrete(6)"
     assert results["python"]["presets"] == sorted(path.stem for path in (ROOT / "runs" / "presets").glob("*.yaml"))
     doctor = results["doctor"]
     assert doctor["torch"]["ok"] and doctor["memory maze"]["ok"] is None and doctor["video"]["ok"] is None
