@@ -15,7 +15,6 @@ from longdream.agent.cli import main as cli
 from longdream.agent.config import options
 from longdream.agent.run import folder as run_folder
 
-ROOT = Path(__file__).resolve().parents[3]
 SHORT = ["--steps", "80", "--learn.warmup", "1", "--evaluate.final_episodes", "2"]
 
 
@@ -175,12 +174,11 @@ assert [m.make.WHOSE.split()[0] for m in (runs, controller, worldmodel)] == ["ru
 assert longdream.envs.make.__name__ == "longdream.envs.make" and hasattr(longdream.envs.make, "World")
 print(mine.Mine.__module__)
 """
-    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "envs.mine\n"
     words = [sys.executable, "-P", "-m", "longdream", "check-env", "envs.mine:Mine-v0", "--steps", "30", "--json"]
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["ok"] is True and report["env"] == "envs.mine:Mine-v0"
@@ -206,9 +204,8 @@ def test_the_program_itself(here: Path) -> None:
         encoding="utf-8",
     )
     flags = ["--controller.kind", "mine:Mine", "--name", "own", "--json", *SHORT]
-    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "longdream", "train", "tiny", *flags], env=env, capture_output=True, text=True
+        [sys.executable, "-P", "-m", "longdream", "train", "tiny", *flags], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads(Path("runs/own/summary.json").read_text())

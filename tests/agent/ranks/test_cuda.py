@@ -1,7 +1,6 @@
 """Two ranks on two GPUs: NCCL inside of captured updates."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 
 from longdream.agent.cli import launch
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
@@ -65,8 +63,7 @@ def test_captured_updates_leave_the_same_weights_on_both(how: str, tmp_path: Pat
     out = tmp_path / "out.json"
     rank = [sys.executable, str(script), str(out), how]
     starter = f"import sys; from longdream.agent.cli.launch import launched; sys.exit(launched(2, {rank!r}))"
-    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    result = subprocess.run([sys.executable, "-c", starter], env=env, capture_output=True, text=True, timeout=500)
+    result = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
     skipped, losses = json.loads(out.read_text())
     assert skipped == 0 and losses[-1]["model/prediction"] < losses[0]["model/prediction"] * 1.5
@@ -76,8 +73,7 @@ def test_captured_updates_leave_the_same_weights_on_both(how: str, tmp_path: Pat
 def test_a_run_of_two_gpus_from_the_command_line(tmp_path: Path) -> None:
     assert launch.gpus_of(["train", "tiny", "--gpus", "2"]) == (2, ["train", "tiny"])
     flags = ["--cuda_graphs", "true", "--device", "cuda", "--json"]
-    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "longdream", "train", "tiny", "--name", "run", "--gpus", "2", *flags]
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["updates"] > 20

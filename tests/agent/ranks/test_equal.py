@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "prior": ({"forcing.objective": "prior", "learn.warmup": 0, "replay.length": 12}, "images"),
     "flow, noisy history": (
@@ -29,11 +28,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 def learn(folder: Path, ranks: int) -> dict[str, Any]:
     """What every case came to, on so many ranks."""
     command = [sys.executable, str(Path(__file__).with_name("learn.py")), json.dumps(CASES)]
-    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     of_ranks = {"WORLD_SIZE": str(ranks), "LONGDREAM_STORE": str(folder / "store")} if ranks > 1 else {}
     processes = []
     for rank in range(ranks):
-        here = env | of_ranks | ({"RANK": str(rank)} if ranks > 1 else {})
+        here = os.environ | of_ranks | ({"RANK": str(rank)} if ranks > 1 else {})
         processes.append(subprocess.Popen(command, env=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     outcomes = [process.communicate(timeout=250) for process in processes]
     assert [process.returncode for process in processes] == [0] * ranks, "\n".join(err for _, err in outcomes)

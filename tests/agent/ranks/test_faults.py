@@ -22,7 +22,6 @@ from longdream.agent.run import folder as run_folder
 from longdream.agent.train.trainer import OnlineTrainer
 from longdream.envs.contract import UserError
 
-ROOT = Path(__file__).resolve().parents[3]
 KILLS = int(os.environ.get("LONGDREAM_KILLS", "2"))  # each costs the start of three processes
 SHORT = ["--gpus", "2", "--steps", "150", "--evaluate.episodes", "4", "--evaluate.final_episodes", "4"]
 OFTEN = ["--evaluate.save_seconds", "0"]
@@ -64,7 +63,7 @@ def start(folder: Path, *arguments: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "longdream", *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "LONGDREAM_RANK_TIMEOUT_S": "60"} | env,
+        env=os.environ | {"LONGDREAM_RANK_TIMEOUT_S": "60"} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,7 +14,6 @@ from longdream.agent.config import options
 from longdream.agent.data.video.library import open_library
 from longdream.agent.data.video.loader import Loader
 
-ROOT = Path(__file__).resolve().parents[3]
 SHORT = {"learn.updates": 8, "learn.warmup": 3, "evaluate.times": 1, "video.held_out_clips": 3, "video.carry": True}
 
 
@@ -77,7 +76,7 @@ def record(folder: Path) -> list[dict[str, Any]]:
 def test_two_ranks_learn_from_video_and_go_on_in_the_middle_of_an_epoch(mazes: Path, tmp_path: Path) -> None:
     settings = SHORT | {"video.data": str(mazes)}
     options.update(options.load("video-tiny"), settings)
-    store = {"WORLD_SIZE": "2", "LONGDREAM_STORE": str(tmp_path / "store"), "PYTHONPATH": str(ROOT / "src")}
+    store = {"WORLD_SIZE": "2", "LONGDREAM_STORE": str(tmp_path / "store")}
     command = [sys.executable, "-c", RUN, str(tmp_path), json.dumps(settings)]
     processes = [
         subprocess.Popen(command, env=os.environ | store | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)

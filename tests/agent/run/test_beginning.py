@@ -1,6 +1,5 @@
 """New runs: the claim to a name, and the configuration that they begin with."""
 
-import os
 import subprocess
 import sys
 import warnings
@@ -11,15 +10,12 @@ import pytest
 from longdream.agent.config import options
 from longdream.agent.run import folder as run_folder
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 def together(folder: Path, count: int, *flags: str) -> list[int]:
     """Exit codes of trainings that begin at the same moment."""
     short = ["--steps", "80", "--evaluate.every", "0", "--evaluate.final_episodes", "1"]
     command = [sys.executable, "-m", "longdream", "train", "tiny", *short, *flags]
-    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    begun = [subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.DEVNULL) for _ in range(count)]
+    begun = [subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL) for _ in range(count)]
     return [process.wait(200) for process in begun]
 
 

@@ -177,7 +177,7 @@ with Logger(sys.argv[1], total=100, show=("return",), sinks=()) as logger:
     logger.note("a [word] to say")
 """
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "PYTHONPATH": os.getcwd()}
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=theirs, env=environment) as process:
         os.close(theirs)
         seen = b""

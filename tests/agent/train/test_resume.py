@@ -21,7 +21,6 @@ from longdream.agent.run.signals import Interrupted
 from longdream.agent.train import trainer
 from longdream.agent.train.trainer import OnlineTrainer
 
-ROOT = Path(__file__).resolve().parents[3]
 KILLS = int(os.environ.get("LONGDREAM_KILLS", "2"))  # each costs the start of a process
 OFTEN = ["--evaluate.save_seconds", "0"]  # a checkpoint at every turn: about half of the time goes into writing them
 
@@ -31,8 +30,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def start(folder: Path, *arguments: str, **kwargs: Any) -> subprocess.Popen:
-    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    return subprocess.Popen(command(*arguments), cwd=folder, env=env, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(command(*arguments), cwd=folder, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
 def writing(folder: Path) -> bool:

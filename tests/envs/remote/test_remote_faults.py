@@ -14,7 +14,6 @@ import pytest
 from longdream.envs.contract import EnvError, UserError
 from longdream.envs.remote import RemoteEnv
 
-ROOT = Path(__file__).resolve().parents[3]
 RESTARTS = 20  # each costs the start of two interpreters, one of them with numpy
 pytestmark = pytest.mark.usefixtures("far_folder")
 
@@ -174,7 +173,7 @@ env.step(7)
 
 
 def test_no_process_survives_when_this_one_is_killed(tmp_path):
-    ours = subprocess.Popen([sys.executable, "-c", OURS], env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    ours = subprocess.Popen([sys.executable, "-c", OURS])
     try:
         while len(words := (tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []) < 3:
             assert ours.poll() is None
