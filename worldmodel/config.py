@@ -16,8 +16,8 @@ class DynamicsConfig:
 
     mixer: str = "hybrid"
     """hybrid: a scan and attention over a window of frames. window: attention over the window alone, which remembers
-    nothing older. ssm, ssm+local, causal, or a dotted path `package.module:Class` to a Mixer of your own: see
-    worldmodel/mixers/base.py."""
+    nothing older. ssm, ssm+local, rotary, rotary+local, gru, causal, or a dotted path `package.module:Class` to a
+    Mixer of your own: see worldmodel/mixers/base.py."""
     layers: Annotated[int, AT_LEAST_1] = 2
     """Number of layers."""
     width: Annotated[int, AT_LEAST_1] = 64

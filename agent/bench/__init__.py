@@ -24,6 +24,7 @@ BENCHES = {
     "loop": "agents.loop",
     "maze": "envs.maze",
     "memory-maze": "envs.memory_maze",
+    "motion": "model.motion",
     "objectives": "model.objectives",
     "play": "agents.play",
     "probe": "model.probe",

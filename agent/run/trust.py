@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # whose import takes seconds, and help is to be quick
 
 CONTROLLERS = ("actor_critic", "planner", "tree", "evolution")
 OBJECTIVES = ("flow", "mask", "prior", "teacher")
-MIXERS = ("hybrid", "ssm", "ssm+local", "causal", "window")
+MIXERS = ("hybrid", "ssm", "ssm+local", "rotary", "rotary+local", "gru", "causal", "window")
 SINKS = ("tensorboard", "wandb", "mlflow")
 """The words for `controller.kind`, `forcing.objective`, `worldmodel.mixer` and `log.to`, kept here so that nothing is
 imported before it is judged. A test compares them with those that are known."""

@@ -23,6 +23,9 @@ KINDS = [
     ("window, residual", 1, (1,)),
     ("ssm", 2, (1,)),
     ("ssm+local, residual", 2, (1,)),
+    ("rotary", 1, (1,)),
+    ("rotary+local", 2, (1,)),
+    ("gru", 2, (1,)),
     ("causal", 2, (1,)),
     ("hybrid, tied", 2, (1, 2)),
 ]

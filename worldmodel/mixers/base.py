@@ -7,6 +7,9 @@ A mixer carries memory from frame to frame. `worldmodel.mixer` names it; everyth
 | `hybrid` | a scan in each of the layer's token blocks | over a window of frames |
 | `ssm` | one scan over the whole frame | none |
 | `ssm+local` | one scan over the whole frame | over a window of frames |
+| `rotary` | one scan over the whole frame, which can count its own motion (rotary.py) | none |
+| `rotary+local` | the same | over a window of frames |
+| `gru` | a gated recurrent unit per token, as in RSSMs; frame after frame, so it is slow | none |
 | `causal` | none | over all frames so far |
 | `window` | none | over a window of frames |
 | `package.module:Class` | a `Mixer` of your own | over a window of frames, if its `local` is true |
@@ -14,13 +17,15 @@ A mixer carries memory from frame to frame. `worldmodel.mixer` names it; everyth
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from longdream.worldmodel.config import DynamicsConfig
 from longdream.worldmodel.mixers.attention import Attention
+from longdream.worldmodel.mixers.gru import GRUMixer
+from longdream.worldmodel.mixers.rotary import RotaryScanMixer
 from longdream.worldmodel.mixers.ssm import ScanMixer
 from longdream.worldmodel.types import class_by_name
 
@@ -73,18 +78,22 @@ class Mixer(Protocol):
 class _Kind(NamedTuple):
     """What a word for `worldmodel.mixer` stands for.
 
-    scan: over each of the layer's token blocks, over the whole frame, or none. attention: over a window of frames, over
-    all frames so far, or none.
+    memory: built as `Mixer` says, or None. attention: over a window of frames, over all frames so far, or none. blocks:
+    whether the memory is one for each of the layer's token blocks; else it is one over the whole frame.
     """
 
-    scan: str | None
-    attention: str | None
+    memory: type[ScanMixer] | type[GRUMixer] | None
+    attention: Literal["window", "all"] | None
+    blocks: bool = False
 
 
 _KINDS = {
-    "hybrid": _Kind("block", "window"),
-    "ssm": _Kind("frame", None),
-    "ssm+local": _Kind("frame", "window"),
+    "hybrid": _Kind(ScanMixer, "window", blocks=True),
+    "ssm": _Kind(ScanMixer, None),
+    "ssm+local": _Kind(ScanMixer, "window"),
+    "rotary": _Kind(RotaryScanMixer, None),
+    "rotary+local": _Kind(RotaryScanMixer, "window"),
+    "gru": _Kind(GRUMixer, None),
     "causal": _Kind(None, "all"),
     "window": _Kind(None, "window"),
 }
@@ -103,6 +112,6 @@ def make_mixer(config: DynamicsConfig, grid: int, block: int) -> tuple[Mixer | N
         custom = class_by_name("worldmodel.mixer", config.mixer, dict.fromkeys(MIXERS, ScanMixer))
         mixer = custom(config, grid, block)
         return mixer, Attention(config) if mixer.local else None
-    scan = None if kind.scan is None else ScanMixer(config, grid, block if kind.scan == "block" else grid)
+    memory = None if kind.memory is None else kind.memory(config, grid, block if kind.blocks else grid)
     attention = None if kind.attention is None else Attention(config, grows=kind.attention == "all")
-    return scan, attention
+    return memory, attention

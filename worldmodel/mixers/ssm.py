@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longdream.worldmodel.config import DynamicsConfig
 from longdream.worldmodel.kernels.gated_norm import gated_norm, gated_norm_reference, to_tubes
-from longdream.worldmodel.kernels.scan import ScanInputs, scan, scan_query_step, scan_step
+from longdream.worldmodel.kernels.scan import ScanInputs, ScanOutput, scan, scan_query_step, scan_step
 
 SCAN_CHUNK = 64
 """Tokens per chunk of the parallel scan, whose cost is quadratic within a chunk; at least one frame of a block."""
@@ -68,7 +68,7 @@ class ScanMixer(nn.Module):
         query, query_gate = (None, None) if query_h is None else self._project(query_h)
         first = first.repeat_interleave(blocks, 0)
         at = None if at is None else at.repeat_interleave(blocks, 0)
-        out = scan(inputs, first, state.flatten(0, 1), self.chunk, query, at, self.chunk_frames, self.skip)
+        out = self._scan(h, inputs, query_h, query, first, state.flatten(0, 1), at)
         states_at = h.new_zeros(0)
         if out.states_at is not None:
             states_at = out.states_at.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(0, 1)
@@ -81,14 +81,33 @@ class ScanMixer(nn.Module):
     def step(self, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `Mixer`."""
         inputs, gate = self._project(h)
-        y, state = scan_step(inputs, state.flatten(0, 1))
+        y, state = self._scan_step(h, inputs, state.flatten(0, 1))
         return self._frame_out(y + self.skip * inputs.x, gate), state.unflatten(0, (-1, self.side**2))
 
     def peek(self, h: Tensor, state: Tensor) -> Tensor:
         """See `Mixer`."""
         inputs, gate = self._project(h)
-        y = scan_query_step(inputs, state.flatten(0, 1))
+        y = self._scan_peek(h, inputs, state.flatten(0, 1))
         return self._frame_out(y + self.skip * inputs.x, gate)
+
+    def _scan(
+        self,
+        h: Tensor,
+        inputs: ScanInputs,
+        query_h: Tensor | None,
+        query: ScanInputs | None,
+        first: Tensor,
+        state: Tensor,
+        at: Tensor | None,
+    ) -> ScanOutput:
+        """The scan of a clip, with what the streams' tokens h and query_h give: see `scan`."""
+        return scan(inputs, first, state, self.chunk, query, at, self.chunk_frames, self.skip)
+
+    def _scan_step(self, h: Tensor, inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        return scan_step(inputs, state)
+
+    def _scan_peek(self, h: Tensor, inputs: ScanInputs, state: Tensor) -> Tensor:
+        return scan_query_step(inputs, state)
 
     def _project(self, h: Tensor) -> tuple[ScanInputs, Tensor]:
         """Tokens `(B, T, N, W)` to the inputs of the scan and the gate `(B, T, N, W)` of its output."""

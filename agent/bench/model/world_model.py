@@ -28,13 +28,14 @@ from longdream.agent.run.folder import open_run, write
 from longdream.agent.train.video import HELD_OUT, ClipLearner, VideoTrainer, load_model
 from longdream.envs.contract import UserError
 from longdream.worldmodel.generate import generate, read_context
+from longdream.worldmodel.mixers.base import MIXERS
 from longdream.worldmodel.model import WorldModel
 from longdream.worldmodel.types import Batch
 
 Task = Literal["retrieval", "reasoning"]
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{name: {"worldmodel.mixer": name} for name in ("hybrid", "ssm", "ssm+local", "causal", "window")},
+    **{name: {"worldmodel.mixer": name} for name in MIXERS},
     "hybrid/block-1": {"worldmodel.mixer": "hybrid", "worldmodel.blocks": (1,)},
     "hybrid/no-prefix": {"worldmodel.mixer": "hybrid", "forcing.prefix": 0.0},
 }

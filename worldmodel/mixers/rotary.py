@@ -1,0 +1,102 @@
+"""A scan whose keys turn by angles that tokens say and that add up over time: memory that can count its own motion.
+
+Each token says an angle for every pair of key channels. Read and write keys are turned by the sum of all angles so far,
+so what is read from the past depends on the sum of the angles in between. Where an action turns or moves the agent by
+the same amount each time, what was written elsewhere can be read relative to where the agent is now. These are rotary
+embeddings (Su et al. 2021, arXiv 2104.09864) whose angles depend on the input, or complex-valued states, as in Mamba-3
+(Lahoti et al. 2026, arXiv 2603.15569).
+
+The state is kept as seen from now: a step turns it back by the step's angles. So it is one tensor, as that of any other
+scan, and no sum of angles has to be carried along.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longdream.worldmodel.config import DynamicsConfig
+from longdream.worldmodel.kernels.gated_norm import to_tubes
+from longdream.worldmodel.kernels.scan import ScanInputs, ScanOutput
+from longdream.worldmodel.mixers.ssm import ScanMixer
+
+SLOWEST, FASTEST = 0.01, 2.0
+"""Scales of the angles, spaced logarithmically over the pairs of channels: some hardly turn, and remember as those of any
+scan; others turn by a large part of a circle per frame."""
+
+
+class RotaryScanMixer(ScanMixer):
+    """A `ScanMixer` whose keys turn by the angles that the tokens say."""
+
+    def __init__(self, config: DynamicsConfig, grid: int, block: int):
+        super().__init__(config, grid, block)
+        pairs = config.state_size // 2
+        self.angle = nn.Linear(config.width, pairs, bias=False)
+        scales = torch.logspace(torch.tensor(SLOWEST).log10(), torch.tensor(FASTEST).log10(), pairs)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def _scan(
+        self,
+        h: Tensor,
+        inputs: ScanInputs,
+        query_h: Tensor | None,
+        query: ScanInputs | None,
+        first: Tensor,
+        state: Tensor,
+        at: Tensor | None,
+    ) -> ScanOutput:
+        angle = self._sums(self._angles(h))
+        if query_h is not None and query is not None:
+            query = _turned_keys(query, self._query_sums(angle, self._angles(query_h)))
+        out = super()._scan(h, _turned_keys(inputs, angle), query_h, query, first, state, at)
+        after = angle[:, :, -1]
+        states_at = out.states_at
+        if states_at is not None and at is not None:
+            rows = torch.arange(len(after), device=after.device)[:, None]
+            states_at = _turned_back(states_at, after[rows, at].detach())
+        return out._replace(state=_turned_back(out.state, after[:, -1]), states_at=states_at)
+
+    def _scan_step(self, h: Tensor, inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        angle = self._sums(self._angles(h))
+        y, state = super()._scan_step(h, _turned_keys(inputs, angle), state)
+        return y, _turned_back(state, angle[:, -1, -1])
+
+    def _scan_peek(self, h: Tensor, inputs: ScanInputs, state: Tensor) -> Tensor:
+        return super()._scan_peek(h, _turned_keys(inputs, self._sums(self._angles(h))), state)
+
+    def _angles(self, h: Tensor) -> Tensor:
+        """Of tokens `(B, T, N, W)`, the angles `(B', T, n, S // 2)` of each block's tokens, in radians per frame."""
+        exact = torch.promote_types(h.dtype, torch.float32)  # they add up over thousands of frames
+        return to_tubes(self.angle(h).to(exact) * (self.scales / self.block**2), self.side)
+
+    @staticmethod
+    def _sums(angles: Tensor) -> Tensor:
+        """Sums of the angles from the first token on, each token's own included."""
+        return angles.flatten(1, 2).cumsum(1).view_as(angles)
+
+    def _query_sums(self, sums: Tensor, angles: Tensor) -> Tensor:
+        """Of a query stream: the clean sum before its chunk of frames, and its own angles since."""
+        chunks = angles.unflatten(1, (-1, self.chunk_frames))
+        own = chunks.flatten(2, 3).cumsum(2).view_as(chunks)
+        before = sums[:, self.chunk_frames - 1 :: self.chunk_frames, -1].roll(1, 1)
+        before = torch.cat([torch.zeros_like(before[:, :1]), before[:, 1:]], 1)
+        return (own + before[:, :, None, None]).view_as(angles)
+
+
+def _turned_keys(inputs: ScanInputs, angle: Tensor) -> ScanInputs:
+    cos, sin = angle.cos(), angle.sin()
+    b, c = (_turned(v, cos, sin, -1) for v in (inputs.b, inputs.c))
+    return inputs._replace(b=b, c=c)
+
+
+def _turned_back(state: Tensor, angle: Tensor) -> Tensor:
+    """A state `(..., H, S, P)` as seen after the angles `(..., S // 2)`."""
+    angle = angle[..., None, :, None]
+    return _turned(state, angle.cos(), -angle.sin(), -2)
+
+
+def _turned(v: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
+    """v with channel i and channel i + S // 2 of `dim` turned as a pair; of an odd S, the last stays as it is."""
+    half = cos.shape[dim]
+    p, q, rest = v.split([half, half, v.shape[dim] - 2 * half], dim)
+    return torch.cat([p * cos - q * sin, p * sin + q * cos, rest.to(cos.dtype)], dim).to(v.dtype)
