@@ -21,12 +21,14 @@ from longdream.worldmodel.kernels.scan import ScanInputs, ScanOutput
 from longdream.worldmodel.mixers.ssm import ScanMixer
 
 SLOWEST, FASTEST = 0.01, 2.0
-"""Scales of the angles, spaced logarithmically over the pairs of channels: some hardly turn, and remember as those of any
+"""Scales of the angles, spaced logarithmically over the pairs of channels: some hardly turn, and remember as in any
 scan; others turn by a large part of a circle per frame."""
 
 
 class RotaryScanMixer(ScanMixer):
     """A `ScanMixer` whose keys turn by the angles that the tokens say."""
+
+    scales: Tensor
 
     def __init__(self, config: DynamicsConfig, grid: int, block: int):
         super().__init__(config, grid, block)

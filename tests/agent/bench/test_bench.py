@@ -16,7 +16,7 @@ from longdream.agent.bench import trained
 from longdream.agent.bench.agents import act, controllers, loop
 from longdream.agent.bench.common import resident_bytes
 from longdream.agent.bench.faults.processes import environment
-from longdream.agent.bench.model import objectives
+from longdream.agent.bench.model import motion, objectives
 from longdream.agent.config import options
 from longdream.agent.core.agent import Agent
 from longdream.agent.run.logger import Logger
@@ -47,6 +47,21 @@ def test_the_bytes_of_a_carry_are_those_of_its_tensors() -> None:
     ]
     assert act.carry_bytes(carry) == sum(t.numel() * t.element_size() for t in tensors)
     assert act.carry_bytes(agent.initial(6)) == 2 * act.carry_bytes(carry)
+
+
+def test_motion_tells_how_far_off_each_mixer_is() -> None:
+    result = json.loads(json.dumps(motion.measure(("ssm", "rotary"), (0,), updates=3, frames=64, layers=1, width=16)))
+    assert [row["mixer"] for row in result["rows"]] == ["ssm", "rotary"]
+    for row in result["rows"]:
+        assert list(row["errors"]) == list(row["constant"]) == ["1-9", "10-29", "30-59", "60-"]
+        assert all(np.isfinite(error) for error in [*row["errors"].values(), *row["constant"].values()])
+    with pytest.raises(UserError, match="--mixers: 'rotari': did you mean rotary"):
+        motion.measure(("rotari",))
+    walks = motion.walks(4, 80, torch.Generator().manual_seed(0))
+    sees = walks.since == 0
+    shown = walks.obs[..., : 2 * motion.MARKS].unflatten(-1, (motion.MARKS, 2)) * motion.SIGHT
+    torch.testing.assert_close(shown[sees], walks.marks[sees])
+    assert (shown[~sees] == 0).all() and sees.any() and (walks.since > 10).any()
 
 
 def test_resident_memory_is_what_the_system_counts() -> None:
