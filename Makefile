@@ -44,8 +44,9 @@ lint: .venv/installed-dev
 pictures: .venv/installed-dev
 	.venv/bin/python docs/pictures.py $(ARGS)
 
+# (--quiet would hide warnings from --strict, too, and let them pass)
 docs: .venv/installed-dev
-	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build
 
 # pip comes last when an environment is made: where it is missing, an earlier attempt was cut short.
 .venv/bin/pip:

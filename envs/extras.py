@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 from longdream.envs.contract import UserError
@@ -13,9 +14,12 @@ EXTRAS = {
 """Modules that each extra brings, of those that are asked for here."""
 
 
-def missing(extra: str) -> list[str]:
-    """Modules of an extra that are not installed."""
-    return [name for name in EXTRAS[extra] if find_spec(name) is None]
+def needs(extra: str) -> str:
+    """What is not installed of an extra, and how to get it; empty where nothing is missing."""
+    missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
+    if "labmaze" in missing and sys.version_info >= (3, 13):
+        return f"needs {', '.join(missing)}: labmaze has no wheels for Python 3.13, use 3.11 or 3.12"
+    return f"needs {', '.join(missing)}: pip install 'longdream[{extra}]'" if missing else ""
 
 
 def require(extra: str, what: str) -> None:
@@ -24,5 +28,5 @@ def require(extra: str, what: str) -> None:
     Raises:
         UserError: it is not; `what` needs it.
     """
-    if lacking := missing(extra):
-        raise UserError(f"{what} needs {', '.join(lacking)}: pip install 'longdream[{extra}]'")
+    if lacking := needs(extra):
+        raise UserError(f"{what} {lacking}")

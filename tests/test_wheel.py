@@ -98,7 +98,7 @@ def test_it_brings_one_name(installed: Path) -> None:
     sources = [
         path for folder in ("agent", "controller", "envs", "worldmodel") for path in (ROOT / folder).rglob("*.py")
     ]
-    assert {str(path.relative_to(ROOT)) for path in sources} <= packed
+    assert {"py.typed", *(str(path.relative_to(ROOT)) for path in sources)} <= packed
     assert {f"agent/play/page/{path.name}" for path in (ROOT / "agent" / "play" / "page").iterdir()} <= packed
     assert {f"runs/presets/{path.name}" for path in (ROOT / "runs" / "presets").glob("*.yaml")} <= packed
     files = [path for path in (ROOT / "runs" / "pretrained").rglob("*") if path.is_file()]

@@ -88,8 +88,8 @@ def check_env(env: str, env_kwargs: dict[str, Any] | None = None, steps: int = 3
 
 
 def _python() -> dict[str, Any]:
-    ok = (3, 11) <= sys.version_info[:2] <= (3, 12)
-    text = f"{platform.python_version()} at {sys.executable}" + ("" if ok else ": longdream needs 3.11 or 3.12")
+    ok = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    text = f"{platform.python_version()} at {sys.executable}" + ("" if ok else ": longdream needs 3.11 to 3.13")
     return {"ok": ok, "found": text}
 
 
@@ -124,10 +124,10 @@ def _opengl() -> dict[str, Any]:
 def _memory_maze() -> dict[str, Any]:
     import gymnasium as gym
 
-    from longdream.envs.extras import missing
+    from longdream.envs.extras import needs
 
-    if lacking := missing("maze"):
-        return {"ok": None, "found": f"needs {', '.join(lacking)}: pip install 'longdream[maze]'"}
+    if lacking := needs("maze"):
+        return {"ok": None, "found": lacking}
 
     env = gym.make("longdream:longdream/MemoryMaze-9x9-v0")
     began = time.perf_counter()
@@ -148,10 +148,10 @@ def _memory_maze() -> dict[str, Any]:
 
 
 def _video() -> dict[str, Any]:
-    from longdream.envs.extras import missing
+    from longdream.envs.extras import needs
 
-    if lacking := missing("video"):
-        return {"ok": None, "found": f"needs {', '.join(lacking)}: pip install 'longdream[video]'"}
+    if lacking := needs("video"):
+        return {"ok": None, "found": lacking}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("av", "torchmetrics"))
     return {"ok": True, "found": f"mp4 files are read and written, frames compared ({versions})"}
 

@@ -10,21 +10,21 @@ from longdream.envs.contract import UserError
 
 
 def export(
-    run_folder: Path, out: Path, precision: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    run_folder: Path, out: Path | None = None, precision: Literal["float32", "bfloat16", "int8"] = "bfloat16"
 ) -> dict[str, Any]:
-    """Write an agent to hand on into the folder OUT: its settings, a card, and its weights in one file.
+    """Write an agent to hand on into a folder: its settings, a card, and its weights in one file.
 
     The folder opens as a run does: evaluate, dream and train --init take it. Optimizers and replay stay behind, so it
     cannot be resumed.
 
     examples
-      longdream export runs/quickstart-s0-1 agents/recall
-      longdream export runs/memory-maze-9x9-s0-1 agents/maze --precision int8
+      longdream export runs/quickstart-s0-1
+      longdream export runs/memory-maze-9x9-s0-1 --out agents/maze --precision int8
       longdream evaluate agents/maze --episodes 100
 
     Args:
         run_folder: of the run.
-        out: a new folder.
+        out: a new folder (default: exports/NAME).
         precision: of the weights. int8 takes six bits each and rounds them to 2% of their row's size; evaluate what
             comes of it.
 
@@ -37,10 +37,11 @@ def export(
 
     agent, run = load_agent(run_folder, "cpu")
     config = run.config
+    out = out or Path("exports", run.folder.resolve().name)
     try:
         out.mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"{out} exists already: name a new folder") from None
+        raise UserError(f"{out} exists already: name a new folder with --out") from None
     except OSError as error:
         raise UserError(f"{out} cannot be made ({error.strerror})") from None
     _, step = run.saved

@@ -257,9 +257,11 @@ def _report(plan: Plan, study: optuna.Study, folder: Path) -> dict[str, Any]:
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len({trial.value for trial in complete}) > 1:
         result["importance"] = _importance(study)
-        if result["importance"]:
-            result["figure"] = str(_draw(result["importance"], plan, folder / "importance.pdf"))
-            print(f"figure  {result['figure']}")
+    if result["importance"]:
+        result["figure"] = str(_draw(result["importance"], plan, folder / "importance.pdf"))
+        print(f"figure  {result['figure']}")
+    else:
+        print("no figure of importance: it needs more trials, of different worth")
     return result
 
 

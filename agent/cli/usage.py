@@ -22,7 +22,7 @@ USAGE = """longdream: agents that learn inside a learned world model with long-t
   longdream list                               what runs there are, and what has become of them
   longdream sweep FILE.yaml                    search for settings
   longdream dream runs/NAME                    a dream beside reality, as video
-  longdream export runs/NAME FOLDER            an agent to hand on: settings, card, weights in one file
+  longdream export runs/NAME [--out FOLDER]    an agent to hand on: settings, card, weights in one file
   longdream play runs/NAME|ENV                 step into the dream beside reality, in a browser
   longdream watch runs/NAME|runs/              follow runs in a browser while they train
   longdream envs                               environments that can be named
@@ -33,6 +33,7 @@ USAGE = """longdream: agents that learn inside a learned world model with long-t
   longdream demo                               train, evaluate and dream, in some minutes
   longdream --version                          which version this is
 
+A trained agent comes with the program: memory-maze-9x9 is its name wherever runs/NAME is asked for.
 longdream COMMAND --help explains a command. Every command takes --json and then ends stdout with one JSON object.
 --trust lets a run that somebody else made execute the code that it names (docs/security.md).
 LONGDREAM_DEBUG=1 shows where in the program an error came from."""

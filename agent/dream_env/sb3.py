@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +12,38 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
+from longdream.agent.config.flags import suggest
 from longdream.agent.core.agent import Agent
 from longdream.agent.dream_env.env import DreamVecEnv
 from longdream.envs.contract import UserError
 
 
-def sb3_env(run: str | Path | Agent, num_envs: int = 64, **arguments: Any) -> VecEnv:
+def sb3_env(run: str | os.PathLike[str] | Agent, num_envs: int = 64, **arguments: Any) -> VecEnv:
     """Dreams of a run as a VecEnv of Stable-Baselines3: `PPO("MlpPolicy", longdream.sb3_env("runs/NAME"))`.
 
     Returns and lengths of dreams are in SB3's own log.
 
     Args:
-        run: the folder of a run, or an Agent. num_envs: number of dreams.
+        run: the folder of a run, or a `TrainedAgent`; or an Agent, with Moments to start from. num_envs: of dreams.
         arguments: others of `DreamVecEnv`, such as horizon, start and temperature.
 
     Raises:
-        UserError: an argument is out of its range, there is no such run, or its checkpoint cannot be used.
+        UserError: an argument is unknown or out of its range, there is no such run, or its checkpoint cannot be used.
+
+    >>> import longdream as ld
+    >>> from stable_baselines3 import PPO
+    >>> learner = PPO("MlpPolicy", ld.sb3_env("runs/demo", 4, horizon=5), n_steps=8, batch_size=16, device="cpu")
+    >>> learner.learn(64).num_timesteps
+    64
     """
     if "autoreset_mode" in arguments:
         raise UserError("autoreset_mode: Stable-Baselines3 has one of its own; leave it out")
-    return VecMonitor(DreamsForSb3(DreamVecEnv(num_envs, run, autoreset_mode=AutoresetMode.SAME_STEP, **arguments)))
+    known = list(inspect.signature(DreamVecEnv).parameters)[2:]  # without num_envs and checkpoint
+    for name in arguments:
+        if name not in known:
+            raise UserError(f"unknown argument {name!r} of dreams" + suggest(name, known))
+    source = run if isinstance(run, Agent) else Path(run)
+    return VecMonitor(DreamsForSb3(DreamVecEnv(num_envs, source, autoreset_mode=AutoresetMode.SAME_STEP, **arguments)))
 
 
 class DreamsForSb3(VecEnv):

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from longdream.agent.core.agent import Agent
-from longdream.agent.library.functions import load
-from longdream.agent.library.trained import TrainedAgent
+from longdream.agent.library.functions import Run, load
 from longdream.envs.contract import UserError
 from longdream.worldmodel.dynamics import State
 
@@ -104,9 +103,7 @@ def tensors_of(state: State) -> dict[str, Tensor]:
     return named | {"last": state.last, "age": state.age}
 
 
-def export_parts(
-    run: str | Path | TrainedAgent, folder: str | Path, format: Literal["onnx", "torch"] = "onnx"
-) -> dict[str, Path]:
+def export_parts(run: Run, folder: str | Path, format: Literal["onnx", "torch"] = "onnx") -> dict[str, Path]:
     """Write V, C and a step of M as programs that compute on the CPU for any number n of streams:
 
     * encoder: observations `(n, *shape)` as they are stored, to latents `(n, N, D)`; decoder: back;
@@ -139,7 +136,7 @@ def export_parts(
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if format == "onnx" and missing:
         raise UserError(f"{' and '.join(missing)} missing: pip install 'longdream[onnx]', or give format='torch'")
-    trained = load(run.folder if isinstance(run, TrainedAgent) else run, "cpu")
+    trained = load(run, "cpu")
     if trained.actor.model.dynamics.grows:
         raise UserError(
             "worldmodel.mixer = causal: M's state grows with the frames seen, and no fixed program takes it"

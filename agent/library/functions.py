@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_type_hints
 
 from longdream.agent.cli.main import begin
-from longdream.agent.config import options
+from longdream.agent.config import flags, options
 from longdream.agent.config.checks import check
 from longdream.agent.config.schema import Config
 from longdream.agent.library.trained import TrainedAgent
 from longdream.agent.run.folder import load_agent
+from longdream.envs.contract import UserError
 
 Device = Literal["auto", "cpu", "cuda"]
+Run: TypeAlias = str | os.PathLike[str]
+"""The folder of a run, a trained agent that comes with the program, by its name, or a `TrainedAgent`."""
 
 
-def load(run: str | Path, device: Device | None = None) -> TrainedAgent:
-    """The agent of a run as last saved.
+def load(run: Run, device: Device | None = None) -> TrainedAgent:
+    """The agent of a run as last saved, or one that comes with the program.
 
     Args:
-        run: the folder, such as runs/demo. device: where the agent computes; None: as in the run.
+        run: the folder, such as runs/demo; or memory-maze-9x9. device: where the agent computes; None: as in the run.
 
     Raises:
         UserError: there is no such run, it was written by another version, it names code that the user has not
@@ -29,8 +33,11 @@ def load(run: str | Path, device: Device | None = None) -> TrainedAgent:
     >>> import longdream as ld
     >>> ld.load("runs/demo").config.env.id
     'longdream/Recall-v0'
+    >>> ld.load("memory-maze-9x9").steps
+    40000448
     """
-    agent, opened = load_agent(run, device)
+    device = flags.read("device", device, Device | None)
+    agent, opened = load_agent(Path(run), device)
     return TrainedAgent(agent, opened.folder, opened.saved[1])
 
 
@@ -61,7 +68,7 @@ def train(
     source: str | Config | None = None,
     *,
     name: str | None = None,
-    resume: str | Path | None = None,
+    resume: Run | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train V, M and C in a new run below runs/, or go on with one, as `longdream train` does.
@@ -84,11 +91,13 @@ def train(
     >>> summary["env_steps"] >= 100, summary["run"]
     (True, 'runs/first')
     """
-    return begin(source, _by_dotted_name(settings), name, resume)
+    if resume is not None and source is not None:
+        raise UserError("train takes a source or a run to resume, not both: a run that is resumed has its settings")
+    return begin(source, _by_dotted_name(settings), name, None if resume is None else os.fspath(resume))
 
 
 def evaluate(
-    run: str | Path,
+    run: Run,
     *,
     env: str | None = None,
     env_kwargs: dict[str, Any] | None = None,
@@ -97,22 +106,26 @@ def evaluate(
     device: Device | None = None,
     workers: Literal["sync", "async"] | None = None,
     greedy: bool | None = None,
+    copies: int | None = None,
+    forget_every: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Play whole real episodes with the agent of a run, with the same agent without long memory, and with random
     actions.
 
     Args:
-        run: its folder.
+        run: its folder, or a trained agent.
         env, env_kwargs: another environment with the same observations and actions. None: the run's own.
         episodes: how many of each. None: the run's evaluate.final_episodes.
-        seed, device, workers, greedy: None for those of the run.
+        seed, device, workers, greedy, copies: None for those of the run.
+        forget_every: play also with M's long memory erased every so many steps.
 
     Returns:
         `return_mean`, `return_std`, `return_ci95`, `length_mean`, `random_mean`, `without_memory_mean` and more, as
-        `longdream evaluate --json`.
+        `longdream evaluate --json`. Returns are sums of undiscounted rewards, lengths are in steps of the environment.
 
     Raises:
-        UserError: there is no such run, or the environment does not fit it. EnvError: the environment failed.
+        UserError: there is no such run, the environment does not fit it, or a value is of another type or out of its
+            range. EnvError: the environment failed.
 
     >>> import longdream as ld
     >>> ld.evaluate("runs/demo", episodes=4)["episodes"]
@@ -120,11 +133,15 @@ def evaluate(
     """
     from longdream.agent.cli import evaluate as command
 
-    settings = (env, env_kwargs, episodes, seed, device, workers, greedy)
-    return command.evaluate(Path(run), *settings, console=False)
+    given: dict[str, Any] = {"env": env, "env_kwargs": env_kwargs, "episodes": episodes, "seed": seed, "device": device}
+    given |= {"workers": workers, "greedy": greedy, "copies": copies, "forget_every": forget_every}
+    hints = get_type_hints(command.evaluate)
+    given = {name: flags.read(name, value, hints[name]) for name, value in given.items()}
+    return command.evaluate(Path(run), **given, console=False)
 
 
 def _by_dotted_name(settings: dict[str, Any]) -> dict[str, Any]:
     return {
-        options.full_name(name): str(value) if isinstance(value, Path) else value for name, value in settings.items()
+        options.full_name(name): os.fspath(value) if isinstance(value, os.PathLike) else value
+        for name, value in settings.items()
     }

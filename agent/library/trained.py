@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -17,11 +16,21 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from longdream.agent.config.schema import Config
-from longdream.agent.core.actor import Carry
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import autocast, own_randomness
 from longdream.agent.dream_env.spaces import action_space, observation_space
 from longdream.agent.dream_env.transfer import Actions
+from longdream.agent.library.values import (
+    Array,
+    Dream,
+    Memory,
+    Observation,
+    Surprise,
+    Values,
+    as_array,
+    as_given,
+    batched,
+)
 from longdream.envs.contract import EnvSpec, ObsSpec, Row, UserError
 from longdream.envs.copies import cannot_make, for_gym_make
 from longdream.envs.make import find
@@ -30,90 +39,11 @@ from longdream.worldmodel import model
 from longdream.worldmodel.dream import Starts, imagine
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What an agent has seen, of one stream of observations or of n. It is a value: no call changes it, so it can be
-    kept, and dreams can branch from it.
-
-    carry: of n streams (n = 1 for a single one): the last feature, M's state, the last action.
-    started: `(n,)` bool, whether anything has been seen. single: whether values come without a batch axis.
-    tensors: whether values are given as tensors, as the observations were, rather than as arrays.
-    """
-
-    carry: Carry
-    started: Tensor
-    single: bool
-    tensors: bool = False
-
-    def __len__(self) -> int:
-        return len(self.started)
-
-    @property
-    def features(self) -> Any:
-        """What C sees of it: `(F,)`, or `(n, F)` float32."""
-        return _given(self.carry.feat, self)
-
-    def repeat(self, n: int) -> Memory:
-        """n copies of the memory of a single stream, as a batch: for n dreams from one moment.
-
-        Raises:
-            UserError: it is a batch already.
-        """
-        if not self.single:
-            raise UserError(f"this memory is a batch of {len(self)}: only that of a single stream can be repeated")
-
-        def copies(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(n, 0)
-
-        feat, state, action = self.carry
-        return replace(
-            self,
-            carry=Carry(copies(feat), state.map(copies), copies(action)),
-            started=copies(self.started),
-            single=False,
-        )
-
-    def without_long_memory(self) -> Memory:
-        """The same with the states of M's scans erased. What its attention over the last frames holds stays."""
-        return replace(self, carry=self.carry._replace(state=self.carry.state.without_long_memory()))
-
-
-class Surprise(NamedTuple):
-    """How far an observation differs from what M predicted, each a float or `(n,)`, at least 0; see docs/surprise.md.
-
-    latent: a squared error, or nats, as M's objective measures. reward: |expected - real|. end: nats.
-    """
-
-    latent: Any
-    reward: Any
-    end: Any
-
-
-@dataclass(frozen=True)
-class Dream:
-    """H dreamt steps, of one dream or, with a leading axis, of n. Entry t of each field belongs to the t-th action:
-    the frame, reward and end that M imagines to follow from it.
-
-    actions: `(H, *native)` in the environment's form. rewards: `(H,)`, M's expected rewards. ends: `(H,)`, the
-    probability that the episode terminates there. features: `(H, F)`, what C sees. latents: `(H, N, D)`, V's tokens.
-    """
-
-    actions: Any
-    rewards: Any
-    ends: Any
-    features: Any
-    latents: Any
-    agent: TrainedAgent
-
-    @cached_property
-    def frames(self) -> Any:
-        """The dreamt observations, decoded by V when they are first asked for: `(H, *shape)` as `TrainedAgent.decode`
-        gives them, a dict of these where the observations are a Dict."""
-        return self.agent.decode(self.latents, self.features)
-
-
 class TrainedAgent:
     """V, M and C of a run, as `longdream.load` opens them. Observations, actions and rewards are those of Gymnasium.
+
+    The names are those of World Models (Ha and Schmidhuber 2018, arXiv 1803.10122). Where a run is asked for, the agent
+    stands for its own: `longdream.evaluate(agent)`.
 
     Every method takes a single observation or a batch of n, as numpy arrays or as tensors, and answers in the same
     form. Values of n streams have a leading axis of n. Actions and dreams that are sampled draw from torch's global
@@ -151,6 +81,9 @@ class TrainedAgent:
     def __repr__(self) -> str:
         return f"TrainedAgent({str(self.folder)!r}, {self.config.env.id}, {self.steps:,} steps, {self.actor.device})"
 
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
     # -- acting -------------------------------------------------------------------------------------------------------
 
     def make_env(self, num_envs: int | None = None, **kwargs: Any) -> Any:
@@ -163,12 +96,14 @@ class TrainedAgent:
             kwargs: arguments of the environment, such as render_mode, beside or in place of the run's own.
 
         Raises:
-            UserError: the environment is not registered, or cannot be made with these arguments.
+            UserError: the environment is not registered, cannot be made with these arguments, or num_envs is below 1.
 
         >>> import longdream as ld
         >>> ld.load("runs/demo").make_env(4).num_envs
         4
         """
+        if num_envs is not None and num_envs < 1:
+            raise UserError(f"num_envs = {num_envs}: must be at least 1")
         registration = find(self.config.env.id)
         arguments = for_gym_make(registration, self.config.env.kwargs | kwargs)
 
@@ -185,12 +120,24 @@ class TrainedAgent:
         return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
     def reset(self, n: int | None = None) -> Memory:
-        """The memory of an agent that has seen nothing, for a single stream or for n."""
+        """The memory of an agent that has seen nothing, for a single stream or for n.
+
+        Raises:
+            UserError: n is below 1.
+
+        >>> import longdream as ld
+        >>> ld.load("runs/demo").reset(3)
+        Memory(of 3 streams)
+        """
+        if n is not None and n < 1:
+            raise UserError(f"n = {n}: must be at least 1")
         carry = self.actor.initial(1 if n is None else n)
         return Memory(carry, torch.zeros(len(carry.feat), dtype=torch.bool, device=self.actor.device), n is None)
 
-    def act(self, obs: Any, memory: Memory, *, greedy: bool | None = None, first: Any = None) -> tuple[Any, Memory]:
-        """Take in an observation and choose the action there.
+    def act(
+        self, obs: Observation, memory: Memory, *, greedy: bool | None = None, first: Values | None = None
+    ) -> tuple[Any, Memory]:
+        """Take in an observation and choose the action there: M's `commit` of the frame, then C.
 
         Args:
             obs: `(*shape)`, or `(n, *shape)` for a memory of n streams; a dict of these where the space is a Dict.
@@ -202,7 +149,7 @@ class TrainedAgent:
             the action in the environment's form, and the memory, which holds obs and the action.
 
         Raises:
-            UserError: the observation is not one of this agent's environment.
+            UserError: the observation is not one of this agent's environment, or `first` is not one per stream.
             NotFinite: C gave an action that is not finite.
 
         >>> import longdream as ld, numpy as np
@@ -219,30 +166,53 @@ class TrainedAgent:
         memory = replace(memory, carry=self.actor.acted(memory.carry, encoded))
         return self._native(torch.from_numpy(encoded), memory), memory
 
-    def observe(self, obs: Any, memory: Memory, first: Any = None) -> Memory:
+    def observe(self, obs: Observation, memory: Memory, first: Values | None = None) -> Memory:
         """Take in an observation without acting, as when somebody else acts; `acted` then records what was done.
 
         Arguments and errors are those of `act`.
+
+        >>> import longdream as ld
+        >>> agent = ld.load("runs/demo")
+        >>> env = agent.make_env()
+        >>> obs, _ = env.reset(seed=0)
+        >>> memory = agent.observe(obs, agent.reset())
+        >>> action = env.action_space.sample()
+        >>> memory = agent.acted(memory, action)
+        >>> memory = agent.observe(env.step(action)[0], memory)
         """
         return self._observe(obs, memory, first, None, None, measure=False)[0]
 
-    def acted(self, memory: Memory, action: Any) -> Memory:
+    def acted(self, memory: Memory, action: Values) -> Memory:
         """The memory once `action`, `(*native)` or `(n, *native)`, is the one that was taken.
 
         Raises:
             UserError: it is not in the action space.
+
+        >>> import longdream as ld
+        >>> agent = ld.load("runs/demo")
+        >>> obs, _ = agent.make_env().reset(seed=0)
+        >>> chosen, memory = agent.act(obs, agent.reset())
+        >>> agent.acted(memory, 1)  # another one was taken
+        Memory(of 1 stream)
         """
-        encoded = self._encoded(_batched(action, memory.single), len(memory))
+        encoded = self._encoded(batched(action, memory.single), len(memory))
         return replace(memory, carry=memory.carry._replace(action=encoded))
 
     def predict(
-        self, observation: Any, state: Memory | None = None, episode_start: Any = None, deterministic: bool = True
+        self,
+        observation: Observation,
+        state: Memory | None = None,
+        episode_start: Values | None = None,
+        deterministic: bool = True,
     ) -> tuple[Any, Memory]:
         """`act` as Stable-Baselines3 calls it, for its `evaluate_policy` and what else takes its models.
 
         Args:
             observation: single or batched. state: the memory that the last call returned; None at the beginning.
             episode_start: bool `(n,)`, where an episode begins. deterministic: greedy actions.
+
+        Returns, and raises:
+            as `act`.
 
         >>> import longdream as ld
         >>> from stable_baselines3.common.evaluation import evaluate_policy
@@ -260,7 +230,7 @@ class TrainedAgent:
     def imagine(
         self,
         memory: Memory,
-        actions: Any = None,
+        actions: Values | None = None,
         *,
         policy: TrainedAgent | Callable[[Any], Any] | None = None,
         horizon: int | None = None,
@@ -270,7 +240,9 @@ class TrainedAgent:
     ) -> Dream:
         """Dream from the moment that the memory holds, under given actions or under a policy.
 
-        The first action is taken at the last observation, in place of the one that `act` chose there.
+        Frame by frame: M denoises the next one against a clean past (diffusion forcing; Chen et al. 2024, arXiv
+        2407.01392) and takes it in. Reward and end are expectations of its heads. The first action is taken at the last
+        observation, in place of the one that `act` chose there.
 
         Args:
             actions: `(H, *native)`, or `(n, H, *native)` for a memory of n streams.
@@ -282,7 +254,8 @@ class TrainedAgent:
             seed: torch draws from it; its global generator is left alone. None: from the global generator.
 
         Raises:
-            UserError: the memory is empty, actions are not in the action space, or both actions and a policy are given.
+            UserError: the memory is empty, actions are not in the action space, a number is not positive, or both
+                actions and a policy are given.
 
         >>> import longdream as ld, numpy as np
         >>> agent = ld.load("runs/demo")
@@ -299,13 +272,13 @@ class TrainedAgent:
         if actions is not None and (policy is not None or horizon is not None):
             raise UserError("imagine takes actions, or a policy and a horizon, not both")
         for name, value in {"temperature": temperature, "horizon": horizon, "steps": steps}.items():
-            if value is not None and value <= 0:
-                raise UserError(f"{name} = {value}: must be greater than 0")
+            if value is not None and not (isinstance(value, int | float) and value > 0):
+                raise UserError(f"{name} = {value!r}: must be greater than 0")
         actor = self.actor
         n = len(memory)
         if actions is not None:
             memory = replace(memory, tensors=isinstance(actions, Tensor))
-            given = _batched(actions, memory.single)
+            given = batched(actions, memory.single)
             if given.ndim < 2 or len(given) != n:
                 form = "(H, ...)" if memory.single else f"({n}, H, ...)"
                 raise UserError(f"actions of shape {np.shape(actions)}: give {form}, the steps of each dream")
@@ -317,8 +290,8 @@ class TrainedAgent:
             chosen = self if policy is None else policy
             choose = lambda feat: chosen.actor.controller.act(feat, chosen.config.evaluate.greedy)  # noqa: E731
         else:
-            batched = replace(memory, single=False)
-            choose = lambda feat: self._encoded(_array(policy(_given(feat, batched))), n)  # noqa: E731
+            as_batch = replace(memory, single=False)
+            choose = lambda feat: self._encoded(as_array(policy(as_given(feat, as_batch))), n)  # noqa: E731
         starts = Starts(memory.carry.feat, memory.carry.state, torch.ones(n, device=actor.device))
         drawn = nullcontext() if seed is None else own_randomness(seed, actor.device)
         horizon = horizon or self.config.controller.horizon
@@ -327,10 +300,13 @@ class TrainedAgent:
         native = self.spec.action.decode(dream.action.flatten(0, 1).clamp(-1, 1).float().cpu().numpy())
         native = native.reshape(n, horizon, *native.shape[1:])
         values = (torch.from_numpy(native), dream.reward, 1 - dream.cont, dream.feat[:, 1:], dream.z)
-        return Dream(*(_given(value, memory) for value in values), agent=self)
+        return Dream(*(as_given(value, memory) for value in values), agent=self)
 
-    def surprise(self, obs: Any, memory: Memory, reward: Any = None, terminated: Any = None) -> Surprise:
-        """How far an observation, and what came with it, differs from what M predicted.
+    def surprise(
+        self, obs: Observation, memory: Memory, reward: Values | None = None, terminated: Values | None = None
+    ) -> Surprise:
+        """How far an observation, and what came with it, differs from what M predicted. docs/surprise.md has the
+        formulas.
 
         Args:
             memory: from before this observation, with the action that led to it.
@@ -338,6 +314,9 @@ class TrainedAgent:
 
         Returns:
             `latent`, `reward` and `end`: 0 for the first observation of an episode.
+
+        Raises:
+            UserError: as `act`; or reward or terminated are not one per stream.
 
         >>> import longdream as ld
         >>> agent = ld.load("runs/demo")
@@ -351,18 +330,30 @@ class TrainedAgent:
         after, surprise = self._observe(obs, memory, None, reward, terminated, measure=True)
         assert surprise is not None
         parts = (surprise.latent, surprise.reward * (reward is not None), surprise.end * (terminated is not None))
-        values = (_given(part, after) for part in parts)
+        values = (as_given(part, after) for part in parts)
         return Surprise(*(float(value) if memory.single and not after.tensors else value for value in values))
 
-    def features(self, obs: Any, memory: Memory) -> Any:
-        """What C sees once the observation is taken in: `(F,)`, or `(n, F)` float32. The memory stays as it is."""
+    def features(self, obs: Observation, memory: Memory) -> Array:
+        """What C sees once the observation is taken in: `(F,)`, or `(n, F)` float32. The memory stays as it is.
+
+        Arguments and errors are those of `act`.
+
+        >>> import longdream as ld
+        >>> agent = ld.load("runs/demo")
+        >>> obs, _ = agent.make_env().reset(seed=0)
+        >>> agent.features(obs, agent.reset()).shape == (agent.actor.model.feature_size,)
+        True
+        """
         return self.observe(obs, memory).features
 
     # -- V ------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, obs: Any) -> Any:
+    def encode(self, obs: Observation) -> Array:
         """V's latents of observations: `(N, D)`, or `(n, N, D)` float32.
+
+        Raises:
+            UserError: an observation is not one of this agent's environment.
 
         >>> import longdream as ld
         >>> agent = ld.load("runs/demo")
@@ -372,10 +363,10 @@ class TrainedAgent:
         """
         n = self._batch(obs)
         form = replace(self.reset(n), tensors=_is_tensor(obs))
-        return _given(self.actor.model.encoder(self._packed(obs, form)), form)
+        return as_given(self.actor.model.encoder(self._packed(obs, form)), form)
 
     @torch.no_grad()
-    def decode(self, latents: Any, features: Any = None) -> Any:
+    def decode(self, latents: Values, features: Values | None = None) -> Any:
         """Latents `(..., N, D)` as observations `(..., *shape)`: images uint8, vectors flat float32, discrete values
         from their native start; a dict of these where the space is a Dict.
 
@@ -383,6 +374,13 @@ class TrainedAgent:
 
         Raises:
             UserError: V needs features and there are none, or latents are of another shape.
+
+        >>> import longdream as ld
+        >>> agent = ld.load("runs/demo")
+        >>> obs, _ = agent.make_env(4).reset(seed=0)
+        >>> again = agent.decode(agent.encode(obs), agent.features(obs, agent.reset(4)))
+        >>> again.shape == obs.shape, again.dtype
+        (True, dtype('uint8'))
         """
         encoder = self.actor.model.encoder
         z = torch.as_tensor(latents).to(self.actor.device)
@@ -402,20 +400,28 @@ class TrainedAgent:
 
     @torch.no_grad()
     def _observe(
-        self, obs: Any, memory: Memory, first: Any, reward: Any, terminated: Any, measure: bool
+        self,
+        obs: Observation,
+        memory: Memory,
+        first: Values | None,
+        reward: Values | None,
+        terminated: Values | None,
+        measure: bool,
     ) -> tuple[Memory, model.Surprise | None]:
         n = len(memory)
         memory = replace(memory, tensors=_is_tensor(obs))
         device = self.actor.device
-        begins = ~memory.started
-        if first is not None:
-            begins = begins | torch.as_tensor(first).to(device).reshape(-1).bool()
 
-        def row(value: Any, dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(0 if value is None else value).to(device, dtype).reshape(-1).expand(n)
+        def row(name: str, value: Values | None, dtype: torch.dtype) -> Tensor:
+            values = torch.as_tensor(0 if value is None else value).to(device, dtype).reshape(-1)
+            if len(values) not in (1, n):
+                raise UserError(f"{name} of shape {tuple(np.shape(value))}: give one value, or one for each of {n}")  # type: ignore
+            return values.expand(n)
 
-        flag = row(terminated, torch.bool)
-        now: Any = Row(self._packed(obs, memory), begins, row(reward, torch.float32), flag, flag)  # type: ignore
+        begins = ~memory.started | row("first", first, torch.bool)
+        flag = row("terminated", terminated, torch.bool)
+        came = row("reward", reward, torch.float32)
+        now: Any = Row(self._packed(obs, memory), begins, came, flag, flag)  # type: ignore
         carry, surprise = self.actor.observe(memory.carry, now, measure)
         return replace(memory, carry=carry, started=torch.ones_like(memory.started)), surprise
 
@@ -449,7 +455,7 @@ class TrainedAgent:
             return (
                 (value.to(self.actor.device) - spec.start).reshape(n, *spec.shape).to(getattr(torch, spec.dtype.name))
             )
-        return torch.from_numpy(spec.pack(_batched(value, memory.single))).to(self.actor.device)
+        return torch.from_numpy(spec.pack(batched(value, memory.single))).to(self.actor.device)
 
     def _encoded(self, native: np.ndarray, n: int) -> Tensor:
         """Native actions `(n, *native)`, checked, as `(n, A)` on the device."""
@@ -460,25 +466,7 @@ class TrainedAgent:
     def _native(self, encoded: Tensor, memory: Memory) -> Any:
         """Encoded actions `(n, A)` in the environment's form and the memory's."""
         native = torch.from_numpy(self.spec.action.decode(encoded.numpy()))
-        return _given(native.to(self.actor.device), memory)
-
-
-def _given(value: Tensor, memory: Memory) -> Any:
-    """A value `(n, ...)` as it is given: an array or a tensor, and of a single stream without its axis."""
-    value = value[0] if memory.single else value
-    if memory.tensors:
-        return value
-    array = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
-    return array[()]
-
-
-def _array(value: Any) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-
-
-def _batched(value: Any, single: bool) -> np.ndarray:
-    array = _array(value)
-    return array[None] if single else array
+        return as_given(native.to(self.actor.device), memory)
 
 
 def _is_tensor(obs: Any) -> bool:

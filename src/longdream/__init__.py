@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from longdream.agent.dream_env.sb3 import sb3_env
     from longdream.agent.library.export import export_parts
     from longdream.agent.library.functions import config, evaluate, load, train
-    from longdream.agent.library.trained import Dream, Memory, TrainedAgent
+    from longdream.agent.library.trained import TrainedAgent
+    from longdream.agent.library.values import Dream, Memory
     from longdream.envs.contract import UserError
 
 __all__ = [
@@ -43,8 +44,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Dream": "agent.library.trained",
-    "Memory": "agent.library.trained",
+    "Dream": "agent.library.values",
+    "Memory": "agent.library.values",
     "TrainedAgent": "agent.library.trained",
     "UserError": "envs.contract",
     "config": "agent.library.functions",

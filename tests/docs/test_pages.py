@@ -1,15 +1,20 @@
 """The pages themselves: their links lead somewhere, and they name no setting that does not exist."""
 
+import functools
 import re
+import shlex
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from longdream.agent.cli import functions
 from longdream.agent.cli.main import COMMANDS
-from longdream.agent.config import options
+from longdream.agent.config import flags, options
 from longdream.controller.config import ControllerConfig
+from longdream.envs.contract import UserError
 from longdream.worldmodel.config import DynamicsConfig, ForcingConfig
 from longdream.worldmodel.dream import Dream
 from longdream.worldmodel.dynamics import Dynamics
@@ -74,11 +79,33 @@ def test_every_block_of_python_is_run_or_says_why_not(page: Path) -> None:
     assert page.stem in RUN or len(unmarked) <= (page.name == "environments.md")  # whose first one a test runs
 
 
+def read(command: str, arguments: list[str]) -> None:
+    """Read the words and flags of a command as the command line does, and go no further."""
+    arguments = [argument for argument in arguments if argument not in ("--json", "--trust")]
+    if command == "train":
+        own = ("name", "resume", "seeds", "jobs", "gpus")
+        _, given = flags.split(arguments, lambda flag: str if flag in own else options.hint(flag))
+        options.from_flags({flag: value for flag, value in (given or {}).items() if flag not in own})
+    elif command != "bench":
+        module, _, function = COMMANDS[command].partition(":")
+        home = "longdream.agent" if module.startswith("..") else "longdream.agent.cli"
+        real = getattr(import_module(f"{home}.{module.strip('.')}"), function)
+        functions.call(f"longdream {command}", functools.wraps(real)(lambda **given: given), arguments)
+
+
 @pytest.mark.parametrize("page", TODAY, ids=name)
-def test_every_command_that_is_shown_exists(page: Path) -> None:
+def test_every_command_that_is_shown_can_be_read(page: Path) -> None:
     for block in re.findall(r"^```(?:bash)?\n(.*?)^```", text(page), re.DOTALL | re.MULTILINE):
-        shown = set(re.findall(r"^longdream ([a-z-]+)", block, re.MULTILINE))
-        assert shown <= {"train", "bench", *COMMANDS}
+        for line in re.findall(r"^longdream [a-z-].*", block.replace("\\\n", " "), re.MULTILINE):
+            _, command, *arguments = shlex.split(line, comments=True)
+            read(command, arguments)
+
+
+@pytest.mark.parametrize("line", ["train tiny --sed 3", "plot a --axis wall", "export", "evaluate a --episodes few"])
+def test_a_command_that_cannot_be_read_is_seen(line: str) -> None:
+    command, *arguments = line.split()
+    with pytest.raises(UserError):
+        read(command, arguments)
 
 
 def test_the_readme_is_short() -> None:

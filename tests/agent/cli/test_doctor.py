@@ -10,6 +10,7 @@ import pytest
 
 from longdream.agent.cli import doctor
 from longdream.agent.cli import main as cli
+from longdream.envs import extras
 
 
 class Beyond(gym.Env):
@@ -46,6 +47,14 @@ def test_the_doctor_finds_what_the_install_promises(capsys: pytest.CaptureFixtur
     assert report["memory maze"]["steps_per_s"] > 0 and report["disk"]["free_bytes"] > 0
     assert set(report["opengl"]["tried"]) == {"egl", "osmesa"} and None in report["opengl"]["tried"].values()
     assert printed.err.count("\n") >= 6 and "FAILS" not in printed.err
+
+
+def test_an_extra_that_cannot_be_installed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    assert doctor._memory_maze()["found"].endswith("numba: pip install 'longdream[maze]'")
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0, "final", 0))
+    assert doctor._memory_maze()["found"].endswith("labmaze has no wheels for Python 3.13, use 3.11 or 3.12")
+    assert doctor._video()["found"] == "needs av, torchmetrics: pip install 'longdream[video]'"
 
 
 def test_where_minerl_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ("export", "functions", "trained")
+MODULES = ("dream_env.sb3", "library.export", "library.functions", "library.trained", "library.values")
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_examples_run(module: str, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo)
-    source = import_module(f"longdream.agent.library.{module}")
+    source = import_module(f"longdream.agent.{module}")
     tests = [test for test in doctest.DocTestFinder(exclude_empty=True).find(source) if test.examples]
     assert tests
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

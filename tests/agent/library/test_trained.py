@@ -1,5 +1,6 @@
 """A trained agent as an object: what it does is what V, M and C do, in any form that values come in."""
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -132,6 +133,15 @@ def test_memory_is_a_value(dream_runs: Callable[[str], Path]) -> None:
         (lambda agent, obs, memory: agent.decode(np.zeros((3, 2))), r"latents of shape \(3, 2\): give"),
         (lambda agent, obs, memory: memory.repeat(2).repeat(2), "is a batch of 2"),
         (lambda agent, obs, memory: agent.acted(memory, 7), "not finite members of"),
+        (lambda agent, obs, memory: agent.act(obs, memory, first=np.ones(3, bool)), r"first of shape \(3,\): give one"),
+        (lambda agent, obs, memory: agent.surprise(obs, memory, torch.ones(2)), r"reward of shape \(2,\): give one"),
+        (lambda agent, obs, memory: agent.imagine(memory, horizon="3"), "horizon = '3': must be greater than 0"),
+        (lambda agent, obs, memory: agent.reset(0), "n = 0: must be at least 1"),
+        (lambda agent, obs, memory: agent.make_env(0), "num_envs = 0: must be at least 1"),
+        (lambda agent, obs, memory: ld.load(agent, "gpu"), "device 'gpu': should be 'auto', 'cpu' or 'cuda'"),
+        (lambda agent, obs, memory: ld.evaluate(agent, episodes="few"), "episodes 'few': should be a valid integer"),
+        (lambda agent, obs, memory: ld.train("tiny", resume=agent), "a source or a run to resume, not both"),
+        (lambda agent, obs, memory: ld.sb3_env(agent, horizn=3), "'horizn' of dreams: did you mean horizon"),
     ],
 )
 def test_mistakes_are_one_line(dream_runs: Callable[[str], Path], call: Callable, message: str) -> None:
@@ -141,6 +151,22 @@ def test_mistakes_are_one_line(dream_runs: Callable[[str], Path], call: Callable
     with pytest.raises(ld.UserError, match=message) as caught:
         call(agent, obs, memory)
     assert "\n" not in str(caught.value)
+
+
+def test_what_it_offers_is_documented_and_typed() -> None:
+    """With an example each, which test_examples.py runs."""
+    parts = [getattr(ld, name) for name in ld.__all__]
+    functions = [part for part in parts if inspect.isfunction(part)]
+    for part in filter(inspect.isclass, parts):
+        functions += [f for name, f in vars(part).items() if inspect.isfunction(f) and name[0] != "_"]
+    assert {"load", "train", "TrainedAgent.act", "Memory.repeat"} <= {f.__qualname__ for f in functions}
+    for function in functions:
+        where = function.__qualname__
+        assert ">>> " in (function.__doc__ or "") or where == "Memory.repeat", where  # in the example of its class
+        signature = inspect.signature(function)
+        taken = [p for p in signature.parameters.values() if p.name != "self" and p.kind != p.VAR_KEYWORD]
+        assert not {p.annotation for p in taken} & {inspect.Parameter.empty, "Any"}, where
+        assert signature.return_annotation is not signature.empty, where
 
 
 def test_configurations_keep_the_promises_of_the_command_line() -> None:

@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(run: Path, out: Path, precision: str) -> Path:
-    assert cli.main(["export", str(run), str(out), "--precision", precision]) == 0
+    assert cli.main(["export", str(run), "--out", str(out), "--precision", precision]) == 0
     return out
 
 
@@ -119,8 +119,10 @@ def test_the_command_and_what_takes_its_folder(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["export", str(run), "agent", "--precision", "float32", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 200
+    assert cli.main(["export", str(run), "--precision", "float32", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["step"] == 200 and result["folder"] == f"exports/{run.name}"
+    Path(result["folder"]).rename("agent")
     assert cli.main(["evaluate", "agent", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     own = run_folder.summary(run)
@@ -129,10 +131,10 @@ def test_the_command_and_what_takes_its_folder(
     assert np.isfinite(json.loads(Path("runs/more/summary.json").read_text())["return_mean"])
     capsys.readouterr()
     for arguments, error in (
-        (["export", str(run), "agent"], "agent exists already: name a new folder"),
+        (["export", str(run), "--out", "agent"], "agent exists already: name a new folder"),
         (["train", "--resume", "agent"], "an exported agent, without optimizers: longdream train --init agent"),
         (["train", "--world", "agent"], "agent has no replay"),
-        (["export", "nobody", "other"], "nobody: there is no such run"),
+        (["export", "nobody", "--out", "other"], "nobody: there is no such run"),
     ):
         assert cli.main(arguments) == 2
         assert error in capsys.readouterr().err
