@@ -104,8 +104,8 @@ def declared(module: str, name: str) -> Callable[..., Any]:
             statement.names = [n for n in statement.names if (n.asname or n.name) in needed or n.name == "annotations"]
             kept = bool(statement.names)
         else:
-            assigns = isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign)
-            kept = assigns and bool(_names(statement) & needed)
+            assigned = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+            kept = any(isinstance(target, ast.Name) and target.id in needed for target in assigned)
         if kept:
             statements.insert(0, statement)
             needed |= _names(statement)

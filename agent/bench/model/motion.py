@@ -102,8 +102,8 @@ def measure(
                 raise UserError(str(error)) from error
             row |= {key: dict(zip(names, row[key], strict=True)) for key in ("errors", "constant")}
             rows.append(row)
-            told = "".join(f"{value:8.2f}" for value in row["errors"].values())
-            print(f"{name:14}{seed:5}{row['params']:9,}{row['ms']:7.0f}{told}", flush=True)
+            columns = "".join(f"{value:8.2f}" for value in row["errors"].values())
+            print(f"{name:14}{seed:5}{row['params']:9,}{row['ms']:7.0f}{columns}", flush=True)
     print(f"{'(0, 0)':35}" + "".join(f"{value:8.2f}" for value in rows[-1]["constant"].values()))
     return {"updates": updates, "frames": frames, "device": str(where), "rows": rows}
 
