@@ -13,6 +13,7 @@ import torch
 from longdream.agent.config.schema import Device, EnvConfig
 from longdream.agent.core.agent import Agent
 from longdream.agent.dream_env.starts import Moments, open_replay, replayed_moments
+from longdream.agent.evaluation import probes
 from longdream.agent.evaluation.policy import check_fit
 from longdream.agent.play.keys import Keys
 from longdream.agent.play.mind import Mind
@@ -99,7 +100,7 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
     device = device or ("auto" if config.device == "cuda" else config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    tree, _ = run.saved
+    tree, step = run.saved
     with fitting(run.folder, tree):  # one step at a time is not worth compiling
         agent = Agent(replace(config, device=device, compiled=False, cuda_graphs=False), run.spec)
     fill(agent, tree, run.folder, weights_only=True)
@@ -125,7 +126,12 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
         notes.append(f"no replayed moments: {error}")
     if moments is None and not real:
         raise UserError(f"{run.folder} has neither an environment nor a replay here: {notes[0]}")
-    mind = Mind(agent)
+    try:
+        probe = probes.load(run.folder, agent.model.feature_size, step)
+    except UserError as error:
+        probe = None
+        notes.append(f"no map read out of M's memory: {error}")
+    mind = Mind(agent, probe)
     title = f"{run.folder.name} in {env.id}"
     keys = Keys(run.spec.action, meaning)
     return Source(title, run.folder, run.spec, env, mind, moments, keys, fps, real, notes, config.seed)
