@@ -108,4 +108,7 @@ def maze(probes: dict[str, np.ndarray], read: Reading | None) -> dict[str, Any] 
 
 def _drawn(walls: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
     """Walls `(S, S)` from 0 to 1, row 0 at y = 0, and places of targets `(K, 2)`, for the page."""
-    return {"walls": (100 * walls[::-1]).round().astype(int).tolist(), "targets": targets.astype(float).round(3).tolist()}
+    return {
+        "walls": (100 * walls[::-1]).round().astype(int).tolist(),
+        "targets": targets.astype(float).round(3).tolist(),
+    }

@@ -18,9 +18,9 @@ from longdream.agent.evaluation.policy import check_fit
 from longdream.agent.play.keys import Keys
 from longdream.agent.play.mind import Mind
 from longdream.agent.play.session import Session
-from longdream.agent.run.folder import Run, fill, fitting, open_run, pretrained
+from longdream.agent.run.folder import Run, fill, fitting
 from longdream.envs.contract import EnvError, EnvSpec, UserError
-from longdream.envs.make import World, find
+from longdream.envs.make import World
 from longdream.envs.meaning import Meaning
 
 STARTS = 64
@@ -63,25 +63,6 @@ class Source:
         return Session(self.spec, world, self.mind, self.moments, self.seed + 1000 * (self.opened - 1))
 
 
-def find_run(what: str) -> Run | None:
-    """The run that is meant; None if an environment is.
-
-    Raises:
-        UserError: neither of them, or a run that has no agent, or that is not trusted.
-    """
-    if Path(what).is_dir() or what in pretrained():
-        run = open_run(what)
-        if run.config.kind == "video":
-            raise UserError(f"{what} was trained on video: there is nobody in it who acts; see its videos/")
-        return run
-    try:
-        find(what)
-    except UserError as error:
-        kind = "there is no such run, and " if "/" in what or what.startswith("runs") else ""
-        raise UserError(f"{what}: {kind}{error}") from None
-    return None
-
-
 def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, device: Device | None) -> Source:
     """Load what is played: of a run the agent as last saved, moments of its replay, and its environment.
 
@@ -98,8 +79,7 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
             return Source(what, root, world.spec, env, None, None, keys, _fps(world), True, [])
     config = run.config
     device = device or ("auto" if config.device == "cuda" else config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(1)  # a step of one stream is too small to share: threads would mostly wait for each other
     tree, step = run.saved
     with fitting(run.folder, tree):  # one step at a time is not worth compiling
         agent = Agent(replace(config, device=device, compiled=False, cuda_graphs=False), run.spec)

@@ -45,10 +45,11 @@ def measure(
 
     examples
       longdream bench play runs/demo
+      longdream bench play memory-maze-9x9 --seconds 20
       longdream bench play runs/demo --long 3600 --seconds 1 --keys 10
 
     Args:
-        run_folder: of the run
+        run_folder: of the run, or the name of an agent that comes with the program
         seconds: for each count of frames
         keys: how many are timed
         long: seconds of the long session; 0 for none
@@ -58,9 +59,10 @@ def measure(
         device: where the agent computes (default: as in the run)
 
     Returns:
-        first_page_s: from the command to its page; first_frame_s: to the first picture. rows: mode, steps, fps, and
-        key_ms: median and 95th percentile. long: seconds, frames, drift_s: how far the clock is behind at the end;
-        memory in MB and open files of the server, after a minute and at the end.
+        first_page_s: from the command to its page; first_frame_s: to the first picture. rows: mode, steps, fps, cpu_ms
+        (processor time of the server for a frame, which other work on the machine hardly changes), and key_ms: median
+        and 95th percentile. load: of the machine, over a minute. long: seconds, frames, drift_s: how far the clock is
+        behind at the end; memory in MB and open files of the server, after a minute and at the end.
     """
     require("aiohttp")
     if seconds <= 0 or keys < 1 or long < 0 or min(steps, default=0) < 1 or not modes:
@@ -100,7 +102,10 @@ async def _measure(
         async with _client(address) as client:
             result["first_frame_s"] = round(time.perf_counter() - began, 2)
             print(f"page after {result['first_page_s']} s, picture after {result['first_frame_s']} s")
-            result["rows"] = [await _row(client, mode, n, seconds, keys, speed) for mode in modes for n in steps]
+            pid = process.pid
+            result["rows"] = [await _row(client, pid, mode, n, seconds, keys, speed) for mode in modes for n in steps]
+            result["load"] = round(os.getloadavg()[0], 2)
+            print(f"load of the machine: {result['load']}")
         if long:
             result["long"] = await _long(address, process.pid, long, speed, modes[0])
         drain.cancel()
@@ -171,23 +176,30 @@ async def _client(address: str, name: str = "") -> AsyncIterator[Client]:
             yield client
 
 
-async def _row(client: Client, mode: str, steps: int, seconds: float, keys: int, speed: float) -> dict[str, Any]:
+async def _row(
+    client: Client, pid: int, mode: str, steps: int, seconds: float, keys: int, speed: float
+) -> dict[str, Any]:
     await client.send(do="set", mode=mode, steps=steps, speed=60)
     await client.send(do="play", on=True)
     await client.hold(client.bindings[0])
     for _ in range(10):
         await client.frame()
     began = time.perf_counter()
+    used = _cpu_s(pid)
     frames = 0
     while time.perf_counter() - began < seconds:
         await client.frame()
         frames += 1
     fps = frames / (time.perf_counter() - began)
+    cpu_ms = 1e3 * (_cpu_s(pid) - used) / frames
     times = await _key_times(client, keys, speed)
     centiles = statistics.quantiles(times, n=20) if len(times) > 1 else times * 20
-    row = {"mode": mode, "steps": steps, "fps": round(fps, 1)}
+    row = {"mode": mode, "steps": steps, "fps": round(fps, 1), "cpu_ms": round(cpu_ms, 1)}
     row |= {"key_ms": [round(statistics.median(times), 1), round(centiles[-1], 1)]}
-    print(f"{mode}, {steps} denoising steps: {fps:.1f} frames/s, key to picture {row['key_ms'][0]} ms (median)")
+    print(
+        f"{mode}, {steps} denoising steps: {fps:.1f} frames/s, {cpu_ms:.1f} ms of processor time each, key to picture "
+        f"{row['key_ms'][0]} ms (median)"
+    )
     return row
 
 
@@ -244,6 +256,12 @@ async def _long(address: str, pid: int, seconds: float, speed: float, mode: str)
         f"{first[0]:.0f} to {last[0]:.0f} MB, open files {first[1]} to {last[1]}"
     )
     return result
+
+
+def _cpu_s(pid: int) -> float:
+    """Processor time that a process has used, of all its threads, in seconds."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _cost(pid: int) -> tuple[float, int]:

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from longdream.agent.cli import main as cli
+from longdream.agent.cli.play import find_run
 from longdream.agent.config import options
 from longdream.agent.core.agent import Agent
 from longdream.agent.data.video.library import open_library
 from longdream.agent.evaluation import probes
-from longdream.agent.play.source import find_run, open_source
+from longdream.agent.play.source import open_source
 from longdream.agent.run import folder as run_folder
 from longdream.envs import World
 from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, UserError
@@ -186,7 +187,7 @@ def played_beside_the_true_map(folder: Path) -> None:
         probes.load(folder, size, 7)
     for blob in (whole[:-4], b"", whole.replace(b"walls.net.0.weight", b"walls.net.9.weight")):
         (folder / probes.FILE).write_bytes(blob)
-        with pytest.raises(UserError, match="cannot be used .*: train it again"):
+        with pytest.raises(UserError, match="cannot be used"):
             probes.load(folder, size, 0)
     source = open_source(str(folder), find_run(str(folder)), {}, "cpu")
     assert source.mind and source.mind.probe is None and [note for note in source.notes if "probe.safetensors" in note]
