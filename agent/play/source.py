@@ -18,11 +18,13 @@ from longdream.agent.evaluation.policy import check_fit
 from longdream.agent.play.keys import Keys
 from longdream.agent.play.mind import Mind
 from longdream.agent.play.session import Session
-from longdream.agent.run.folder import Run, fill, fitting
+from longdream.agent.run.folder import PRETRAINED, Run, fill, fitting
 from longdream.envs.contract import EnvError, EnvSpec, UserError
 from longdream.envs.make import World
 from longdream.envs.meaning import Meaning
 
+RECORDINGS = Path("recordings")
+"""Folder of what was recorded of an environment alone, or of an agent that comes with the program."""
 STARTS = 64
 """Replayed moments that dreams begin from."""
 
@@ -74,7 +76,7 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
     if run is None:
         env = EnvConfig(id=what, kwargs=env_kwargs or {})
         with closing(_world(env, 0)) as world:
-            root = Path("recordings") / re.sub(r"[^\w.-]+", "-", what)
+            root = RECORDINGS / re.sub(r"[^\w.-]+", "-", what)
             keys = Keys(world.spec.action, world.meaning())
             return Source(what, root, world.spec, env, None, None, keys, _fps(world), True, [])
     config = run.config
@@ -114,7 +116,8 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
     mind = Mind(agent, probe)
     title = f"{run.folder.name} in {env.id}"
     keys = Keys(run.spec.action, meaning)
-    return Source(title, run.folder, run.spec, env, mind, moments, keys, fps, real, notes, config.seed)
+    root = RECORDINGS / run.folder.name if run.folder.parent == PRETRAINED else run.folder
+    return Source(title, root, run.spec, env, mind, moments, keys, fps, real, notes, config.seed)
 
 
 def _world(env: EnvConfig, seed: int) -> World:
