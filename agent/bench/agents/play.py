@@ -18,12 +18,13 @@ from typing import Any, Literal
 from longdream.agent.bench.common import MB
 from longdream.agent.cli.play import require
 from longdream.agent.config.schema import Device
+from longdream.agent.play.session import KEPT
 from longdream.envs.contract import UserError
 
 RECONNECT_S = 60.0
 """Seconds of a long session after which its connection is lost and comes back."""
 WARM_S = 60.0
-"""Seconds of a long session after which memory is measured first: by then the history is full."""
+"""Seconds of a long session after which memory is measured first, if the history is full by then."""
 
 
 def measure(
@@ -62,7 +63,7 @@ def measure(
         first_page_s: from the command to its page; first_frame_s: to the first picture. rows: mode, steps, fps, cpu_ms
         (processor time of the server for a frame, which other work on the machine hardly changes), and key_ms: median
         and 95th percentile. load: of the machine, over a minute. long: seconds, frames, drift_s: how far the clock is
-        behind at the end; memory in MB and open files of the server, after a minute and at the end.
+        behind at the end; memory in MB and open files of the server, early and at the end.
     """
     require("aiohttp")
     if seconds <= 0 or keys < 1 or long < 0 or min(steps, default=0) < 1 or not modes:
@@ -244,9 +245,10 @@ async def _long(address: str, pid: int, seconds: float, speed: float, mode: str)
                     await client.hold(rng.choice(client.bindings))
             late += time.perf_counter() - start - count / speed
             frames += count
-        if first is None and time.perf_counter() - began >= min(WARM_S, seconds / 2):
-            first = _cost(pid)
-    last = _cost(pid)
+        lasted = time.perf_counter() - began
+        if first is None and (lasted >= seconds / 2 or (lasted >= WARM_S and frames >= KEPT)):
+            first = await _cost(pid)
+    last = await _cost(pid)
     first = first or last
     result = {"seconds": round(time.perf_counter() - began, 1), "mode": mode, "frames": int(frames)}
     result |= {"drift_s": round(late, 3), "memory_mb": [round(first[0], 1), round(last[0], 1)]}
@@ -264,7 +266,8 @@ def _cpu_s(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def _cost(pid: int) -> tuple[float, int]:
-    """Resident memory in MB and open files of a process."""
+async def _cost(pid: int) -> tuple[float, int]:
+    """Resident memory in MB and open files of a process, once it has closed the connection that was just lost."""
+    await asyncio.sleep(0.5)
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / MB, len(os.listdir(f"/proc/{pid}/fd"))
