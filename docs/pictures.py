@@ -99,6 +99,18 @@ def play() -> None:
         page.screenshot(path=IMAGES / "play-phone.png")
 
 
+def play_maze() -> None:
+    """The agent that comes with the program: it drives, and after a while M sees nothing but its actions."""
+    with page_of("play", "memory-maze-9x9") as page:
+        page.wait_for_selector("#pad button")
+        page.click("#driver")
+        press(page, *["Period"] * 60)
+        page.click("#eyes")
+        press(page, *["Period"] * 12)
+        page.mouse.move(0, 0)
+        page.screenshot(path=IMAGES / "play-maze.png", full_page=True)
+
+
 def watch() -> None:
     demo()
     with page_of("watch", "runs/demo") as page:
@@ -177,6 +189,7 @@ def memory() -> None:
 RECIPES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "play": (play, ("play.png", "play-phone.png")),
     "watch": (watch, ("watch.png",)),
+    "play-maze": (play_maze, ("play-maze.png",)),
     "dream": (dream, ("dream.png",)),
     "path": (path, ("memory-maze-path.png",)),
     "fidelity": (fidelity, ("fast-memory-maze.png",)),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from longdream.envs.contract import UserError
+
+if TYPE_CHECKING:
+    from longdream.agent.run.folder import Run
 
 HOST = "127.0.0.1"
 PORT = 8600
@@ -44,16 +47,42 @@ def play(
         UserError: there is no such run or environment, it cannot be used, or the port is in use.
     """
     _check(port)
-    from longdream.agent.play import server, source
+    from longdream.agent.play import server
 
-    run = source.find_run(what)
+    run = find_run(what)
+
+    def load() -> Any:
+        from longdream.agent.play.source import open_source  # imported here: the page need not wait for it
+
+        return open_source(what, run, env_kwargs, device)
 
     async def main() -> None:
-        service = server.PlayService(lambda: source.open_source(what, run, env_kwargs, device))
-        await server.serve(service, host, port, open)
+        await server.serve(server.PlayService(load), host, port, open)
 
     asyncio.run(main())
     return {}
+
+
+def find_run(what: str) -> Run | None:
+    """The run that is meant; None if an environment is.
+
+    Raises:
+        UserError: neither of them, or a run that has no agent, or that is not trusted.
+    """
+    from longdream.agent.run.folder import open_run, pretrained
+    from longdream.envs.make import find
+
+    if Path(what).is_dir() or what in pretrained():
+        run = open_run(what)
+        if run.config.kind == "video":
+            raise UserError(f"{what} was trained on video: there is nobody in it who acts; see its videos/")
+        return run
+    try:
+        find(what)
+    except UserError as error:
+        kind = "there is no such run, and " if "/" in what or what.startswith("runs") else ""
+        raise UserError(f"{what}: {kind}{error}") from None
+    return None
 
 
 def watch(what: Path, port: int = PORT + 1, host: str = HOST, open: bool = True) -> dict[str, Any]:

@@ -6,19 +6,25 @@ agent. What it reads from M's features and not from V's latent, M has remembered
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from longdream.agent.data import npz_episodes
 from longdream.agent.data.video.library import Library
 from longdream.agent.data.video.loader import read_clip
 from longdream.agent.data.video.reader import Recording
+from longdream.agent.run import files
+from longdream.agent.run.export import header_of
 from longdream.envs.contract import UserError
 from longdream.envs.memory_maze.policies import visible
 from longdream.worldmodel.model import WorldModel
@@ -36,6 +42,10 @@ BATCH = 1024
 """Rows of an update of a probe."""
 STREAMS = 64
 """Episodes that M watches at once."""
+FILE = "probe.safetensors"
+"""The probe of M's features in a run; `longdream play` shows what it reads."""
+MOST_BYTES = 1 << 28
+"""Size of that file, at most."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +85,11 @@ def read(library: Library, recordings: list[Recording], side: int) -> Episodes:
         truth = npz_episodes.read(recording.path)
         layout = truth["maze_layout"][0]
         position = truth["agent_pos"].astype(np.float64)
-        pose = np.concatenate([2 * position / len(layout) - 1, truth["agent_dir"]], 1)
         parts.append(
             {
                 "image": clip["image"],
                 "prev_action": np.concatenate([clip["before"][None], clip["action"][:-1]]),
-                "pose": pose.astype(np.float32),
+                "pose": pose_of(layout, position, truth["agent_dir"]),
                 "walls": (layout == 0).astype(np.float32),
                 "targets": truth["targets_pos"][0].astype(np.float32),
                 "seen": since_seen(layout, position, truth["targets_pos"][0], truth["targets_vec"]),
@@ -150,76 +159,141 @@ def features(
 
 
 class Probe(nn.Module):
-    """An MLP of four hidden layers of 1,024, each with LayerNorm and ELU, on a feature and a pose.
+    """An MLP of four hidden layers, each with LayerNorm and ELU, on a feature and a pose."""
 
-    Features are standardised with the mean and deviation of those it is trained on, which `fit` sets.
-    """
+    mean: Tensor
+    deviation: Tensor
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, hidden: int):
         super().__init__()
-        sizes = [inputs + 4, *[HIDDEN] * LAYERS]
+        sizes = [inputs + 4, *[hidden] * LAYERS]
         layers: list[nn.Module] = []
         for before, after in pairwise(sizes):
             layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.ELU()]
-        self.net = nn.Sequential(*layers, nn.Linear(HIDDEN, outputs))
+        self.net = nn.Sequential(*layers, nn.Linear(hidden, outputs))
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("deviation", torch.ones(inputs))
 
+    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take features `(inputs,)` of this mean and deviation to numbers of mean 0 and deviation 1."""
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation.clamp(min=1e-3))
+
     def forward(self, feature: Tensor, pose: Tensor) -> Tensor:
         """Outputs `(..., outputs)` of features `(..., inputs)` and poses `(..., 4)`."""
-        mean: Any = self.mean
-        deviation: Any = self.deviation
-        return self.net(torch.cat([(feature - mean) / deviation, pose], -1))
+        return self.net(torch.cat([(feature - self.mean) / self.deviation, pose], -1))
+
+
+class MazeProbe(nn.Module):
+    """A probe of the walls and one of the targets, of a maze of `size` x `size` cells with `count` targets."""
+
+    def __init__(self, inputs: int, size: int, count: int, hidden: int):
+        super().__init__()
+        self.size = size
+        self.walls = Probe(inputs, size * size, hidden)
+        self.targets = Probe(inputs, 2 * count, hidden)
+
+    def forward(self, feature: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of walls `(..., S S)`, and places `(..., 2 K)` from -1 to 1, of features `(..., F)` and poses."""
+        return self.walls(feature, pose), self.targets(feature, pose)
+
+    @torch.no_grad()
+    def read(self, feature: Tensor, pose: Tensor) -> Reading:
+        """The map as it is read from features `(..., F)` and poses `(..., 4)`."""
+        walls, places = self(feature, pose)
+        shape = feature.shape[:-1]
+        shown = (places.view(*shape, -1, 2) + 1) * self.size / 2
+        return Reading(walls.sigmoid().view(*shape, self.size, self.size).cpu().numpy(), shown.cpu().numpy())
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What probes read on held-out episodes: wall probabilities `(E, T, S, S)`, and places `(E, T, K, 2)` in cells."""
+    """What probes read: wall probabilities `(..., S, S)`, row 0 at y = 0, and places `(..., K, 2)` in cells."""
 
     walls: np.ndarray
     places: np.ndarray
 
 
-def fit(
-    train: Episodes, feature: Tensor, held_out: Episodes, held_out_feature: Tensor, updates: int, seed: int
-) -> Reading:
-    """Train a probe of the walls and one of the targets, and read the held-out episodes with them.
+def pose_of(layout: np.ndarray, position: np.ndarray, ahead: np.ndarray) -> np.ndarray:
+    """Poses `(..., 4)`, as probes take them, of positions `(..., 2)` in cells and directions `(..., 2)`."""
+    return np.concatenate([2 * position.astype(np.float64) / layout.shape[-1] - 1, ahead], -1).astype(np.float32)
+
+
+def fit(train: Episodes, feature: Tensor, updates: int, seed: int) -> MazeProbe:
+    """Train a probe of the walls and one of the targets.
 
     Args:
-        feature, held_out_feature: `(E, T, F)`, of each row of the episodes. F may be 0: the probe then knows the pose.
+        feature: `(E, T, F)`, of each row of the episodes. F may be 0: the probe then knows the pose.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        size = train.size
-        count = train.targets.shape[1]
-        probes = nn.ModuleList(
-            [Probe(feature.shape[-1], size * size), Probe(feature.shape[-1], 2 * count)],
-        ).to(device)
+        probe = MazeProbe(feature.shape[-1], train.size, train.targets.shape[1], HIDDEN).to(device)
         if feature.shape[-1]:
             sample = feature.flatten(0, 1)[:: max(1, feature.shape[1] // 50)].float()
-            for probe in probes:
-                probe.mean.copy_(sample.mean(0))  # type: ignore[operator]
-                probe.deviation.copy_(sample.std(0).clamp(min=1e-3))  # type: ignore[operator]
-        optimizer = torch.optim.AdamW(probes.parameters(), RATE)
+            for part in (probe.walls, probe.targets):
+                part.standardise(sample.mean(0), sample.std(0))
+        optimizer = torch.optim.AdamW(probe.parameters(), RATE)
         pose = torch.from_numpy(train.pose)
         truth = targets_of(train, device)
         for update in range(updates):
             optimizer.param_groups[0]["lr"] = RATE * min(1.0, 2 * (1 - update / updates))  # falls in the second half
             e = torch.randint(len(pose), (BATCH,))
             t = torch.randint(pose.shape[1], (BATCH,))
-            inputs = (feature[e, t].float().to(device), pose[e, t].to(device))
-            loss = probe_loss(probes[0](*inputs), probes[1](*inputs), truth[0][e], truth[1][e])
+            walls, places = probe(feature[e, t].float().to(device), pose[e, t].to(device))
+            loss = probe_loss(walls, places, truth[0][e], truth[1][e])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        with torch.no_grad():
-            walls, places = [], []
-            for e in range(len(held_out.pose)):
-                inputs = (held_out_feature[e].float().to(device), torch.from_numpy(held_out.pose[e]).to(device))
-                walls.append(probes[0](*inputs).sigmoid().view(-1, size, size).cpu().numpy())
-                places.append((probes[1](*inputs).view(-1, count, 2).cpu().numpy() + 1) * size / 2)
-    return Reading(np.stack(walls), np.stack(places))
+    return probe
+
+
+def reading_of(probe: MazeProbe, episodes: Episodes, feature: Tensor) -> Reading:
+    """What a probe reads after each row of episodes, from features `(E, T, F)`."""
+    device = next(probe.parameters()).device
+    pairs = zip(feature, torch.from_numpy(episodes.pose), strict=True)
+    parts = [probe.read(rows.float().to(device), pose.to(device)) for rows, pose in pairs]
+    return Reading(np.stack([part.walls for part in parts]), np.stack([part.places for part in parts]))
+
+
+def save(folder: Path, probe: MazeProbe, step: int) -> Path:
+    """Write a probe of M's features beside the run that M is of; step: of the checkpoint. Returns its path.
+
+    Raises:
+        UserError: there is a link where it belongs.
+    """
+    path = folder / FILE
+    files.check_own_path(folder, path)
+    path.write_bytes(safetensors.torch.save(probe.state_dict(), {"step": str(step)}))
+    return path
+
+
+def load(folder: Path, inputs: int, step: int) -> MazeProbe | None:
+    """The probe beside a run, on the CPU; None if none was trained.
+
+    Args:
+        inputs: size of M's features. step: of the checkpoint whose M it is to read.
+
+    Raises:
+        UserError: it is of another checkpoint, or the file is damaged.
+    """
+    path = folder / FILE
+    try:
+        with files.opened(path) as (file, size):
+            blob = file.read(min(size, MOST_BYTES))
+        known = header_of(blob)["step"]
+        tensors = safetensors.torch.load(blob)
+        cells, hidden = tensors[f"walls.net.{3 * LAYERS}.weight"].shape
+        probe = MazeProbe(inputs, math.isqrt(cells), len(tensors[f"targets.net.{3 * LAYERS}.bias"]) // 2, hidden)
+        probe.load_state_dict(tensors)
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be used ({reason}): train it again with longdream bench probe") from None
+    if known != str(step):
+        raise UserError(f"{path} reads M of step {known}, not of {step}: train it again with longdream bench probe")
+    return probe
 
 
 def targets_of(episodes: Episodes, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -285,11 +359,8 @@ def supervised(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         device = next(model.parameters()).device
-        size = train.size
-        probes = nn.ModuleList(
-            [Probe(model.feature_size, size * size), Probe(model.feature_size, train.targets[0].size)]
-        ).to(device)
-        parts = [*model.encoder.parameters(), *model.dynamics.parameters(), *probes.parameters()]
+        probe = MazeProbe(model.feature_size, train.size, train.targets.shape[1], HIDDEN).to(device)
+        parts = [*model.encoder.parameters(), *model.dynamics.parameters(), *probe.parameters()]
         optimizer = torch.optim.AdamW(parts, RATE)
         truth = targets_of(train, device)
         for update in range(updates):
@@ -297,23 +368,16 @@ def supervised(
             e = torch.randint(len(train.pose), (clips,))
             feat = _whole(model, train, e.numpy(), key)
             pose = torch.from_numpy(train.pose[e.numpy()]).to(device)
-            said = [probe(feat, pose) for probe in probes]
+            walls, places = probe(feat, pose)
             true = [value[e][:, None].expand(-1, feat.shape[1], -1) for value in truth]
-            loss = probe_loss(said[0], said[1], true[0], true[1])
+            loss = probe_loss(walls, places, true[0], true[1])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parts, 1.0)
             optimizer.step()
         with torch.no_grad():
-            walls, places = [], []
-            for e in range(len(held_out.pose)):
-                inputs = (
-                    _whole(model, held_out, np.array([e]), key),
-                    torch.from_numpy(held_out.pose[e : e + 1]).to(device),
-                )
-                walls.append(probes[0](*inputs)[0].sigmoid().view(-1, size, size).cpu().numpy())
-                places.append((probes[1](*inputs)[0].view(len(held_out.pose[e]), -1, 2).cpu().numpy() + 1) * size / 2)
-    return Reading(np.stack(walls), np.stack(places))
+            feat = torch.cat([_whole(model, held_out, np.array([e]), key) for e in range(len(held_out.pose))])
+    return reading_of(probe, held_out, feat)
 
 
 def _whole(model: WorldModel, episodes: Episodes, which: np.ndarray, key: str) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from longdream.agent.dream_env.spaces import picture
+from longdream.agent.evaluation.probes import Reading
 from longdream.envs.contract import EnvSpec, UserError
 from longdream.envs.images import resize_area, rgb
 
@@ -87,18 +88,27 @@ def cannot_be_uploaded(spec: EnvSpec) -> str:
     return ""
 
 
-def maze(probes: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    """The true map of Memory Maze for the page, from its probes; None of another environment.
+def maze(probes: dict[str, np.ndarray], read: Reading | None) -> dict[str, Any] | None:
+    """The true map of Memory Maze for the page, from its probes, and what is read of it; None of another environment.
 
-    rows: from the top of the map, "." free and "#" a wall. Places are (x, y) in cells, y upwards.
+    walls: 0 for a free cell to 100 for a wall, in rows from the top of the map. Places are (x, y) in cells, y upwards.
     """
     if "maze_layout" not in probes:
         return None
-    return {
-        "rows": ["".join("." if free else "#" for free in row) for row in probes["maze_layout"][::-1]],
+    maps: dict[str, Any] = {"true": _drawn(probes["maze_layout"] == 0, probes["targets_pos"])}
+    if read is not None:
+        maps["read"] = _drawn(read.walls, read.places)
+    return maps | {
         "agent": [round(float(v), 3) for v in probes["agent_pos"]],
         "heading": [round(float(v), 3) for v in probes["agent_dir"]],
-        "targets": [[round(float(v), 3) for v in place] for place in probes["targets_pos"]],
         "prompted": int(probes["target_index"]),
         "colour": [round(255 * float(v)) for v in probes["target_color"]],
+    }
+
+
+def _drawn(walls: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    """Walls `(S, S)` from 0 to 1, row 0 at y = 0, and places of targets `(K, 2)`, for the page."""
+    return {
+        "walls": (100 * walls[::-1]).round().astype(int).tolist(),
+        "targets": targets.astype(float).round(3).tolist(),
     }

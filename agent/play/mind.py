@@ -13,6 +13,7 @@ from longdream.agent.core.agent import Agent
 from longdream.agent.core.device import autocast, own_randomness
 from longdream.agent.dream_env.starts import Moments
 from longdream.agent.evaluation.comparison import steps_to_show
+from longdream.agent.evaluation.probes import MazeProbe, Reading, pose_of
 from longdream.agent.play.frames import encode
 from longdream.controller.distributions import Categoricals
 from longdream.controller.types import Judging
@@ -42,11 +43,12 @@ class Expected:
 class Mind:
     """V, M and C of an agent for one stream. A `Carry` holds all that it knows; seeds make what is drawn repeatable.
 
-    agent: only read, so that several streams share it.
+    agent: only read, so that several streams share it. probe: of its memory of mazes.
     """
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, probe: MazeProbe | None = None) -> None:
         self.agent = agent
+        self.probe = probe
         self.config = agent.config
         self.steps = steps_to_show(agent.model.objective, agent.config.forcing.steps)
         """Denoising steps at first."""
@@ -89,6 +91,17 @@ class Mind:
         if isinstance(policy, Categoricals):
             return Judgement(value, tuple(tuple(part[0].tolist()) for part in policy.probs))
         return Judgement(value, (tuple(policy.mode()[0].tolist()),))
+
+    def read(self, carry: Carry, truth: dict[str, np.ndarray]) -> Reading | None:
+        """The map of a maze as the probe reads it out of M's memory, which is told only where the agent is.
+
+        Args:
+            truth: probes of Memory Maze. Without them, or where the maze has another size: None.
+        """
+        if self.probe is None or "maze_layout" not in truth or len(truth["maze_layout"]) != self.probe.size:
+            return None
+        pose = pose_of(truth["maze_layout"], truth["agent_pos"], truth["agent_dir"])
+        return self.probe.read(carry.feat[0].float().cpu(), torch.from_numpy(pose))
 
     def choose(self, carry: Carry, greedy: bool, seed: int) -> np.ndarray:
         """C's encoded action `(1, A)`."""

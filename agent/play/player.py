@@ -371,7 +371,10 @@ class Player:
         self.recording = None
         if recording is None:
             raise UserError("nothing is being recorded")
-        paths = await self.blocking(recording.save, self.source.root, form, self.speed)
+        try:
+            paths = await self.blocking(recording.save, self.source.root, form, self.speed)
+        except OSError as error:
+            raise UserError(f"the recording cannot be written to {self.source.root} ({error.strerror})") from None
         names = []
         for path in paths:
             name = f"{len(self.written)}{path.suffix}"

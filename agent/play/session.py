@@ -13,6 +13,7 @@ import numpy as np
 
 from longdream.agent.core.actor import Carry
 from longdream.agent.dream_env.starts import Moments
+from longdream.agent.evaluation.probes import Reading
 from longdream.agent.play.frames import encode, maze, observation
 from longdream.agent.play.mind import Expected, Judgement, Memory, Mind
 from longdream.envs.contract import EnvSpec, Row, UserError
@@ -50,7 +51,7 @@ class Moment:
     real, carry: of reality and of M; None without an environment or without an agent.
     dream: M's picture: what it expected to see, or where a dream begins. expected: M's prediction of this moment.
     surprise: (latent, reward, end) of reality for M. dreamt: the sum of expected rewards so far. eyes: whether M saw
-    what came. over: whether the dream, if there is nothing else, has ended.
+    what came. over: whether the dream, if there is nothing else, has ended. read: the maze as M remembers it.
     """
 
     number: int
@@ -64,6 +65,7 @@ class Moment:
     dreamt: float = 0.0
     eyes: bool = True
     over: bool = False
+    read: Reading | None = None
 
 
 @dataclass
@@ -180,7 +182,9 @@ class Session:
             return Moment(number, action, real, None, None)
         carry, _ = self.mind.see(self.mind.empty(), real.row)
         judgement = self.mind.judge(carry)
-        return Moment(number, action, real, carry, real.picture, judgement=judgement, eyes=self.settings.eyes)
+        read = self.mind.read(carry, real.probes)
+        picture = real.picture
+        return Moment(number, action, real, carry, picture, judgement=judgement, eyes=self.settings.eyes, read=read)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -235,6 +239,7 @@ class Session:
             now.dreamt + (expected.reward if expected else 0.0),
             real is not None and (settings.eyes or not dreams),
             real is None and expected is not None and expected.end >= ENDED,
+            self.mind.read(carry, real.probes) if real is not None else None,
         )
 
     def _agents_action(self, now: Moment, seed: int) -> np.ndarray:
@@ -298,5 +303,5 @@ class Session:
     # -- for the page -------------------------------------------------------------------------------------------------
 
     def map(self) -> dict[str, Any] | None:
-        """The true map of Memory Maze at this moment."""
-        return maze(self.now.real.probes) if self.now.real else None
+        """The true map of Memory Maze at this moment, and the one that is read out of M's memory."""
+        return maze(self.now.real.probes, self.now.read) if self.now.real else None

@@ -13,15 +13,18 @@ import torch
 from longdream.agent.config.schema import Device, EnvConfig
 from longdream.agent.core.agent import Agent
 from longdream.agent.dream_env.starts import Moments, open_replay, replayed_moments
+from longdream.agent.evaluation import probes
 from longdream.agent.evaluation.policy import check_fit
 from longdream.agent.play.keys import Keys
 from longdream.agent.play.mind import Mind
 from longdream.agent.play.session import Session
-from longdream.agent.run.folder import Run, fill, fitting, open_run, pretrained
+from longdream.agent.run.folder import PRETRAINED, Run, fill, fitting
 from longdream.envs.contract import EnvError, EnvSpec, UserError
-from longdream.envs.make import World, find
+from longdream.envs.make import World
 from longdream.envs.meaning import Meaning
 
+RECORDINGS = Path("recordings")
+"""Folder of what was recorded of an environment alone, or of an agent that comes with the program."""
 STARTS = 64
 """Replayed moments that dreams begin from."""
 
@@ -62,25 +65,6 @@ class Source:
         return Session(self.spec, world, self.mind, self.moments, self.seed + 1000 * (self.opened - 1))
 
 
-def find_run(what: str) -> Run | None:
-    """The run that is meant; None if an environment is.
-
-    Raises:
-        UserError: neither of them, or a run that has no agent, or that is not trusted.
-    """
-    if Path(what).is_dir() or what in pretrained():
-        run = open_run(what)
-        if run.config.kind == "video":
-            raise UserError(f"{what} was trained on video: there is nobody in it who acts; see its videos/")
-        return run
-    try:
-        find(what)
-    except UserError as error:
-        kind = "there is no such run, and " if "/" in what or what.startswith("runs") else ""
-        raise UserError(f"{what}: {kind}{error}") from None
-    return None
-
-
 def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, device: Device | None) -> Source:
     """Load what is played: of a run the agent as last saved, moments of its replay, and its environment.
 
@@ -92,14 +76,13 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
     if run is None:
         env = EnvConfig(id=what, kwargs=env_kwargs or {})
         with closing(_world(env, 0)) as world:
-            root = Path("recordings") / re.sub(r"[^\w.-]+", "-", what)
+            root = RECORDINGS / re.sub(r"[^\w.-]+", "-", what)
             keys = Keys(world.spec.action, world.meaning())
             return Source(what, root, world.spec, env, None, None, keys, _fps(world), True, [])
     config = run.config
     device = device or ("auto" if config.device == "cuda" else config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    tree, _ = run.saved
+    torch.set_num_threads(1)  # a step of one stream is too small to share: threads would mostly wait for each other
+    tree, step = run.saved
     with fitting(run.folder, tree):  # one step at a time is not worth compiling
         agent = Agent(replace(config, device=device, compiled=False, cuda_graphs=False), run.spec)
     fill(agent, tree, run.folder, weights_only=True)
@@ -125,10 +108,16 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
         notes.append(f"no replayed moments: {error}")
     if moments is None and not real:
         raise UserError(f"{run.folder} has neither an environment nor a replay here: {notes[0]}")
-    mind = Mind(agent)
+    try:
+        probe = probes.load(run.folder, agent.model.feature_size, step)
+    except UserError as error:
+        probe = None
+        notes.append(f"no map read out of M's memory: {error}")
+    mind = Mind(agent, probe)
     title = f"{run.folder.name} in {env.id}"
     keys = Keys(run.spec.action, meaning)
-    return Source(title, run.folder, run.spec, env, mind, moments, keys, fps, real, notes, config.seed)
+    root = RECORDINGS / run.folder.name if run.folder.parent == PRETRAINED else run.folder
+    return Source(title, root, run.spec, env, mind, moments, keys, fps, real, notes, config.seed)
 
 
 def _world(env: EnvConfig, seed: int) -> World:

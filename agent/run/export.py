@@ -138,7 +138,7 @@ def load(path: Path) -> tuple[dict[str, Any], int]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     try:
-        header = _header(blob)
+        header = header_of(blob)
         if int(header["format"]) > FORMAT:
             raise CheckpointError(f"{path} has format {header['format']}, this program reads {FORMAT}: update it")
         spec = json.loads(header["spec"])
@@ -155,8 +155,12 @@ def load(path: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(f"{path} is damaged ({reason}): get it again, or export it again") from None
 
 
-def _header(blob: bytes) -> dict[str, str]:
-    """What `save` wrote beside the tensors: safetensors keeps it in the JSON at the start of the file."""
+def header_of(blob: bytes) -> dict[str, str]:
+    """What was written beside the tensors: safetensors keeps it in the JSON at the start of the file.
+
+    Raises:
+        ValueError, LookupError, TypeError: it is no such file.
+    """
     length = int.from_bytes(blob[:8], "little")
     if length > len(blob) - 8:
         raise ValueError("it is no safetensors file, or is cut off")

@@ -19,17 +19,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 
 from longdream.agent.config import flags, options
 from longdream.agent.config.schema import Config
-from longdream.agent.core.agent import Agent
-from longdream.agent.core.learner import Learner
 from longdream.agent.run import checkpoint, export, files, trust
 from longdream.agent.run.checkpoint import CheckpointError
 from longdream.envs.contract import EnvError, EnvSpec, UserError
+
+if TYPE_CHECKING:
+    from longdream.agent.core.agent import Agent
+    from longdream.agent.core.learner import Learner
 
 T = TypeVar("T")
 PACKAGES = ("longdream", "torch", "gymnasium", "numpy", "safetensors", "pydantic", "PyYAML", "tensorboard", "av")
@@ -262,6 +264,8 @@ def load_agent(folder: Path | str, device: Literal["auto", "cpu", "cuda"] | None
         UserError: there is no such run, or it was trained on video and has no agent.
         CheckpointError: it has no checkpoint, or none that can be used.
     """
+    from longdream.agent.core.agent import Agent  # imported here: it takes as long as torch, and mistakes need none
+
     run = open_run(folder)
     if run.config.kind == "video":
         raise UserError(

@@ -18,12 +18,13 @@ from typing import Any, Literal
 from longdream.agent.bench.common import MB
 from longdream.agent.cli.play import require
 from longdream.agent.config.schema import Device
+from longdream.agent.play.session import KEPT
 from longdream.envs.contract import UserError
 
 RECONNECT_S = 60.0
 """Seconds of a long session after which its connection is lost and comes back."""
 WARM_S = 60.0
-"""Seconds of a long session after which memory is measured first: by then the history is full."""
+"""Seconds of a long session after which memory is measured first, if the history is full by then."""
 
 
 def measure(
@@ -45,10 +46,11 @@ def measure(
 
     examples
       longdream bench play runs/demo
+      longdream bench play memory-maze-9x9 --seconds 20
       longdream bench play runs/demo --long 3600 --seconds 1 --keys 10
 
     Args:
-        run_folder: of the run
+        run_folder: of the run, or the name of an agent that comes with the program
         seconds: for each count of frames
         keys: how many are timed
         long: seconds of the long session; 0 for none
@@ -58,9 +60,10 @@ def measure(
         device: where the agent computes (default: as in the run)
 
     Returns:
-        first_page_s: from the command to its page; first_frame_s: to the first picture. rows: mode, steps, fps, and
-        key_ms: median and 95th percentile. long: seconds, frames, drift_s: how far the clock is behind at the end;
-        memory in MB and open files of the server, after a minute and at the end.
+        first_page_s: from the command to its page; first_frame_s: to the first picture. rows: mode, steps, fps, cpu_ms
+        (processor time of the server for a frame, which other work on the machine hardly changes), and key_ms: median
+        and 95th percentile. load: of the machine, over a minute. long: seconds, frames, drift_s: how far the clock is
+        behind at the end; memory in MB and open files of the server, early and at the end.
     """
     require("aiohttp")
     if seconds <= 0 or keys < 1 or long < 0 or min(steps, default=0) < 1 or not modes:
@@ -100,7 +103,10 @@ async def _measure(
         async with _client(address) as client:
             result["first_frame_s"] = round(time.perf_counter() - began, 2)
             print(f"page after {result['first_page_s']} s, picture after {result['first_frame_s']} s")
-            result["rows"] = [await _row(client, mode, n, seconds, keys, speed) for mode in modes for n in steps]
+            pid = process.pid
+            result["rows"] = [await _row(client, pid, mode, n, seconds, keys, speed) for mode in modes for n in steps]
+            result["load"] = round(os.getloadavg()[0], 2)
+            print(f"load of the machine: {result['load']}")
         if long:
             result["long"] = await _long(address, process.pid, long, speed, modes[0])
         drain.cancel()
@@ -171,23 +177,30 @@ async def _client(address: str, name: str = "") -> AsyncIterator[Client]:
             yield client
 
 
-async def _row(client: Client, mode: str, steps: int, seconds: float, keys: int, speed: float) -> dict[str, Any]:
+async def _row(
+    client: Client, pid: int, mode: str, steps: int, seconds: float, keys: int, speed: float
+) -> dict[str, Any]:
     await client.send(do="set", mode=mode, steps=steps, speed=60)
     await client.send(do="play", on=True)
     await client.hold(client.bindings[0])
     for _ in range(10):
         await client.frame()
     began = time.perf_counter()
+    used = _cpu_s(pid)
     frames = 0
     while time.perf_counter() - began < seconds:
         await client.frame()
         frames += 1
     fps = frames / (time.perf_counter() - began)
+    cpu_ms = 1e3 * (_cpu_s(pid) - used) / frames
     times = await _key_times(client, keys, speed)
     centiles = statistics.quantiles(times, n=20) if len(times) > 1 else times * 20
-    row = {"mode": mode, "steps": steps, "fps": round(fps, 1)}
+    row = {"mode": mode, "steps": steps, "fps": round(fps, 1), "cpu_ms": round(cpu_ms, 1)}
     row |= {"key_ms": [round(statistics.median(times), 1), round(centiles[-1], 1)]}
-    print(f"{mode}, {steps} denoising steps: {fps:.1f} frames/s, key to picture {row['key_ms'][0]} ms (median)")
+    print(
+        f"{mode}, {steps} denoising steps: {fps:.1f} frames/s, {cpu_ms:.1f} ms of processor time each, key to picture "
+        f"{row['key_ms'][0]} ms (median)"
+    )
     return row
 
 
@@ -232,9 +245,10 @@ async def _long(address: str, pid: int, seconds: float, speed: float, mode: str)
                     await client.hold(rng.choice(client.bindings))
             late += time.perf_counter() - start - count / speed
             frames += count
-        if first is None and time.perf_counter() - began >= min(WARM_S, seconds / 2):
-            first = _cost(pid)
-    last = _cost(pid)
+        lasted = time.perf_counter() - began
+        if first is None and (lasted >= seconds / 2 or (lasted >= WARM_S and frames >= KEPT)):
+            first = await _cost(pid)
+    last = await _cost(pid)
     first = first or last
     result = {"seconds": round(time.perf_counter() - began, 1), "mode": mode, "frames": int(frames)}
     result |= {"drift_s": round(late, 3), "memory_mb": [round(first[0], 1), round(last[0], 1)]}
@@ -246,7 +260,14 @@ async def _long(address: str, pid: int, seconds: float, speed: float, mode: str)
     return result
 
 
-def _cost(pid: int) -> tuple[float, int]:
-    """Resident memory in MB and open files of a process."""
+def _cpu_s(pid: int) -> float:
+    """Processor time that a process has used, of all its threads, in seconds."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+async def _cost(pid: int) -> tuple[float, int]:
+    """Resident memory in MB and open files of a process, once it has closed the connection that was just lost."""
+    await asyncio.sleep(0.5)
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / MB, len(os.listdir(f"/proc/{pid}/fd"))

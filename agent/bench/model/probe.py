@@ -49,7 +49,7 @@ def measure(
     end to end 99.7% and 0.5.
 
     Features of a constant answer, of V alone, of M with its scans erased at every step, and of M are compared. For runs
-    of agents and on video.
+    of agents and on video. The probe of an agent's M stays in its run, and `longdream play` shows what it reads.
 
     examples
       longdream collect --env longdream/FastMemoryMaze-9x9-v0 --out mazes --episodes 400
@@ -95,7 +95,12 @@ def measure(
     known = {name: _features(model, some, key, name) for name, some in (("train", train), ("test", test))}
     for name in ("V", "M erased", "M"):
         _say(f"training the probes of {name}: {updates:,} updates")
-        readings[name] = probes.fit(train, known["train"][name], test, known["test"][name], updates, seed)
+        probe = probes.fit(train, known["train"][name], updates, seed)
+        readings[name] = probes.reading_of(probe, test, known["test"][name])
+        if name == "M" and config.kind != "video":
+            run = open_run(run_folder)
+            saved = probes.save(run.folder, probe.cpu(), run.saved[1])
+            _say(f"{saved}: longdream play {run_folder} shows what it reads")
     if supervised:
         _say(f"training V, M and probes together: {supervised:,} updates")
         with torch.random.fork_rng():

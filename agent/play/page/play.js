@@ -239,19 +239,27 @@ function meters(header) {
 
 function map(maze) {
   $("map-panel").hidden = !maze;
-  if (!maze) return;
-  const canvas = $("map");
+  $("map-read-side").hidden = !(maze && maze.read);
+  if (maze) drawMap($("map-true"), maze, maze.true);
+  if (maze && maze.read) drawMap($("map-read"), maze, maze.read);
+}
+
+const WALL = [110, 118, 129];
+const FREE = [33, 38, 45];
+
+// the truth, or what is read of it: walls in percent, rows from the top, and the places of the targets
+function drawMap(canvas, maze, { walls, targets }) {
   const pen = canvas.getContext("2d");
-  const cells = maze.rows.length;
+  const cells = walls.length;
   const cell = canvas.width / (cells + 2);
   const at = ([x, y]) => [(x + 1) * cell, (cells - y + 1) * cell]; // y grows upwards in the maze
-  pen.fillStyle = "#6e7681";
+  pen.fillStyle = `rgb(${WALL.join(",")})`;
   pen.fillRect(0, 0, canvas.width, canvas.height);
-  pen.fillStyle = "#21262d";
-  maze.rows.forEach((row, r) => [...row].forEach((kind, c) => {
-    if (kind === ".") pen.fillRect((c + 1) * cell, (r + 1) * cell, cell + 0.5, cell + 0.5);
+  walls.forEach((row, r) => row.forEach((percent, c) => {
+    pen.fillStyle = `rgb(${WALL.map((wall, i) => Math.round(FREE[i] + (percent / 100) * (wall - FREE[i]))).join(",")})`;
+    pen.fillRect((c + 1) * cell, (r + 1) * cell, cell + 0.5, cell + 0.5);
   }));
-  maze.targets.forEach((place, i) => {
+  targets.forEach((place, i) => {
     const [x, y] = at(place);
     pen.beginPath();
     pen.arc(x, y, 0.28 * cell, 0, 2 * Math.PI);

@@ -1,6 +1,7 @@
 """Probes read from features what is in them, and nothing that is not."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,15 @@ import pytest
 import torch
 
 from longdream.agent.cli import main as cli
+from longdream.agent.cli.play import find_run
 from longdream.agent.config import options
 from longdream.agent.core.agent import Agent
 from longdream.agent.data.video.library import open_library
 from longdream.agent.evaluation import probes
+from longdream.agent.play.source import open_source
 from longdream.agent.run import folder as run_folder
-from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec
+from longdream.envs import World
+from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, UserError
 
 SPEC = EnvSpec({"obs": ObsSpec("image", (64, 64, 3))}, ActionSpec((6,)))
 
@@ -49,18 +53,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_they_read_what_is_there(small: None) -> None:
     train, test = episodes(400), episodes(30, seed=1)
-    reading = probes.fit(train, told(train), test, told(test), 600, 0)
+    reading = probes.reading_of(probes.fit(train, told(train), 600, 0), test, told(test))
     whole = probes.score(test, reading)[-1]
     assert whole["age"] == "0-19" and whole["walls_accuracy"] > 95 and whole["objects_error"] < 0.5
-    again = probes.fit(train, told(train), test, told(test), 20, 3)
-    same = probes.fit(train, told(train), test, told(test), 20, 3)
-    assert np.array_equal(again.walls, same.walls) and np.array_equal(again.places, same.places)
+    again, same = (probes.fit(train, told(train), 20, 3).state_dict() for _ in range(2))
+    assert all(torch.equal(again[name], same[name]) for name in again)
 
 
 def test_they_read_nothing_that_is_not_there(small: None) -> None:
     train, test = episodes(400), episodes(30, seed=1)
     blind = torch.zeros(*train.pose.shape[:2], 0), torch.zeros(*test.pose.shape[:2], 0)
-    reading = probes.fit(train, blind[0], test, blind[1], 100, 0)
+    reading = probes.reading_of(probes.fit(train, blind[0], 100, 0), test, blind[1])
     constant = probes.score(test, probes.constant(train, test))[-1]
     whole = probes.score(test, reading)[-1]
     assert 40 < whole["walls_accuracy"] < 60 and abs(whole["objects_error"] - constant["objects_error"]) < 0.25
@@ -131,9 +134,11 @@ def test_the_bench(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = options.update(options.load("tiny"), {"env.id": "longdream/FastMemoryMaze-9x9-v0", "env.kwargs": {}})
-    agent = Agent(config, SPEC)
+    with closing(World(config.env.id, 1, 0)) as world:
+        spec = world.spec
+    agent = Agent(config, spec)
     run_folder.create(Path("runs/maze"), config)
-    run_folder.save(Path("runs/maze"), 0, {"spec": SPEC.to_json(), **agent.state_dict()}, config)
+    run_folder.save(Path("runs/maze"), 0, {"spec": spec.to_json(), **agent.state_dict()}, config)
     command = ["bench", "probe", "runs/maze", "--data", str(mazes), "--updates", "5", "--share", "0.34"]
     assert cli.main([*command, "--supervised", "2", "--clips", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -142,6 +147,7 @@ def test_the_bench(
     row = result["rows"][0]
     assert row["size"] == "9x9" and row["mixer"] == "hybrid" and row["age"] == "0-11" and row["walls_accuracy"] == 100
     assert Path(result["picture"]).stat().st_size > 5000
+    played_beside_the_true_map(Path("runs/maze"))
     for arguments, error in (
         (["bench", "probe", "runs/maze"], "needs --data DIR"),
         ([*command, "--updates", "0"], "--updates 0: must be at least 1"),
@@ -150,3 +156,40 @@ def test_the_bench(
     ):
         assert cli.main(arguments) == 2
         assert error in capsys.readouterr().err
+
+
+def played_beside_the_true_map(folder: Path) -> None:
+    """`longdream play` shows what the probe of the bench reads out of M's memory after each row; nothing of one that is
+    of another M, or damaged."""
+    source = open_source(str(folder), find_run(str(folder)), {}, "cpu")
+    mind = source.mind
+    assert mind is not None and mind.probe is not None and not [note for note in source.notes if "probe" in note]
+    session = source.session()
+    shown = []
+    for keys in (None, ("ArrowUp",), ("ArrowLeft",)):
+        if keys:
+            session.settings.eyes = False
+            session.step(source.keys.action(keys))
+        shown.append(session.map())
+        assert session.now.real and session.now.carry and shown[-1]
+        truth = session.now.real.probes
+        x, y = 2 * truth["agent_pos"] / 9 - 1
+        pose = torch.tensor([x, y, *truth["agent_dir"]], dtype=torch.float32)
+        said = mind.probe.read(session.now.carry.feat[0], pose)
+        assert np.allclose(shown[-1]["read"]["walls"], 100 * said.walls[::-1], atol=0.6)
+        assert np.allclose(shown[-1]["read"]["targets"], said.places, atol=1e-3)
+        assert shown[-1]["true"]["walls"] == (100 * (truth["maze_layout"][::-1] == 0)).tolist()
+    assert shown[0]["read"] != shown[1]["read"] and shown[0]["true"] == shown[1]["true"]
+    session.close()
+    whole = (folder / probes.FILE).read_bytes()
+    size = mind.agent.model.feature_size
+    with pytest.raises(UserError, match="reads M of step 0, not of 7: train it again"):
+        probes.load(folder, size, 7)
+    for blob in (whole[:-4], b"", whole.replace(b"walls.net.0.weight", b"walls.net.9.weight")):
+        (folder / probes.FILE).write_bytes(blob)
+        with pytest.raises(UserError, match="cannot be used"):
+            probes.load(folder, size, 0)
+    source = open_source(str(folder), find_run(str(folder)), {}, "cpu")
+    assert source.mind and source.mind.probe is None and [note for note in source.notes if "probe.safetensors" in note]
+    (folder / probes.FILE).unlink()
+    assert probes.load(folder, size, 0) is None

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from longdream.agent.play.source import Source, find_run, open_source
+from longdream.agent.cli.play import find_run
+from longdream.agent.play.source import Source, open_source
 
 
 @pytest.fixture(scope="session")

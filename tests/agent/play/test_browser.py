@@ -271,6 +271,32 @@ def test_a_phone_shows_everything_in_its_width(page, server) -> None:
     moment(page, 1)
 
 
+def test_the_map_of_a_maze_is_drawn_beside_what_is_read_of_it(page, server) -> None:
+    """From what the server sends of a moment (test_probes.py), given here: walls in percent, rows from the top."""
+    opened(page, server.address)
+    expect(page.locator("#map-panel")).to_be_hidden()
+    walls = [[100, 0, 0], [0, 0, 0], [0, 0, 0]]
+    true = {"walls": walls, "targets": [[2.5, 0.5]]}
+    moment = {"agent": [0.5, 0.5], "heading": [1, 0], "prompted": 0, "colour": [255, 0, 0], "true": true}
+    page.evaluate("(maze) => map(maze)", moment)
+    expect(page.locator("#map-true")).to_be_visible()
+    expect(page.locator("#map-read")).to_be_hidden()
+    read = {"walls": [[50, 0, 0], [0, 0, 0], [0, 0, 0]], "targets": [[2.5, 2.5]]}
+    page.evaluate("(maze) => map(maze)", moment | {"read": read})
+    expect(page.locator("#map-read")).to_be_visible()
+
+    def colour(name: str, x: float, y: float) -> list[int]:
+        """At (x, y) in cells, from the lower left corner of the maze, which has a frame of one cell around it."""
+        everything = pixels(page, name)
+        side = round((len(everything) / 4) ** 0.5)
+        row, column = (int(side * place / 5) for place in (4 - y, x + 1))
+        return everything[4 * (side * row + column) :][:3]
+
+    wall, free, red = [110, 118, 129], [33, 38, 45], [255, 0, 0]
+    assert [colour("map-true", *at) for at in ((0.5, 2.5), (1.5, 1.5), (2.5, 0.5))] == [wall, free, red]
+    assert [colour("map-read", *at) for at in ((0.5, 2.5), (2.5, 0.5), (2.5, 2.5))] == [[72, 78, 87], free, red]
+
+
 def test_frames_and_keys_are_quick(page, server) -> None:
     """Measured as docs/play.md says; the bounds are those of a machine that does much else."""
     opened(page, server.address)

@@ -1,7 +1,10 @@
 """Reality and dream step by step: they agree while corrected, part when let go, and any moment can be returned to."""
 
+import asyncio
 import io
-from collections.abc import Callable
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from longdream.agent.data.video.library import open_library
 from longdream.agent.play import session as play
 from longdream.agent.play.frames import decode
 from longdream.agent.play.mind import Mind
+from longdream.agent.play.player import Player
 from longdream.agent.play.recording import Recording
 from longdream.agent.play.session import Session
 from longdream.agent.play.source import Source
@@ -236,7 +240,7 @@ def test_an_environment_alone(source_of: Callable[[str], Source]) -> None:
     before = session.map()
     go(session, source, FORWARD, FORWARD, FORWARD)
     after = session.map()
-    assert before and after and before["rows"] == after["rows"] and before["agent"] != after["agent"]
+    assert before and after and before["true"] == after["true"] and before["agent"] != after["agent"]
     session.go(0)
     assert session.map() == before
     session.close()
@@ -310,4 +314,41 @@ def test_nothing_is_written_through_a_link(images: Source, tmp_path: Path) -> No
     with pytest.raises(UserError, match="is a link"):
         recording.save(tmp_path / "run", "mp4", 8)
     assert not list(elsewhere.iterdir())
+    session.close()
+
+
+def test_a_recording_that_cannot_be_written_is_one_line(images: Source, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    told: list[str] = []
+
+    class Page:
+        async def send_bytes(self, data: bytes) -> None: ...
+        async def send_str(self, data: str) -> None:
+            told.append(data)
+
+    async def messages() -> AsyncIterator[str]:
+        for on in (True, False):
+            yield json.dumps({"do": "record", "on": on})
+
+    async def blocking(function: Callable, *arguments) -> object:
+        return function(*arguments)
+
+    session = images.session()
+    player = Player(replace(images, root=tmp_path / "file"), session, blocking, {})
+    asyncio.run(player.run(Page(), messages()))
+    assert [line for line in told if "the recording cannot be written to" in line] and not player.written
+    session.close()
+
+
+def test_the_agent_that_comes_with_the_program(source_of: Callable[[str], Source], tmp_path: Path) -> None:
+    """It plays and dreams in its maze; what is recorded does not go to the program's own folder."""
+    source = source_of("memory-maze-9x9")
+    assert source.root == Path("recordings/memory-maze-9x9") and source.fps == 4
+    session = source.session()
+    for eyes in (True, False):
+        session.settings.eyes = eyes
+        session.step(None)
+        assert session.now.real and session.now.dream and session.now.judgement.value is not None
+        error = abs(decode(session.now.real.picture).astype(int) - decode(session.now.dream)).mean()
+        assert error < 20  # a picture that has nothing to do with it is off by 50 and more
     session.close()
