@@ -1,8 +1,13 @@
 """What every test can rely on: one thread per worker, fixed seeds, no display, the CUDA marker."""
 
+import atexit
 import gc
 import os
 from pathlib import Path
+
+# As the command line does: what importing torch makes is no garbage, and is not searched again and again.
+gc.set_threshold(10_000)
+atexit.register(gc.freeze)
 
 # Before torch or a drawing library is imported, and inherited by the subprocesses that tests start. More than one
 # thread would make the workers fight for the cores and change the order of sums, and several tests compare bit for bit.

@@ -416,19 +416,19 @@ def test_how_frames_move_is_learned_by_the_frame_mlp() -> None:
             actions,
         )
         ways = torch.stack([torch.randperm(9 * channels) for _ in range(actions)])
-        optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-        for _ in range(120):
-            frame = torch.randn(32, 9 * channels).tanh()
-            choice = torch.randint(actions, (32, 5))
+        optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+        for _ in range(80):
+            frame = torch.randn(16, 9 * channels).tanh()
+            choice = torch.randint(actions, (16, 5))
             frames = [frame]
             for t in range(5):
                 frames.append(frames[-1].gather(1, ways[choice[:, t]]))
             z = torch.stack(frames, 1).unflatten(-1, (9, channels))
             action = torch.nn.functional.one_hot(torch.cat([choice[:, :1], choice], 1), actions).float()
-            ones = torch.ones(32, 6)
-            first = torch.zeros(32, 6, dtype=torch.bool)
+            ones = torch.ones(16, 6)
+            first = torch.zeros(16, 6, dtype=torch.bool)
             query = torch.zeros_like(z), torch.zeros_like(ones)
-            pred = model(z, action, ones, first, model.initial(32), query).pred
+            pred = model(z, action, ones, first, model.initial(16), query).pred
             error = (pred - z)[:, 1:].square().mean()
             optimizer.zero_grad()
             error.backward()

@@ -27,7 +27,7 @@ from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, UserError
 
 UNTIMED = 8
 """Updates before the timed ones, in which the update is compiled and captured."""
-PROFILED = 5
+PROFILED = 2
 """Updates after them, in which the time of communication is measured."""
 CONDITION = 20
 """Length of the condition of a frame of video."""

@@ -116,6 +116,7 @@ def test_a_terminal_that_is_closed_ends_the_run_with_everything_saved(tmp_path: 
         import fcntl
         import termios
 
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored where the tests run under nohup
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 

@@ -1,4 +1,5 @@
-"""Run as one rank, or alone: updates from one fixed batch of all ranks, of which this rank learns from its part.
+"""Run as one rank: updates from one fixed batch of all ranks, of which this rank learns from its part. Rank 0 learns
+from the whole batch afterwards, alone.
 
 Randomness is drawn for the whole batch, and each rank takes its rows of it: what then differs is the order of sums.
 """
@@ -107,8 +108,11 @@ def main(cases: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]  (what asks for float32 gets float64 too)
-    with joined() if "RANK" in os.environ else nullcontext():
-        print(json.dumps({name: learn(settings, kind == "images") for name, (settings, kind) in cases.items()}))
+    for place in (joined(), nullcontext()):
+        with place:
+            print(json.dumps({name: learn(settings, kind == "images") for name, (settings, kind) in cases.items()}))
+        if os.environ["RANK"] != "0":
+            return
 
 
 if __name__ == "__main__":

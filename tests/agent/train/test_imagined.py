@@ -62,13 +62,17 @@ def test_v_and_m_stay_and_c_learns(dream_runs, tmp_path: Path, run: str, kind: s
     assert np.isfinite(obs).all() and np.isfinite(dreams.step(dreams.action_space.sample())[1]).all()
 
 
-@pytest.mark.parametrize(("kind", "stops"), [("actor_critic", (3, 4, 6)), ("evolution", (4,))])
-def test_resumed_is_uninterrupted(dream_runs, tmp_path: Path, monkeypatch, kind: str, stops: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "stops", "log_to"), [("actor_critic", (3, 4, 6), ()), ("evolution", (4,), ("tensorboard",))]
+)
+def test_resumed_is_uninterrupted(
+    dream_runs, tmp_path: Path, monkeypatch, kind: str, stops: tuple[int, ...], log_to: tuple[str, ...]
+) -> None:
     """At whatever update it stopped: lines and evaluations come once each, and where they would have come. The newest
     checkpoint is before an evaluation, right after it, and right after the next."""
     keep = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda root, step, tree: keep(root, step, tree, keep=100))
-    config = imagined(dream_runs("images"), kind, evaluate__times=3, log__to=("tensorboard",))
+    config = imagined(dream_runs("images"), kind, evaluate__times=3, log__to=log_to)
     summary = ImaginationTrainer.train(config, tmp_path / "whole", console=False)
     lines = record(tmp_path / "whole")
     assert [line["step"] for line in lines if "evaluate/return_mean" in line] == [3, 5, 7]
