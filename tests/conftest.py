@@ -5,10 +5,6 @@ import gc
 import os
 from pathlib import Path
 
-# As the command line does: what importing torch makes is no garbage, and is not searched again and again.
-gc.set_threshold(10_000)
-atexit.register(gc.freeze)
-
 # Before torch or a drawing library is imported, and inherited by the subprocesses that tests start. More than one
 # thread would make the workers fight for the cores and change the order of sums, and several tests compare bit for bit.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
@@ -25,6 +21,10 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# As the command line does: what imports make is no garbage, and is not searched again and again.
+gc.set_threshold(10_000)
+atexit.register(gc.freeze)
 
 # No deadline: the first example of a property often pays for a compilation or an import. In CI the examples are the
 # same each time, so that a failure there is one that anybody can repeat; elsewhere they vary.

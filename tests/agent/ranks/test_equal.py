@@ -42,7 +42,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_over_20_updates_are_those_of_one_rank(case: str, learned: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_losses_over_20_updates_are_those_of_one_rank(case: str, learned: tuple[dict, dict]) -> None:
     two, one = (each[case] for each in learned)
     assert two["dream_steps"] == one["dream_steps"] and two["skipped"] == one["skipped"] == 0
     assert len(one["losses"]) == 20 and one["losses"][0] != one["losses"][-1]
