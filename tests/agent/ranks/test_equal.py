@@ -31,9 +31,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
     command = [sys.executable, str(Path(__file__).with_name("learn.py")), json.dumps(CASES)]
     store = {"WORLD_SIZE": "2", "LONGDREAM_STORE": str(tmp_path_factory.mktemp("ranks") / "store")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [
-        subprocess.Popen(command, env=os.environ | store | {"RANK": str(rank)}, **pipes) for rank in range(2)
-    ]
+    processes = [subprocess.Popen(command, env=os.environ | store | {"RANK": str(rank)}, **pipes) for rank in range(2)]
     outcomes = [process.communicate(timeout=250) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(err for _, err in outcomes)
     (two, one), (too,) = (out.splitlines() for out, _ in outcomes)
