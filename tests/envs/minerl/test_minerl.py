@@ -157,6 +157,8 @@ def test_a_training_run_goes_through_the_whole_loop(side: dict[str, Any], tmp_pa
             "env.id": "longdream/MineRL-ObtainDiamond-v0",
             "env.kwargs": {**side, "kwargs": {"task": "ObtainDiamond", "steps": 8}, "size": 16, "restarts": 0},
             "env.copies": 1,
+            "learn.steps": 100,
+            "evaluate.every": 0,
             "evaluate.final_episodes": 1,
         },
     )
