@@ -1,6 +1,7 @@
 """The wheel in an environment of its own, outside of the checkout, with nothing but what the base install brings."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(home / "venv", with_pip=False)
     python = str(home / "venv" / "bin" / "python")
     install = [*pip, "--python", python, "install", "-q", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # else it is installed already
+    subprocess.run(install, env=alone, check=True, capture_output=True)
     (place,) = (home / "venv" / "lib").glob("python*/site-packages")
     tops = set()
     (requirements,) = (path for path in place.glob("longdream-*.dist-info/METADATA"))

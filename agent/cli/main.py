@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 import signal
 import sys
@@ -54,8 +52,6 @@ TRAINERS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 2 a mistake in what was asked, 1 a failure, 128 + n ended by signal n."""
-    if argv is None:
-        search_less_for_garbage()
     arguments = list(sys.argv[1:] if argv is None else argv)
     gpus, of_a_rank = launch.gpus_of(arguments)
     if gpus > 1:
@@ -86,13 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if as_json and result is not None:
             console.end(files.to_json(result))
     return code
-
-
-def search_less_for_garbage() -> None:
-    """Let Python look for cyclic garbage less often, and not at the program's end. What importing torch makes is none,
-    and searching it again and again took a fifth of the processor's time of `longdream train tiny`."""
-    gc.set_threshold(10_000)
-    atexit.register(gc.freeze)
 
 
 def command(arguments: list[str]) -> dict[str, Any] | None:
