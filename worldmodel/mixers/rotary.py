@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from longdream.worldmodel.config import DynamicsConfig
 from longdream.worldmodel.kernels.gated_norm import to_tubes
-from longdream.worldmodel.kernels.scan import ScanInputs, ScanOutput
-from longdream.worldmodel.mixers.ssm import ScanMixer
+from longdream.worldmodel.kernels.scan import ScanOutput
+from longdream.worldmodel.mixers.ssm import Projected, ScanMixer
 
 SLOWEST, FASTEST = 0.01, 2.0
 """Scales of the angles, spaced logarithmically over the pairs of channels: some hardly turn, and remember as in any
@@ -38,19 +38,12 @@ class RotaryScanMixer(ScanMixer):
         self.register_buffer("scales", scales, persistent=False)
 
     def _scan(
-        self,
-        h: Tensor,
-        inputs: ScanInputs,
-        query_h: Tensor | None,
-        query: ScanInputs | None,
-        first: Tensor,
-        state: Tensor,
-        at: Tensor | None,
+        self, clean: Projected, query: Projected | None, first: Tensor, state: Tensor, at: Tensor | None
     ) -> ScanOutput:
-        angle = self._sums(self._angles(h))
-        if query_h is not None and query is not None:
-            query = _turned_keys(query, self._query_sums(angle, self._angles(query_h)))
-        out = super()._scan(h, _turned_keys(inputs, angle), query_h, query, first, state, at)
+        angle = self._sums(self._angles(clean.h))
+        if query is not None:
+            query = _turned_keys(query, self._query_sums(angle, self._angles(query.h)))
+        out = super()._scan(_turned_keys(clean, angle), query, first, state, at)
         after = angle[:, :, -1]
         states_at = out.states_at
         if states_at is not None and at is not None:
@@ -58,13 +51,13 @@ class RotaryScanMixer(ScanMixer):
             states_at = _turned_back(states_at, after[rows, at].detach())
         return out._replace(state=_turned_back(out.state, after[:, -1]), states_at=states_at)
 
-    def _scan_step(self, h: Tensor, inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
-        angle = self._sums(self._angles(h))
-        y, state = super()._scan_step(h, _turned_keys(inputs, angle), state)
+    def _scan_step(self, frame: Projected, state: Tensor) -> tuple[Tensor, Tensor]:
+        angle = self._sums(self._angles(frame.h))
+        y, state = super()._scan_step(_turned_keys(frame, angle), state)
         return y, _turned_back(state, angle[:, -1, -1])
 
-    def _scan_peek(self, h: Tensor, inputs: ScanInputs, state: Tensor) -> Tensor:
-        return super()._scan_peek(h, _turned_keys(inputs, self._sums(self._angles(h))), state)
+    def _scan_peek(self, frame: Projected, state: Tensor) -> Tensor:
+        return super()._scan_peek(_turned_keys(frame, self._sums(self._angles(frame.h))), state)
 
     def _angles(self, h: Tensor) -> Tensor:
         """Of tokens `(B, T, N, W)`, the angles `(B', T, n, S // 2)` of each block's tokens, in radians per frame."""
@@ -85,10 +78,10 @@ class RotaryScanMixer(ScanMixer):
         return (own + before[:, :, None, None]).view_as(angles)
 
 
-def _turned_keys(inputs: ScanInputs, angle: Tensor) -> ScanInputs:
+def _turned_keys(stream: Projected, angle: Tensor) -> Projected:
     cos, sin = angle.cos(), angle.sin()
-    b, c = (_turned(v, cos, sin, -1) for v in (inputs.b, inputs.c))
-    return inputs._replace(b=b, c=c)
+    b, c = (_turned(v, cos, sin, -1) for v in (stream.inputs.b, stream.inputs.c))
+    return stream._replace(inputs=stream.inputs._replace(b=b, c=c))
 
 
 def _turned_back(state: Tensor, angle: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,14 @@ from longdream.worldmodel.kernels.scan import ScanInputs, ScanOutput, scan, scan
 
 SCAN_CHUNK = 64
 """Tokens per chunk of the parallel scan, whose cost is quadratic within a chunk; at least one frame of a block."""
+
+
+class Projected(NamedTuple):
+    """Tokens h `(B, T, N, W)`, the scan's inputs that are made of them, and the gate `(B, T, N, W)` of its output."""
+
+    inputs: ScanInputs
+    gate: Tensor
+    h: Tensor
 
 
 class ScanMixer(nn.Module):
@@ -64,53 +73,46 @@ class ScanMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """See `Mixer`."""
         blocks = self.side**2
-        inputs, gate = self._project(h)
-        query, query_gate = (None, None) if query_h is None else self._project(query_h)
+        clean = self._project(h)
+        query = None if query_h is None else self._project(query_h)
         first = first.repeat_interleave(blocks, 0)
         at = None if at is None else at.repeat_interleave(blocks, 0)
-        out = self._scan(h, inputs, query_h, query, first, state.flatten(0, 1), at)
+        out = self._scan(clean, query, first, state.flatten(0, 1), at)
         states_at = h.new_zeros(0)
         if out.states_at is not None:
             states_at = out.states_at.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(0, 1)
-        y = self.out(gated_norm(out.y, gate, self.norm.weight, self.side))
+        y = self.out(gated_norm(out.y, clean.gate, self.norm.weight, self.side))
         query_y = None
-        if out.query_y is not None and query_gate is not None:
-            query_y = self.out(gated_norm(out.query_y, query_gate, self.norm.weight, self.side))
+        if out.query_y is not None and query is not None:
+            query_y = self.out(gated_norm(out.query_y, query.gate, self.norm.weight, self.side))
         return y, query_y, out.state.unflatten(0, (-1, blocks)), states_at
 
     def step(self, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `Mixer`."""
-        inputs, gate = self._project(h)
-        y, state = self._scan_step(h, inputs, state.flatten(0, 1))
-        return self._frame_out(y + self.skip * inputs.x, gate), state.unflatten(0, (-1, self.side**2))
+        frame = self._project(h)
+        y, state = self._scan_step(frame, state.flatten(0, 1))
+        return self._frame_out(y, frame), state.unflatten(0, (-1, self.side**2))
 
     def peek(self, h: Tensor, state: Tensor) -> Tensor:
         """See `Mixer`."""
-        inputs, gate = self._project(h)
-        y = self._scan_peek(h, inputs, state.flatten(0, 1))
-        return self._frame_out(y + self.skip * inputs.x, gate)
+        frame = self._project(h)
+        return self._frame_out(self._scan_peek(frame, state.flatten(0, 1)), frame)
 
     def _scan(
-        self,
-        h: Tensor,
-        inputs: ScanInputs,
-        query_h: Tensor | None,
-        query: ScanInputs | None,
-        first: Tensor,
-        state: Tensor,
-        at: Tensor | None,
+        self, clean: Projected, query: Projected | None, first: Tensor, state: Tensor, at: Tensor | None
     ) -> ScanOutput:
-        """The scan of a clip, with what the streams' tokens h and query_h give: see `scan`."""
-        return scan(inputs, first, state, self.chunk, query, at, self.chunk_frames, self.skip)
+        """The scan of a clip; see `scan`."""
+        queries = None if query is None else query.inputs
+        return scan(clean.inputs, first, state, self.chunk, queries, at, self.chunk_frames, self.skip)
 
-    def _scan_step(self, h: Tensor, inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
-        return scan_step(inputs, state)
+    def _scan_step(self, frame: Projected, state: Tensor) -> tuple[Tensor, Tensor]:
+        return scan_step(frame.inputs, state)
 
-    def _scan_peek(self, h: Tensor, inputs: ScanInputs, state: Tensor) -> Tensor:
-        return scan_query_step(inputs, state)
+    def _scan_peek(self, frame: Projected, state: Tensor) -> Tensor:
+        return scan_query_step(frame.inputs, state)
 
-    def _project(self, h: Tensor) -> tuple[ScanInputs, Tensor]:
-        """Tokens `(B, T, N, W)` to the inputs of the scan and the gate `(B, T, N, W)` of its output."""
+    def _project(self, h: Tensor) -> Projected:
+        """What the scan needs of tokens `(B, T, N, W)`."""
         gate, x, b, c, rate, write = self.inp(h).split(self.split, -1)
         exact = torch.promote_types(h.dtype, torch.float32)  # decays multiply over thousands of frames
         # rates are per frame: in a block of n tokens, each token decays the state n times less
@@ -122,7 +124,9 @@ class ScanMixer(nn.Module):
         # squared keys may be so small that the norm's epsilon matters: it is the same in every precision
         eps = torch.finfo(torch.float32).eps
         b, c = ((F.rms_norm(v, (self.state_size,), eps=eps) * self.state_size**-0.5).to(x.dtype) for v in (b, c))
-        return ScanInputs(*(to_tubes(v, self.side) for v in (x, b, c, a))), gate
+        return Projected(ScanInputs(*(to_tubes(v, self.side) for v in (x, b, c, a))), gate, h)
 
-    def _frame_out(self, y: Tensor, gate: Tensor) -> Tensor:
-        return self.out(gated_norm_reference(y, gate, self.norm.weight, self.side))
+    def _frame_out(self, y: Tensor, frame: Projected) -> Tensor:
+        """The output `(B, 1, N, W)` of a frame, of which the scan gave y, without D x."""
+        y = y + self.skip * frame.inputs.x
+        return self.out(gated_norm_reference(y, frame.gate, self.norm.weight, self.side))

@@ -12,7 +12,8 @@ from longdream.worldmodel.mixers.rotary import RotaryScanMixer
 def slowly(mixer: RotaryScanMixer, h: Tensor, first: Tensor) -> Tensor:
     """What the mixer gives for h `(B, T, 1, W)`, in complex numbers and token after token: the state turns back by each
     token's angles, and keys stay as they are."""
-    inputs, gate = mixer._project(h)
+    frame = mixer._project(h)
+    inputs = frame.inputs
     half = mixer.state_size // 2
     angle = mixer.angle(h)[:, :, 0] * mixer.scales
     b, c = (torch.complex(v[:, :, 0, :half], v[:, :, 0, half : 2 * half]) for v in (inputs.b, inputs.c))
@@ -27,8 +28,8 @@ def slowly(mixer: RotaryScanMixer, h: Tensor, first: Tensor) -> Tensor:
         state = state + b[:, t, None, :, None] * x[:, :, None]
         odd = kept * odd * decay + inputs.b[:, t, 0, None, 2 * half :, None] * x[:, :, None]
         read = (c[:, t, None, :, None].conj() * state).real.sum(2)
-        ys.append(read + (inputs.c[:, t, 0, None, 2 * half :, None] * odd).sum(2) + mixer.skip * x)
-    return mixer._frame_out(torch.stack(ys, 1)[:, :, None], gate)
+        ys.append(read + (inputs.c[:, t, 0, None, 2 * half :, None] * odd).sum(2))
+    return mixer._frame_out(torch.stack(ys, 1)[:, :, None], frame)
 
 
 @pytest.mark.parametrize("state_size", [2, 4, 7])
