@@ -124,11 +124,14 @@ def as_rank() -> Iterator[int]:
 
     Rank 0 has the console, and the last word: an error of another rank is raised there, with its number. The others
     print what is theirs alone, and end.
+
+    The threads of a process group must not outlive Python, which they may need when they let go of a tensor: such a
+    process is aborted. So a rank either leaves the group, as long as the others do, or ends at once.
     """
     if not is_rank():
         yield 0
         return
-    from longdream.agent.core.ranks import RankFailed, joined
+    from longdream.agent.core.ranks import RankFailed, joined, leave
     from longdream.worldmodel.ranks import RankLost
 
     with joined() as ranks:
@@ -146,9 +149,15 @@ def as_rank() -> Iterator[int]:
             for note in getattr(error, "__notes__", ()):
                 failed.add_note(note)
             raise failed from None
+        except KeyboardInterrupt:  # a second one: the others are not waited for
+            atexit.register(os._exit, 130)
+            raise
         except Exception as error:
             code, message = output.explain(error) or (1, f"{type(error).__name__}: {error}")
-            if not getattr(error, "agreed", False):
+            if getattr(error, "agreed", False):
+                leave()
+            else:
+                atexit.register(os._exit, code)
                 ranks.tell(message.partition("\n")[0].partition("; go on with: ")[0])
                 if ranks.rank and output.explain(error) is None:
                     traceback.print_exc()

@@ -280,6 +280,7 @@ def leave() -> int:
     global _here
     rank = _here.rank
     if _here.count > 1:
+        _here.hosts = _here.store = None  # what the group runs on ends with the last reference
         call(dist.destroy_process_group)
         _here = Ranks(rank)
     return rank

@@ -58,10 +58,45 @@ class Faulty(gym.Env):
 gym.register("OnRank1-v0", entry_point="on_rank_1:Faulty")
 """
 
+THREADS = """
+import atexit
+import json
+import os
+import sys
+from pathlib import Path
 
-def start(folder: Path, *arguments: str, **env: str) -> subprocess.Popen:
+from longdream.agent.cli import launch, output
+from longdream.agent.core.ranks import here
+from longdream.envs.contract import UserError
+
+if not launch.is_rank():
+    sys.exit(launch.launched(2, [sys.executable, __file__]))
+
+
+def of_group():
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+
+def leave():
+    Path(os.environ["RANK"] + ".json").write_text(json.dumps([before, of_group()]))
+
+
+atexit.register(leave)
+try:
+    with launch.as_rank() as rank, here().together():
+        before = of_group()
+        if rank:
+            raise UserError("a mistake")
+except UserError as error:
+    code, message = output.explain(error)
+    print(f"longdream: {message}", file=sys.stderr)
+    sys.exit(code)
+"""
+
+
+def start(folder: Path, *arguments: str, module: bool = True, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "longdream", *arguments],
+        [sys.executable, *(["-m", "longdream"] if module else []), *arguments],
         cwd=folder,
         env=os.environ | {"LONGDREAM_RANK_TIMEOUT_S": "60"} | env,
         stdout=subprocess.PIPE,
@@ -188,6 +223,16 @@ def test_another_number_of_ranks_goes_on_with_what_was_learned(
     saved, _ = checkpoint.load(folder / "checkpoints")
     assert "ranks" not in saved and saved["count"]["lost_worlds"] == 0
     assert (folder / "replay").is_dir() and not (folder / "replay-1").exists()
+
+
+def test_what_all_have_agreed_on_ends_the_threads_of_the_group_before_python(tmp_path: Path) -> None:
+    """Those that outlive Python abort the process now and then, and the run with a code of its own."""
+    (tmp_path / "threads.py").write_text(THREADS)
+    process = start(tmp_path, "threads.py", module=False)
+    err, said = end(process)
+    assert process.returncode == 2 and said == ["longdream: rank 1: a mistake"], err
+    counts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(before > 0 and after == 0 for before, after in counts), counts
 
 
 @pytest.mark.parametrize("fault", ["raise", "hang"])
