@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from longdream.agent.dream_env.spaces import action_space
 from longdream.agent.evaluation.rollout import EVALUATION_SEED, Episodes, Returns, Who, play_episodes
 from longdream.agent.run.signals import Signals
 from longdream.envs.contract import ActionSpec, EnvSpec, ObsSpec, Row, UserError
-from longdream.envs.make import World
+from longdream.envs.make import World, makes_tensors
 
 W = TypeVar("W", bound=World)
 
@@ -82,6 +83,7 @@ def play(
     played = Episodes(np.empty(0), np.empty(0))
     with here().together():
         if mine:
+            env = drawn_beside(agent, env)
             world = make_world(WatchedWorld, env, len(mine), seed + EVALUATION_SEED, signals, first=mine.start)
             with closing(world):
                 world.signals = signals
@@ -94,6 +96,13 @@ def play(
     parts = here().gather([played.returns.tolist(), played.lengths.tolist()])
     returns, lengths = (np.concatenate(values) for values in zip(*parts, strict=True))
     return Returns.of(returns, lengths)
+
+
+def drawn_beside(agent: Agent, env: EnvConfig) -> EnvConfig:
+    """The environment, told to make its observations on the agent's GPU, if it can and was told nothing else."""
+    if agent.device.type != "cuda" or not makes_tensors(env.id):
+        return env
+    return replace(env, kwargs={"device": str(agent.device)} | env.kwargs)
 
 
 def make_world(

@@ -3,9 +3,12 @@
 import re
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from longdream.agent.config import options
@@ -85,6 +88,29 @@ def test_where_no_episode_ends_it_names_the_fix(monkeypatch: pytest.MonkeyPatch,
             world.step(world.random_action(np.random.default_rng(0)))
     first, *_, last = capsys.readouterr().err.splitlines()
     assert "max_episode_steps" not in first and last.endswith("(if none ever does: --env.kwargs.max_episode_steps N)")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_episodes_are_drawn_on_the_gpu_of_the_agent_and_are_those_of_the_cpu() -> None:
+    env = EnvConfig(id="longdream/FastMemoryMaze-9x9-v0", kwargs={"max_episode_steps": 50})
+    config = options.update(options.load("tiny"), {"env.id": env.id, "device": "cuda"})
+    with closing(World(env.id, 1, 0, env.kwargs)) as world:
+        agent = Agent(config, world.spec)
+    drawn = policy.drawn_beside(agent, env)
+    assert drawn.kwargs["device"].startswith("cuda")
+    played = [policy.play(agent, each, 8, 0, "random", EvaluateConfig(copies=8)).to_json() for each in (env, drawn)]
+    assert played[0] == played[1]
+
+
+def test_an_environment_that_was_told_where_to_draw_draws_there() -> None:
+    env = EnvConfig(id="longdream/FastMemoryMaze-9x9-v0", kwargs={"device": "cpu"})
+    on_gpu = cast(Agent, SimpleNamespace(device=torch.device("cuda")))
+    assert policy.drawn_beside(on_gpu, env) == env
+    assert policy.drawn_beside(on_gpu, EnvConfig(id="longdream/Recall-v0")).kwargs == {}
+    assert policy.drawn_beside(on_gpu, EnvConfig(id=env.id)).kwargs == {"device": "cuda"}
+    on_cpu = cast(Agent, SimpleNamespace(device=torch.device("cpu")))
+    assert policy.drawn_beside(on_cpu, EnvConfig(id=env.id)).kwargs == {}
 
 
 def test_memory_is_erased_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
