@@ -87,14 +87,12 @@ class RewardContinueHead(nn.Module):
         reward: Tensor,
         cont: Tensor,
         counts: Tensor,
-        weights: tuple[float, float],
     ) -> Loss:
-        """Weighted sum of the reward's and the continuation's loss.
+        """Sum of the reward's and the continuation's loss.
 
         Args:
             feat, action: `(..., F)` and `(..., A)`. reward, cont: the targets `(...)`.
             counts: `(...)`, the weight of each element in the means, which are over all ranks' elements.
-            weights: of the reward's and of the continuation's mean.
         """
         reward_logits, cont_logit = self(feat, action)
         losses = {
@@ -103,8 +101,7 @@ class RewardContinueHead(nn.Module):
         }
         total = ranks.total_weight(counts)
         means = {key: (each * counts).sum() / total for key, each in losses.items()}
-        value = weights[0] * means["reward"] + weights[1] * means["cont"]
-        return Loss(value, {key: mean.detach() for key, mean in means.items()})
+        return Loss(means["reward"] + means["cont"], {key: mean.detach() for key, mean in means.items()})
 
     def expect(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Mean reward `(...)` and probability of continuing `(...)`."""

@@ -128,13 +128,13 @@ class WorldModel(nn.Module):
         if self.trains_encoder and torch.is_grad_enabled():
             error, metrics = self._reconstruction(batch, z, out.feat, decoded)
             out = out._replace(loss=out.loss + error, metrics={**out.metrics, **metrics})
-        if not any(self._head_weights):
+        if not self.heads_config.reward_weight:
             return Loss(out.loss, out.metrics), out
         valid, cont = self._transitions(batch, out)
         value, metrics = self.reward_continue.loss(
-            out.feat[:, :-1], batch.action[:, :-1], batch.reward[:, 1:], cont, valid.float(), self._head_weights
+            out.feat[:, :-1], batch.action[:, :-1], batch.reward[:, 1:], cont, valid.float()
         )
-        return Loss(out.loss + value, {**out.metrics, **metrics}), out
+        return Loss(out.loss + self.heads_config.reward_weight * value, {**out.metrics, **metrics}), out
 
     def _reconstruction(self, batch: Batch, z: Tensor, feat: Tensor, rows: int | None) -> Loss:
         """V's reconstruction of `rows` rows of the batch, drawn at random, from their latents and M's features."""
@@ -155,12 +155,6 @@ class WorldModel(nn.Module):
         They can unless row t + 1 begins an episode or feat_t has seen noised frames.
         """
         return out.clean[:, :-1] & ~batch.is_first[:, 1:], (~batch.terminated[:, 1:]).float()
-
-    @property
-    def _head_weights(self) -> tuple[float, float]:
-        """Weights of the reward's and the continuation's loss."""
-        weight = self.heads_config.reward_weight
-        return weight, float(weight > 0)
 
     @torch.no_grad()
     def commit(self, state: State, z: Tensor, prev_action: Tensor, is_first: Tensor) -> tuple[Tensor, State]:

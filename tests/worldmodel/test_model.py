@@ -181,7 +181,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
         model = randomised(build())
         model.heads_config = replace(model.heads_config, reward_weight=reward_weight)
         value, metrics = seeded_loss(model, batch)[0]
-        wanted = metrics["prediction"] + reward_weight * metrics["reward"] + metrics["cont"]
+        wanted = metrics["prediction"] + reward_weight * (metrics["reward"] + metrics["cont"])
         torch.testing.assert_close(value.detach(), wanted)
         assert not any(v.requires_grad for v in metrics.values())
 
