@@ -274,7 +274,7 @@ POOL = """
 import os, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from longdream.agent.bench.common import end_with_parent
+from longdream.agent.run.signals import end_with_parent
 if __name__ == "__main__":
     with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent) as pool:
         jobs = [pool.submit(os.getpid), pool.submit(time.sleep, 600)]
