@@ -14,6 +14,8 @@ from longdream.worldmodel.dynamics import State
 
 SURPRISES = ("surprise_latent", "surprise_reward", "surprise_end", "surprise")
 """Metrics of an episode's mean surprise: its three parts and their sum."""
+EPISODE = tuple(f"episode/{name}" for name in ("return", "length", *SURPRISES))
+"""Metrics of an episode that ended."""
 
 
 class RowCollector(Protocol):

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
@@ -30,7 +30,7 @@ from longdream.agent.data.replay import Replay
 from longdream.agent.evaluation.policy import make_world
 from longdream.agent.run.checkpoint import from_bytes, to_bytes
 from longdream.agent.run.signals import Signals, end_with_parent
-from longdream.agent.train.collector import Collector
+from longdream.agent.train.collector import EPISODE, Collector
 from longdream.agent.train.weights import SharedWeights
 from longdream.envs.contract import EnvError, EnvSpec, Row, UserError, check_form
 from longdream.envs.copies import one_line
@@ -91,7 +91,7 @@ class CollectorProcess:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=collect, args=(theirs, order), name="longdream-collector", daemon=True)
         try:
-            with theirs, signals.hidden() if signals else nullcontext():
+            with theirs, signals.hidden():
                 self.process.start()
         except OSError as error:
             raise UserError(
@@ -281,14 +281,8 @@ class AsyncCollector:
         form = {key: np.zeros((self.replay.num_envs, *shape), t) for key, (shape, t) in self.replay.fields.items()}
         obs = {key[4:]: form[key] for key in form if key.startswith("obs/")}
         row = {"obs": obs, **{key: form[key] for key in ("is_first", "reward", "terminated", "truncated")}}
-        outcome = {
-            "steps": 0,
-            "faults": 0,
-            "updates": 0,
-            "random": False,
-            "reward": 0.0,
-            "ended": step["outcome"]["ended"],
-        }
+        ended = [dict.fromkeys(EPISODE, 0.0)] * len(step["outcome"]["ended"])
+        outcome = {"steps": 0, "faults": 0, "random": False, "updates": 0, "ended": ended, "reward": 0.0}
         action = form["action"].astype(np.float32)
         check_form(step, {"row": row, "action": action, "surprise": form["surprise"], "outcome": outcome}, "finished")
 
@@ -314,18 +308,24 @@ def collect(pipe: Connection, order: Order) -> None:
         world = make_world(World, env, env.copies, order.seed, first=order.first)
         workers = [process.pid for process in world.vector.processes] if isinstance(world.vector, Workers) else []
         outbox.put("made", Made(world.spec, world.num_envs, world.reading(), workers))
-        pipe.recv()  # begin
-        collecting = Collecting(world, order, outbox, recv_handle(pipe))
-        while True:
-            name, value = pipe.recv()
-            getattr(collecting, name)(value)
-    except EOFError:
-        pass
+        if _next(pipe) is not None:
+            collecting = Collecting(world, order, outbox, recv_handle(pipe))
+            while (message := _next(pipe)) is not None:
+                name, value = message
+                getattr(collecting, name)(value)
     except BaseException as error:
         outbox.put_error(error)
     outbox.close()
     if world is not None:
         world.close()
+
+
+def _next(pipe: Connection) -> tuple[str, Any] | None:
+    """The next message of the learner; None if there will be none."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return None
 
 
 class Outbox:
