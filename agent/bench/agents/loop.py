@@ -100,18 +100,18 @@ def measure(
     """
     if seconds <= 0 or (steps is not None and steps < 1) or not workers:
         raise UserError(f"--seconds {seconds:g}, --steps {steps}, --workers: must be more than 0")
-    base = config_of(preset, device, settings)
-    ratio = base.learn.train_ratio if train_ratio is None else train_ratio
-    base = options.update(base, {"learn.warmup": 0, "learn.warmup_model": 0, "learn.train_ratio": ratio})
-    configs = [_with(base, env, how) for env in envs or (base.env.id,) for how in workers]
+    base = config_of(preset, device)
+    given = (settings or {}) | {"learn.warmup": 0, "learn.warmup_model": 0}
+    given |= {} if train_ratio is None else {"learn.train_ratio": train_ratio}
+    configs = [_with(base, env, how, given) for env in envs or (base.env.id,) for how in workers]
     for config in configs:
         check(config)
     rows = [_measured(config, seconds, steps) for config in configs]
-    result = {"preset": preset, "device": resolve_device(base.device), "rows": rows}
+    result = {"preset": preset, "device": resolve_device(configs[0].device), "rows": rows}
     columns = ("env_steps_per_s", "updates_per_s", "env_alone_per_s", "busy", "stale", "waited")
-    print(
-        f"preset {preset} on {result['device']}, {base.env.copies} copies, learning from {ratio:g} rows per real step"
-    )
+    copies = configs[0].env.copies
+    ratio = configs[0].learn.train_ratio
+    print(f"preset {preset} on {result['device']}, {copies} copies, learning from {ratio:g} rows per real step")
     print(f"{'':44}" + "".join(f"{name:>16}" for name in columns))
     for row in rows:
         values = ["-" if row[name] is None else f"{row[name]:,.2f}" for name in columns]
@@ -127,9 +127,9 @@ def measure(
     return result
 
 
-def _with(config: Config, env: str, workers: str) -> Config:
-    """The configuration with another environment and way of collecting, and a replay that allows it."""
-    settings = {"env.id": env, "env.workers": workers}
+def _with(config: Config, env: str, workers: str, settings: dict[str, Any]) -> Config:
+    """The configuration with these settings, another environment and way of collecting, and a replay that allows it."""
+    settings = settings | {"env.id": env, "env.workers": workers}
     if workers == "beside" or not makes_tensors(env):
         settings["replay.keep"] = "disk"
     return options.changed(config, settings)

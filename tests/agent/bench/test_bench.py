@@ -122,7 +122,7 @@ def test_ways_of_collecting_are_compared_by_environment(
 ) -> None:
     monkeypatch.setattr(loop, "ALONE_S", 0.2)
     envs = ("longdream/Recall-v0", "CartPole-v1")
-    settings = {"env.copies": 2, "learn.prefill": 40}
+    settings = {"env.copies": 2, "learn.prefill": 40, "env.kwargs": {"render_mode": "rgb_array"}}
     result = json.loads(json.dumps(loop.measure("tiny", envs, steps=60, device="cpu", settings=settings)))
     asked = [(env, workers) for env in envs for workers in ("sync", "beside")]
     assert [(row["env"], row["workers"]) for row in result["rows"]] == asked
