@@ -143,7 +143,7 @@ class CollectorProcess:
         if not wait([self.pipe, self.process.sentinel], limit):
             self.kill()
             raise EnvError(
-                f"the collecting process of {self.env_id} gave no answer ({name}) within {limit:g} s: it hangs, or "
+                f"the collecting process of {self.env_id} gave no answer within {limit:g} s: it hangs, or "
                 f"env.timeout_s is too short"
             )
         try:
