@@ -63,6 +63,7 @@ SLOW = (
     "envs/fast_memory_maze/test_original.py",
     "agent/bench/test_faults.py",
     "agent/train/test_resume.py",
+    "agent/train/test_collector_process.py",
     "agent/library/test_export.py",
     "test_examples.py",
     "agent/evaluation/test_environments.py",

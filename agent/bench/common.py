@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,14 +27,6 @@ def config_of(preset: str, device: Device | None, settings: dict[str, Any] | Non
     if config.threads:
         torch.set_num_threads(config.threads)
     return config
-
-
-def end_with_parent() -> None:
-    """Let this process, a worker, end when the one that has started it does, however that ended: it would wait for
-    work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def process_age() -> float:

@@ -86,7 +86,7 @@ def dream(
     env = config.env
     comparisons = []
     for i in range(seed, seed + episodes):
-        arguments = (env.id, 1, config.seed + EVALUATION_SEED + i, env.kwargs, env.workers, env.timeout_s)
+        arguments = (env.id, 1, config.seed + EVALUATION_SEED + i, env.kwargs, env.mode, env.timeout_s)
         with closing(World(*arguments)) as world:
             check_fit(world, agent.spec)
             comparisons.append(compare(agent, world, context, frames, i, temperature, steps))

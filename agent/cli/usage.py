@@ -56,6 +56,7 @@ examples
   longdream train quickstart --seeds 1,2,3 --jobs 2 --name hybrid
   longdream train quickstart --steps 20000 --worldmodel.layers 4 --env.kwargs.corridor 24
   longdream train --env LunarLander-v3 --steps 50000 --name lander
+  longdream train quickstart --env my_envs:Slow-v0 --env.copies 16 --collect.async
   longdream train quickstart --env remote:/opt/old/bin/python:their_package:Their-v0
   longdream train my_preset.yaml --controller.kind my_package.my_module:MyController
   longdream train video-memory-maze --data recordings/maze --video.lengths 64,128
@@ -72,6 +73,7 @@ examples
   --world RUN    keep V and M of this run; a new C learns in their dreams alone, from moments of its replay
   --gpus N       N ranks on this machine train together, each with a GPU (docs/scale.md); torchrun starts more
   --size SIZE    of V, M and C: tiny, small, medium or large (with --env alone: as device and observations allow)
+  --collect.async  short for --env.workers beside: the agent acts in a process of its own while it learns
   --data DIR     short for --video.data: recordings for V and M to learn from, without an environment and without C
   --env ID       short for --env.id
   --steps N      short for --learn.steps

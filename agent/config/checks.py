@@ -72,6 +72,11 @@ def _check_agent(config: Config) -> None:
             f"env.kwargs.{single[0]} makes single copies of the environment, which make no tensors: omit it, or"
             " set replay.keep to disk"
         )
+    if replay.keep == "device" and config.env.workers == "beside":
+        raise UserError(
+            "env.workers = beside (--collect.async): an environment that makes tensors needs no process; set it to "
+            "sync, or replay.keep to disk"
+        )
     if replay.episode_start_fraction + replay.priority_fraction > 1:
         raise UserError(
             f"replay.episode_start_fraction = {replay.episode_start_fraction} and replay.priority_fraction = "

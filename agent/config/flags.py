@@ -25,10 +25,12 @@ def split(arguments: list[str], hint: Callable[[str], Any]) -> tuple[list[str], 
     """Words, and values by flag: `--flag value` or `--flag=value`; None for the flags where help is asked for.
 
     Args:
-        hint: the type behind a flag (without its dashes), or a UserError for an unknown one.
+        hint: the type behind a flag (without its dashes), None for one that takes no value, or a UserError for an
+            unknown one.
 
     Raises:
-        UserError: an unknown flag, one without value, or a value that cannot be read as YAML where that is needed.
+        UserError: an unknown flag, one without the value that it needs, or a value that cannot be read as YAML where
+            that is needed.
     """
     words: list[str] = []
     flags: dict[str, Any] = {}
@@ -44,6 +46,11 @@ def split(arguments: list[str], hint: Callable[[str], Any]) -> tuple[list[str], 
             raise UserError(f"unknown flag {token}: flags have two dashes, such as --seed 3")
         flag, equals, text = token[2:].partition("=")
         kind = hint(flag)
+        if kind is None:
+            if equals:
+                raise UserError(f"--{flag} takes no value")
+            flags[flag] = None
+            continue
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{flag} needs a value")

@@ -27,6 +27,8 @@ RECIPE = "recipe"
 """The preset for environments without one of their own."""
 SHORT = {"env": "env.id", "steps": "learn.steps", "data": "video.data"}
 """Flags that are shorter than the field they set."""
+BARE = {"collect.async": {"env.workers": "beside"}}
+"""Flags without a value, and the settings that they stand for."""
 
 
 # -- YAML --------------------------------------------------------------------------------------------------------------
@@ -245,11 +247,13 @@ def unknown(name: str, dashes: str = "", also: tuple[str, ...] = ()) -> UserErro
 
 
 def hint(flag: str) -> Any:
-    """The type behind a flag of `longdream train`, without its dashes.
+    """The type behind a flag of `longdream train`, without its dashes; None for one that takes no value.
 
     Raises:
         UserError: an unknown flag, with the closest ones.
     """
+    if flag in BARE:
+        return None
     field, key = entry(full_name(flag, "--"))
     return str if field == SIZE else Any if key else fields()[field].hint
 
@@ -264,7 +268,7 @@ def full_name(flag: str, dashes: str = "") -> str:
     for candidate in (name, name.replace("-", "_")):
         if entry(candidate)[0] in fields() or candidate == SIZE:
             return candidate
-    raise unknown(flag, dashes, (*SHORT, SIZE))
+    raise unknown(flag, dashes, (*SHORT, *BARE, SIZE))
 
 
 def from_flags(flags: dict[str, Any]) -> dict[str, Any]:
@@ -275,6 +279,9 @@ def from_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for flag, value in flags.items():
+        if flag in BARE:
+            settings |= BARE[flag]
+            continue
         name = full_name(flag, "--")
         field, key = entry(name)
         hint = str if name == SIZE else fields()[field].hint

@@ -35,10 +35,16 @@ class EnvConfig:
     `read_as` and `act_as`: how single entries of its spaces are read."""
     copies: Annotated[int, AT_LEAST_1] = 8
     """How many copies run side by side."""
-    workers: Literal["sync", "async"] = "sync"
-    """Copies in this process, or in one process each (slow environments)."""
+    workers: Literal["sync", "async", "beside"] = "sync"
+    """sync: copies in this process. async: in one process each (slow environments). beside: one process per copy, and
+    collecting goes on in a process of its own while the agent learns."""
     timeout_s: Annotated[float, POSITIVE] = 60.0
     """Seconds after which a worker is given up that has not been made, or not finished a step, a reset or its end."""
+
+    @property
+    def mode(self) -> Literal["sync", "async"]:
+        """Where its copies run, whoever steps them."""
+        return "sync" if self.workers == "sync" else "async"
 
 
 @dataclass(frozen=True)

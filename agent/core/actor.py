@@ -51,18 +51,24 @@ class Actor:
     followed: list[Tensor]
     """Of a copy: its weights, and those of the actor that it follows."""
 
+    @staticmethod
+    def built(config: Config, spec: EnvSpec, device: torch.device) -> Actor:
+        """An actor with new weights."""
+        actor = Actor()
+        actor.config = config
+        actor.spec = spec
+        actor.device = device
+        actor.model = build_model(config, spec).to(device)
+        actor.controller = build_controller(config, spec, actor.model.feature_size).to(device)
+        return actor
+
     def copy(self) -> Actor:
         """An actor with weights of its own, which `follow` sets to those of this one."""
-        other = Actor()
-        other.config = self.config
-        other.spec = self.spec
-        other.device = self.device
         random = torch.get_rng_state()
-        other.model = build_model(self.config, self.spec).to(self.device)
-        other.controller = build_controller(self.config, self.spec, other.model.feature_size).to(self.device)
+        other = Actor.built(self.config, self.spec, self.device)
         torch.set_rng_state(random)  # the first weights are overwritten: as if none had been drawn
-        other.followed = self._tensors()
-        other.own = other._tensors()
+        other.followed = self.tensors()
+        other.own = other.tensors()
         other.follow()
         return other
 
@@ -71,7 +77,8 @@ class Actor:
         """Take over the weights that the actor has now which this is a copy of."""
         torch._foreach_copy_(self.own, self.followed)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers of V, M and C, in the same order in every actor of one configuration."""
         parts = (self.model, cast(nn.Module, self.controller))
         return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
 

@@ -26,6 +26,12 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def set_precision(precision: str, device: torch.device) -> None:
+    """Let matrix products in float32 on CUDA be those of a run's `precision`."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Within, matrix products on CUDA are in bfloat16 if that is the run's `precision`."""
     return torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16" and device.type == "cuda")
@@ -51,6 +57,10 @@ class HostCopy:
         if value.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
+
+    def done(self) -> bool:
+        """Whether reading it waits for nothing."""
+        return self._copied is None or self._copied.query()
 
     def read(self) -> torch.Tensor:
         if self._copied is not None:

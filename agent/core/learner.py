@@ -12,7 +12,7 @@ from longdream.agent.config.schema import Config
 from longdream.agent.core.actor import NotFinite, build_model
 from longdream.agent.core.compile import compile_clips
 from longdream.agent.core.cuda_graphs import GraphedUpdate
-from longdream.agent.core.device import HostCopy, resolve_device
+from longdream.agent.core.device import HostCopy, resolve_device, set_precision
 from longdream.agent.core.optimizer import Optimizer
 from longdream.agent.run.metrics import Timed
 from longdream.envs.contract import EnvSpec, UserError
@@ -39,8 +39,7 @@ class Learner(Timed):
         self.config = config
         self.spec = spec
         self.device = torch.device(resolve_device(config.device))
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("highest" if config.precision == "float32" else "high")
+        set_precision(config.precision, self.device)
         self.model = build_model(config, spec).to(self.device)
         learn = config.learn
         of_model = (self.model.dynamics, cast(nn.Module, self.model.objective), self.model.reward_continue)

@@ -286,6 +286,12 @@ def leave() -> int:
     return rank
 
 
+def apart() -> None:
+    """Let this process, which a rank has started, be none itself."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE):
+        os.environ.pop(name, None)
+
+
 def timeout_s() -> float:
     """Seconds after which a rank that others wait for is given up."""
     return float(os.environ.get(TIMEOUT, TIMEOUT_S))

@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import closing, nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -126,7 +126,7 @@ def make_world(
     """
     try:
         with signals.hidden() if signals else nullcontext():
-            world = kind(env.id, copies, seed, env.kwargs, env.workers, env.timeout_s, first)
+            world = kind(env.id, copies, seed, env.kwargs, env.mode, env.timeout_s, first)
     except UserError as error:
         if env.id in str(error):
             raise
@@ -139,7 +139,16 @@ def make_world(
     return world
 
 
-def check_fit(world: World, known: EnvSpec) -> None:
+class Shown(Protocol):
+    """An environment by what it shows: a `World`, or what stands in for one."""
+
+    env_id: str
+    spec: EnvSpec
+
+    def close(self) -> None: ...
+
+
+def check_fit(world: Shown, known: EnvSpec) -> None:
     """Close a world whose observations and actions are not those that an agent knows.
 
     Raises:

@@ -90,9 +90,10 @@ class Rates:
         dreamt = (self.agent.dream_steps - self._dream_steps) / seconds
         self.restart()
         rates = {"updates_per_s": updates, "rows_per_s": updates * self.rows, "dreamt_steps_per_s": dreamt}
-        return {f"time/{key}": value for key, value in (rates | self._gpu()).items()}
+        return {f"time/{key}": value for key, value in (rates | self.gpu()).items()}
 
-    def _gpu(self) -> dict[str, float]:
+    def gpu(self) -> dict[str, float]:
+        """The share of the last second or less in which the GPU works; nothing where it cannot be read."""
         if not self._reads_gpu:
             return {}
         try:

@@ -1,7 +1,10 @@
-"""SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed): the run is saved before the program ends."""
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed): the run is saved before the program ends, and with it
+end the processes that it has started."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -66,3 +69,11 @@ class Signals:
             yield
         finally:
             signal.signal(signal.SIGINT, handler)
+
+
+def end_with_parent() -> None:
+    """Let this process, a worker, end when the one that has started it does, however that ended: it would wait for
+    work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

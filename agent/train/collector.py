@@ -7,15 +7,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from longdream.agent.core.actor import Carry
-from longdream.agent.core.agent import Agent
-from longdream.agent.data.replay import Replay
+from longdream.agent.core.actor import Actor, Carry
 from longdream.envs.contract import Row, check_form
 from longdream.envs.make import World
 from longdream.worldmodel.dynamics import State
 
 SURPRISES = ("surprise_latent", "surprise_reward", "surprise_end", "surprise")
 """Metrics of an episode's mean surprise: its three parts and their sum."""
+EPISODE = tuple(f"episode/{name}" for name in ("return", "length", *SURPRISES))
+"""Metrics of an episode that ended."""
 
 
 class RowCollector(Protocol):
@@ -38,17 +38,33 @@ class RowCollector(Protocol):
         """Rewards over all copies since the last call, without those that are not finite."""
         ...
 
+    def take_metrics(self) -> dict[str, float]:
+        """What is to be said of collecting since the last call."""
+        ...
+
     def get_state(self) -> dict[str, Any]:
-        """What `set_state` needs to go on exactly, for a checkpoint."""
+        """What `set_state` needs to go on, for a checkpoint."""
         ...
 
     def set_state(self, tree: dict[str, Any]) -> None: ...
 
 
-class Collector:
-    """A `RowCollector` for any environment: rows are arrays on the host, and go into a replay on disk."""
+class Rows(Protocol):
+    """What rows are collected into: a `Replay`, or the process that has one."""
 
-    def __init__(self, world: World, agent: Agent, replay: Replay, rng: np.random.Generator):
+    def add(self, row: Row, action: np.ndarray, surprise: np.ndarray) -> None:
+        """Append a row per copy, with the encoded action `(n, A)` that was chosen from it and its surprise `(n,)`."""
+        ...
+
+
+class Collector:
+    """A `RowCollector` for any environment, whose rows are arrays on the host.
+
+    Args:
+        replay: takes the rows.
+    """
+
+    def __init__(self, world: World, agent: Actor, replay: Rows, rng: np.random.Generator):
         self.world = world
         self.agent = agent
         self.replay = replay
@@ -64,6 +80,9 @@ class Collector:
         reward = self.reward
         self.reward = 0.0
         return reward
+
+    def take_metrics(self) -> dict[str, float]:
+        return {}
 
     def step(self, random: bool) -> list[dict[str, float]]:
         row = self.row

@@ -65,6 +65,9 @@ class DeviceCollector:
             self.reward.zero_()
         return reward
 
+    def take_metrics(self) -> dict[str, float]:
+        return {}
+
     @torch.no_grad()
     def step(self, random: bool) -> list[dict[str, float]]:
         over = self.over.read().numpy()

@@ -16,27 +16,21 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
-from longdream.agent.config.checks import check_clip
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent, Stage
 from longdream.agent.core.ranks import here
-from longdream.agent.data.base import ReplayBuffer
-from longdream.agent.data.device_replay import DeviceReplay
-from longdream.agent.data.replay import Replay
 from longdream.agent.evaluation.diagnosis import diagnose, tell
-from longdream.agent.evaluation.policy import evaluate_agent, make_world, play
+from longdream.agent.evaluation.policy import evaluate_agent, play
 from longdream.agent.run import folder as run_folder
 from longdream.agent.run import parts, sinks
 from longdream.agent.run.logger import Follower, Logger
 from longdream.agent.run.metrics import RATES, Averages, Rates, Timed
 from longdream.agent.run.signals import Interrupted, Signals
 from longdream.agent.run.warm_start import RAMP, warm_start
-from longdream.agent.train.collector import Collector, RowCollector
-from longdream.agent.train.device_collector import DeviceCollector, making_tensors
+from longdream.agent.train.collecting import open_collector, open_world
 from longdream.agent.train.session import Session
 from longdream.controller.types import Exporting
 from longdream.envs.contract import EnvError
-from longdream.envs.make import World
 
 WARMUP_LOG = 100
 """Updates between lines of metrics during warm-up, when no steps are taken."""
@@ -73,7 +67,7 @@ class Trainer(Session):
         """Train in `folder`, which is made here or, to `resume`, is there; the summary, which summary.json holds too.
 
         On the CPU a run that was killed at any moment and resumed gives the metrics of one that never stopped, bit for
-        bit (all but the keys under time/).
+        bit (all but the keys under time/), unless it collects beside learning (env.workers: beside).
 
         Raises:
             UserError: the configuration, the folder or the environment cannot be used; a new folder is not made then.
@@ -236,28 +230,13 @@ class OnlineTrainer(Timed, Trainer):
         lost = (self.count["lost_worlds"], saved["progress"] if saved and "lost" in saved else 0)
         if any(lost):  # the next world plays other episodes, not those of the beginning again
             seed = int(np.random.SeedSequence((seed, *lost)).generate_state(1)[0])
-        on_device = config.replay.keep == "device"
-        env = making_tensors(config) if on_device else config.env
-        first = here().rank * env.copies
-        self.world = make_world(World, env, env.copies, seed, signals, saved, first)
+        self.world = open_world(config, seed, signals, saved)
         self.world_is_lost = False
         stack.callback(self.world.close)
         self.learner = self.agent = Agent(config, self.world.spec)
         self.agent.check_memory()
-        self.replay: ReplayBuffer
-        self.collector: RowCollector
-        capacity = config.replay.capacity
-        copies = self.world.num_envs
-        priority = config.replay.priority
-        if on_device:
-            replay = DeviceReplay(self.agent.device, self.world.spec, copies, capacity, priority)
-            self.collector = DeviceCollector(self.world, self.agent, replay, self.rng["act"], seed)
-        else:
-            replay = Replay(parts.replay_folder(folder), self.world.spec, copies, capacity, priority=priority)
-            self.collector = Collector(self.world, self.agent, replay, self.rng["act"])
-        self.replay = replay
-        stack.callback(replay.close)
-        check_clip(config, replay.longest_clip)
+        self.replay, self.collector = open_collector(self.world, self.agent, folder, self.rng["act"], seed)
+        stack.callback(self.replay.close)
         self.seconds: dict[str, float] = defaultdict(float)
         self.rates = Rates(self.agent, self.config.replay.batch * config.replay.length)
         self.batch = config.replay.batch
@@ -366,7 +345,7 @@ class OnlineTrainer(Timed, Trainer):
         counts |= {"episodes": self.collector.episodes, "rows": len(self.replay)}
         metrics = {f"count/{key}": value for key, value in here().total(counts).items()}
         metrics |= {f"time/{key}": value for key, value in (self.seconds | self.agent.seconds).items()}
-        metrics |= self.rates.take()
+        metrics |= self.rates.take() | self.collector.take_metrics()
         # episodes are reported when they end; where these are long, the reward per step is known before
         if (steps := self.progress - self.count["rewarded"]) > 0:
             metrics["train/reward"] = here().total({"": self.collector.take_reward()})[""] / steps

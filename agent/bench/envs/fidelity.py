@@ -14,8 +14,8 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 
-from longdream.agent.bench.common import end_with_parent
 from longdream.agent.evaluation.rollout import Returns
+from longdream.agent.run.signals import end_with_parent
 from longdream.envs.contract import UserError
 from longdream.envs.memory_maze.policies import Navigator, Oracle, Policy, Random, visible
 from longdream.envs.memory_maze.sizes import ACTION_CONTROLS, ACTIONS, SIZES

@@ -113,18 +113,26 @@ SYNC = {
     "reward is None": "returned the reward None",
     "flag is text": "returned terminated = 'no'",
 }
-FAILURES = {"sync": SYNC, "async": SYNC | {"os._exit": "died in step", "hang": "gave no answer to step within 4 s"}}
+ASYNC = SYNC | {"os._exit": "died in step", "hang": "gave no answer to step within 4 s"}
+FAILURES = {"sync": SYNC, "async": ASYNC, "beside": ASYNC}
 """By way of running copies: what goes wrong, and what the message says."""
 RESUMED = ("raise", "os._exit", "hang", "another shape")
 """After which a run is resumed here as well."""
 GOING_ON = {
     "its environment changes folder, torch and numbers": ("sync", "changes settings", ()),
     "its environment does not close": ("async", "hang in close", ("--env.timeout_s", "3")),
+    "its environment beside it does not close": ("beside", "hang in close", ("--env.timeout_s", "3")),
     "a reward that is not finite": ("sync", "reward is not finite", ()),
     "TensorBoard cannot write": ("sync", "blocks tensorboard", ("--log.to", "tensorboard")),
     "episodes end by their limit alone": ("sync", "endless", ("--env.kwargs.max_episode_steps", "9")),
 }
-ENDED_AT_ONCE = (("sync", "exit in init", 2), ("async", "exit in init", 1), ("async", "hang in init", 1))
+ENDED_AT_ONCE = (
+    ("sync", "exit in init", 2),
+    ("async", "exit in init", 1),
+    ("async", "hang in init", 1),
+    ("beside", "exit in init", 1),
+    ("beside", "hang in init", 1),
+)
 
 
 def _faulty(fault: str, place: Path, *flags: str, mark: bool = False) -> Ended:

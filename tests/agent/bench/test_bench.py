@@ -93,7 +93,8 @@ def test_the_agent_sees_one_first_row_only(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_parts_of_the_loop_add_up(how: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    result = json.loads(json.dumps(loop.measure("tiny", **how)))
+    monkeypatch.setattr(loop, "ALONE_S", 0.2)
+    (result,) = json.loads(json.dumps(loop.measure("tiny", workers=("sync",), **how)))["rows"]
     assert list(result["share"]) == ["collect", "replay", "encoder", "model", "controller", "other"]
     assert sum(result["share"].values()) == pytest.approx(1)
     assert all(share >= 0 for share in result["share"].values()) and result["share"]["collect"] > 0
@@ -114,6 +115,26 @@ def test_the_parts_of_the_loop_add_up(how: dict, tmp_path: Path, monkeypatch: py
     assert 2 <= len(steps) <= 20 and list(steps) == sorted(steps) and min(sizes) > 50
     assert abs(result["rss_growth_mb"]) < max(sizes)
     assert list(tmp_path.rglob("*.jsonl")) == list(tmp_path.rglob("segment_*")) == []  # the folder is gone
+
+
+def test_ways_of_collecting_are_compared_by_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "ALONE_S", 0.2)
+    envs = ("longdream/Recall-v0", "CartPole-v1")
+    settings = {"env.copies": 2, "learn.prefill": 40, "env.kwargs": {"render_mode": "rgb_array"}}
+    result = json.loads(json.dumps(loop.measure("tiny", envs, steps=60, device="cpu", settings=settings)))
+    asked = [(env, workers) for env in envs for workers in ("sync", "beside")]
+    assert [(row["env"], row["workers"]) for row in result["rows"]] == asked
+    for row in result["rows"]:
+        assert row["copies"] == 2 and 60 <= row["env_steps"] < 62 and row["keep"] == "disk"
+        assert row["updates"] == pytest.approx(row["env_steps"] / 4, abs=1)
+        assert row["env_alone_per_s"] > row["env_steps_per_s"] > 0 and 0 < row["busy"] < 1
+        assert 0 <= row["waited"] < 1 and (row["stale"] > 0) == (row["workers"] == "beside")
+    shown = capsys.readouterr().out
+    assert "CartPole-v1 beside" in shown and "env_alone_per_s" in shown
+    with pytest.raises(UserError, match="unknown environment"):
+        loop.measure("tiny", ("CartPol-v1",))
 
 
 def test_growth_is_that_of_the_trend_not_of_its_ends() -> None:
@@ -274,7 +295,7 @@ POOL = """
 import os, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from longdream.agent.bench.common import end_with_parent
+from longdream.agent.run.signals import end_with_parent
 if __name__ == "__main__":
     with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent) as pool:
         jobs = [pool.submit(os.getpid), pool.submit(time.sleep, 600)]

@@ -14,6 +14,7 @@ from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent, Stage
 from longdream.agent.data.device_replay import DeviceReplay
 from longdream.agent.run.signals import Interrupted, Signals
+from longdream.agent.train import collecting as collecting_module
 from longdream.agent.train import trainer
 from longdream.agent.train.device_collector import DeviceCollector
 from longdream.agent.train.trainer import OnlineTrainer
@@ -87,7 +88,7 @@ def test_a_run_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             return super().sample(*args)
 
     monkeypatch.setattr(trainer, "Agent", Noting)
-    monkeypatch.setattr(trainer, "DeviceReplay", Counted)
+    monkeypatch.setattr(collecting_module, "DeviceReplay", Counted)
     with pytest.raises(Interrupted):
         OnlineTrainer.train(maze(), tmp_path / "run", console=False)
     stopped = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
