@@ -401,9 +401,8 @@ class OnlineTrainer(Timed, Trainer):
         self.collector.env_steps, self.collector.episodes = saved["collected"]
         for i, (name, state) in enumerate(saved["random"]["numpy"].items()):
             if lost:
-                self.rng[name] = np.random.default_rng(here().seed(self.config.seed, i, saved["progress"]))
-            else:
-                self.rng[name].bit_generator.state = state
+                state = np.random.default_rng(here().seed(self.config.seed, i, saved["progress"])).bit_generator.state
+            self.rng[name].bit_generator.state = state  # in place: the collector has the same one
         self._reach(here().numbers(*self._reached()))
         self.rates.restart()
         return warnings
