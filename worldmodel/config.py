@@ -110,5 +110,5 @@ class HeadsConfig:
     bins: Annotated[int, Ge(3)] = 255
     """Bins of the two-hot reward."""
     reward_weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of the losses of both heads beside M's own: an end takes all rewards that would have followed it. 0: neither
-    is learned, as from video."""
+    """Weight of the losses of both heads beside M's own: an end takes all rewards that would have followed it. 0:
+    neither is learned, as from video."""

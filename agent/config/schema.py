@@ -140,7 +140,8 @@ class LearnConfig:
     explore: Annotated[float, SHARE, Mode("online")] = 0.0
     """Share of random actions while collecting."""
     sticky: Annotated[float, SHARE, Mode("online")] = 0.0
-    """Probability that a random action repeats the one before, so that random walks cover some distance."""
+    """Probability that a random action repeats the one before, so that random walks cover some distance: nearly this in
+    the last copy of the environment, evenly less in those before it."""
     curiosity: Annotated[float, AT_LEAST_0, Mode("online")] = 0.0
     """Reward per unit of surprise that M learns to predict, so that C seeks it in dreams."""
 

@@ -69,6 +69,7 @@ class Collector:
         self.agent = agent
         self.replay = replay
         self.rng = rng
+        self.sticky = stickiness(agent.config.learn.sticky, world.num_envs)
         self.row = world.reset()
         self.carry: Carry = agent.initial(world.num_envs)
         self.running = {key: np.zeros(world.num_envs) for key in ("return", "length", *SURPRISES)}
@@ -105,7 +106,7 @@ class Collector:
         learn = self.agent.config.learn
         action = self.world.random_action(self.rng)
         if learn.sticky:
-            again = (self.rng.random(self.world.num_envs) < learn.sticky) & ~row.is_first
+            again = (self.rng.random(self.world.num_envs) < self.sticky) & ~row.is_first
             action = np.where(again[:, None], self.carry.action.cpu().numpy(), action)
         if not random:
             chosen = self.agent.act(self.carry, greedy=False)
@@ -150,6 +151,12 @@ class Collector:
         self.running = {key: np.array(value) for key, value in tree["running"].items()}
         self.env_steps, self.episodes = tree["counters"]
         self.reward = tree["reward"]
+
+
+def stickiness(most: float, copies: int) -> np.ndarray:
+    """Probabilities `(copies,)` that a random action of each copy repeats the one before, evenly between 0 and `most`:
+    some environments need long walks, and in others they end an episode at once."""
+    return most * (0.5 + np.arange(copies)) / copies
 
 
 def carry_to_tree(carry: Carry) -> dict[str, Any]:

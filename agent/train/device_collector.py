@@ -17,7 +17,7 @@ from longdream.agent.core.agent import Agent
 from longdream.agent.core.cuda_graphs import Graphed
 from longdream.agent.core.device import HostCopy, resolve_device
 from longdream.agent.data.device_replay import DeviceReplay, DeviceRow
-from longdream.agent.train.collector import SURPRISES, carry_from_tree, carry_to_tree
+from longdream.agent.train.collector import SURPRISES, carry_from_tree, carry_to_tree, stickiness
 from longdream.controller.types import Planning
 from longdream.envs.contract import UserError
 from longdream.envs.make import World, derive_seed, makes_tensors, vector_takes
@@ -42,6 +42,7 @@ class DeviceCollector:
         obs = self.vector.reset_tensors([derive_seed(seed, world.first + i, 0) for i in range(n)])
         no = torch.zeros(n, dtype=torch.bool, device=device)
         self.row = DeviceRow(self._pack(obs), ~no, no.float(), no, no)
+        self.sticky = torch.from_numpy(stickiness(agent.config.learn.sticky, n)).float().to(device)
         self.over = HostCopy(no)
         """Whether an episode ended with the row, on its way to the host."""
         self.carry: Carry = agent.initial(n)
@@ -117,7 +118,7 @@ class DeviceCollector:
         device = self.agent.device
         choice = torch.randint(self.agent.spec.action.parts[0], (n,), device=device, generator=self.random)
         if learn.sticky:
-            again = torch.rand(n, device=device, generator=self.random) < learn.sticky
+            again = torch.rand(n, device=device, generator=self.random) < self.sticky
             choice = torch.where(again & ~row.is_first, self.carry.action.argmax(-1), choice)
         if not random:
             explore = torch.rand(n, device=device, generator=self.random) < learn.explore

@@ -34,13 +34,16 @@ def test_random_actions_stick(config: Config, tmp_path: Path, sticky: float) -> 
     collecting = collector(
         dataclasses.replace(config, learn=dataclasses.replace(config.learn, sticky=sticky)), tmp_path
     )
-    stays = []
-    for _ in range(150):
-        before, first = collecting.carry.action, torch.from_numpy(collecting.row.is_first)
+    copies = collecting.world.num_envs
+    stays = np.zeros((2, copies))
+    for _ in range(600):
+        before = collecting.carry.action
+        follows = ~collecting.row.is_first
         collecting.step(random=True)
-        stays += (collecting.carry.action == before).all(1)[~first].tolist()
+        stays += follows * np.stack([(collecting.carry.action == before).all(1).numpy(), np.ones(copies)])
+    share = sticky * (np.arange(copies) + 0.5) / copies  # more in each copy than in the one before
     parts = collecting.world.spec.action.parts[0]
-    assert np.mean(stays) == pytest.approx(sticky + (1 - sticky) / parts, abs=0.1)
+    assert stays[0] / stays[1] == pytest.approx(share + (1 - share) / parts, abs=0.1)
 
 
 def test_surprise_is_stored_with_its_row_and_zero_at_first_rows(config: Config, tmp_path: Path) -> None:
