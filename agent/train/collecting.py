@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from longdream.agent.config.checks import check_clip
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent
 from longdream.agent.core.ranks import here
@@ -57,7 +56,6 @@ def open_collector(
         seed: root of the environment's seeds.
 
     Raises:
-        UserError: the replay is too small.
         EnvError: the environment failed.
     """
     config = agent.config
@@ -72,5 +70,4 @@ def open_collector(
         replay = Replay(parts.replay_folder(folder), *size, priority=settings.priority)
         here_or_there = isinstance(world, World)
         collector = Collector(world, agent, replay, rng) if here_or_there else AsyncCollector(world, agent, replay)
-    check_clip(config, replay.longest_clip)
     return replay, collector

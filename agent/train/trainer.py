@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
+from longdream.agent.config.checks import check_clip
 from longdream.agent.config.schema import Config
 from longdream.agent.core.agent import Agent, Stage
 from longdream.agent.core.ranks import here
@@ -237,6 +238,7 @@ class OnlineTrainer(Timed, Trainer):
         self.agent.check_memory()
         self.replay, self.collector = open_collector(self.world, self.agent, folder, self.rng["act"], seed)
         stack.callback(self.replay.close)
+        check_clip(config, self.replay.longest_clip)
         self.seconds: dict[str, float] = defaultdict(float)
         self.rates = Rates(self.agent, self.config.replay.batch * config.replay.length)
         self.batch = config.replay.batch
