@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import gc
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from longdream.envs.contract import UserError
 
@@ -47,6 +50,38 @@ def choose() -> str:
     failures = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     commands = " or ".join(INSTALL[name] for name in candidates)
     raise UserError(f"no OpenGL backend works without a display here ({failures}): {commands}")
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Pause Python's cyclic garbage collector within this context, unless it is off already. Threads may overlap.
+
+    The finalizer of an object with an OpenGL context makes that context the thread's current one.
+    """
+    with _pauses.lock:
+        if _pauses.count == 0:
+            _pauses.enabled = gc.isenabled()
+            gc.disable()
+        _pauses.count += 1
+    try:
+        yield
+    finally:
+        with _pauses.lock:
+            _pauses.count -= 1
+            if _pauses.count == 0 and _pauses.enabled:
+                gc.enable()
+
+
+class _Pauses:
+    """How many contexts of `no_garbage_collection` are open, and whether the collector was on before the first."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.count = 0
+        self.enabled = True
+
+
+_pauses = _Pauses()
 
 
 def try_egl() -> str | None:

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import os
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import mujoco
@@ -30,6 +32,7 @@ from dm_control.mujoco import Camera
 from memory_maze import maze as upstream
 
 from longdream.envs.contract import UserError
+from longdream.envs.memory_maze import gl
 from longdream.envs.memory_maze.sizes import ACTION_CONTROLS, SIZES
 
 CELL = 2.0
@@ -164,13 +167,13 @@ class Simulation:
 
         The map shows the agent's ears. They are added here, unless the model has them (top_camera).
         """
-        key = (view, side)
-        if key not in self.cameras:
-            _context(self._physics)
-            camera = self.arena.top_camera if view == "top" else self.walker.egocentric_camera
-            ears = self._add_ears if view == "top" and not self.top_camera else None
-            self.cameras[key] = Camera(self._physics, side, side, camera.full_identifier, scene_callback=ears)
-        image = np.array(self.cameras[key].render())  # a copy: the camera reuses its buffer
+        with _context(self._physics):
+            key = (view, side)
+            if key not in self.cameras:
+                camera = self.arena.top_camera if view == "top" else self.walker.egocentric_camera
+                ears = self._add_ears if view == "top" and not self.top_camera else None
+                self.cameras[key] = Camera(self._physics, side, side, camera.full_identifier, scene_callback=ears)
+            image = np.array(self.cameras[key].render())  # a copy: the camera reuses its buffer
         border = int(2 * np.sqrt(side // 64))
         frame = np.ones((side, side), np.bool_)
         frame[border:-border, border:-border] = False
@@ -206,10 +209,13 @@ class Simulation:
 
     def close(self) -> None:
         """Free the model and the OpenGL context; `reset` creates new ones."""
+        if self.physics is None:
+            return
+        drawn = bool(self.cameras)
         self.cameras.clear()
-        if self.physics is not None:
+        with _context(self.physics) if drawn else nullcontext():
             self.physics.free()
-            self.physics = None
+        self.physics = None
 
     @property
     def _physics(self) -> mjcf.Physics:
@@ -254,17 +260,26 @@ class _Walker(upstream.RollingBallWithFriction):
         pass
 
 
-def _context(physics: mjcf.Physics) -> None:
-    """Create the model's OpenGL context if it does not exist.
+@contextmanager
+def _context(physics: mjcf.Physics) -> Iterator[None]:
+    """Draw within this context: the model's OpenGL context, created on first use, is then the thread's current one.
+
+    dm_control remembers which of its contexts is current, and two things change that without its knowledge: other
+    packages' contexts in this process, and the garbage collector when it frees a maze that was not closed. Either
+    would leave an image of something else.
 
     Raises:
         UserError: OpenGL fails, for example with MUJOCO_GL=glfw and no display.
     """
-    try:
-        physics.contexts  # noqa: B018 (the property creates the context on first access)
-    except (RuntimeError, mujoco.FatalError) as error:
-        problem = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} gives no OpenGL ({' '.join(str(error).split())})"
-        raise UserError(f"{problem}: unset it; longdream doctor shows what works here") from error
+    with gl.no_garbage_collection():
+        try:
+            context = physics.contexts.gl
+        except (RuntimeError, mujoco.FatalError) as error:
+            problem = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} gives no OpenGL ({' '.join(str(error).split())})"
+            raise UserError(f"{problem}: unset it; longdream doctor shows what works here") from error
+        with context.make_current() as thread:
+            thread.call(context._platform_make_current)
+        yield
 
 
 def _compile(root: mjcf.RootElement) -> mjcf.Physics:
