@@ -46,8 +46,9 @@ class DynamicsConfig:
     through a squared ReLU, which separates them better. Where frames are recalled by the pose they were seen from, M
     learns in hundreds of updates what otherwise takes thousands (docs/video.md)."""
     predict_residual: bool = False
-    """Predict the difference from the previous frame instead of the frame. What hardly changes between frames, such as
-    positions among an observation's numbers, then need not be copied through every layer."""
+    """Predict the difference from the previous frame instead of the frame (of logits, where latents are categorical).
+    What hardly changes between frames, such as positions among an observation's numbers, then need not be copied
+    through every layer."""
     frame_mlp_width: Annotated[int, AT_LEAST_0] = 0
     """Width of an MLP that maps all tokens of the previous frame and the action to an additive part of the prediction;
     0: none. It learns how an action moves the view in about a hundred updates, for which the layers need thousands
@@ -69,9 +70,10 @@ class EncoderConfig:
     """Classes per categorical variable; must divide channels."""
     depth: Annotated[int, AT_LEAST_1] = 16
     """Channels of the first convolution; doubled at each halving, up to 8 times."""
-    decoder_gradient: bool = True
-    """Where V learns through M: whether M learns by V's reconstruction too, which is decoded from M's features. In sums
-    over pixels it can outweigh all that M predicts, and M forgets (docs/objectives.md)."""
+    shaped_by: Literal["model", "observation"] = "model"
+    """Where V learns through M. model: M's losses reach V, and M learns by V's reconstruction, which is decoded from
+    M's features too. observation: they meet in the KL alone. V reconstructs from its latents, in which each variable is
+    of a part of the image, so that it sees small things early (docs/objectives.md)."""
 
 
 @dataclass(frozen=True)

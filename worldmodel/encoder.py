@@ -57,6 +57,7 @@ class Encoder(nn.Module):
             )
         self.config = config
         self.spec = dict(spec)
+        self.normalised = True
         self.feature_in: nn.Linear | None = None
         self.images = sorted(k for k, s in spec.items() if s.kind == "image")
         self.flats = sorted(k for k, s in spec.items() if s.kind != "image")
@@ -117,9 +118,12 @@ class Encoder(nn.Module):
         return z.unflatten(0, lead)
 
     def learn_through_model(self, feature_size: int) -> None:
-        """Let V learn by M's loss too: observations are decoded from latents and M's feature of the frame, `(..., F)`,
-        and the latents' logits are as V gives them, since M's prior pulls them together where nothing is told."""
-        self.feature_in = nn.Linear(feature_size, self.tokens * self.channels)
+        """Let V learn by M's loss too: the latents' logits are as V gives them, since M's prior pulls them together
+        where nothing is told; and observations are decoded from latents and M's feature of the frame, `(..., F)`, if
+        there is one (F > 0)."""
+        self.normalised = False
+        if feature_size:
+            self.feature_in = nn.Linear(feature_size, self.tokens * self.channels)
 
     def decode(self, z: Tensor, feat: Tensor | None = None) -> dict[str, Tensor]:
         """Latents `(..., N, D)` to observations: images uint8, vectors float32, discrete values and categories
@@ -245,7 +249,7 @@ class Encoder(nn.Module):
     def _probs(self, z: Tensor) -> Tensor:
         """Probabilities `(..., N, D / classes, classes)` of categorical latents, from what `_encode` gives."""
         logits = z.unflatten(-1, (-1, self.config.classes))
-        if self.feature_in is None:  # learning by pictures alone, V got stuck at latents that say nothing
+        if self.normalised:  # learning by pictures alone, V got stuck at latents that say nothing
             logits = logits - logits.mean(-1, keepdim=True)
             logits = 2 * F.rms_norm(logits, logits.shape[-2:])
         return uniform_mixture(logits.flatten(-2), self.config.classes, UNIMIX).unflatten(-1, logits.shape[-2:])
@@ -327,6 +331,9 @@ class Digits:
 class Vision(nn.Module):
     """Encoder and decoder of one image key: `(B, H, W, C)` uint8 to `(B, N, D)` and back.
 
+    Where V is shaped by observations, a token's channels are those of `parts * parts` parts of its share of the image
+    side by side, all by one linear map.
+
     Images whose size cannot be halved down to the grid are resized first.
     """
 
@@ -359,9 +366,11 @@ class Vision(nn.Module):
         self.up = nn.Sequential(*up)
         for part in (self.down, self.up):
             part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        cell = before * self.merge**2
-        self.to_token = nn.Linear(cell, config.channels)
-        self.from_token = nn.Sequential(nn.Linear(config.channels, cell), nn.SiLU())
+        self.parts = parts_of_token(config, self.merge) if config.shaped_by == "observation" else 1
+        cell = before * (self.merge // self.parts) ** 2
+        channels = config.channels // self.parts**2
+        self.to_token = nn.Linear(cell, channels)
+        self.from_token = nn.Sequential(nn.Linear(channels, cell), nn.SiLU())
 
     def scaled(self, image: Tensor) -> Tensor:
         """`(B, H, W, C)` uint8 to floats in [-0.5, 0.5], `(B, size, size, C)`."""
@@ -372,15 +381,22 @@ class Vision(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         x = self.down(merge(self.scaled(image), 2).movedim(-1, 1)).movedim(1, -1)
-        return self.to_token(merge(x, self.merge).flatten(1, 2))
+        return merge(self.to_token(merge(x, self.merge // self.parts)), self.parts).flatten(1, 2)
 
     def decode(self, z: Tensor, exact: bool) -> Tensor:
         """`(B, N, D)` to `(B, H, W, C)` if `exact`, else at V's own square resolution."""
-        x = split(self.from_token(z).unflatten(1, (self.grid, self.grid)), self.merge)
+        z = split(z.unflatten(1, (self.grid, self.grid)), self.parts)
+        x = split(self.from_token(z), self.merge // self.parts)
         x = split(self.up(x.movedim(-1, 1)).movedim(1, -1), 2)
         if exact and self.shape != (self.size, self.size):
             x = F.interpolate(x.movedim(-1, 1), self.shape, mode="bilinear", antialias=True).movedim(1, -1)
         return x
+
+
+def parts_of_token(config: EncoderConfig, merged: int) -> int:
+    """Into how many parts the side of a token's share of the image can be divided, so that each variable is of one
+    part: up to `merged`, the side of that share on V's map."""
+    return max(n for n in (1, 2, 4) if merged % n == 0 and config.channels % (n * n * config.classes) == 0)
 
 
 def merge(x: Tensor, side: int) -> Tensor:

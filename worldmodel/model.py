@@ -63,8 +63,9 @@ class WorldModel(nn.Module):
         self.objective: Objective = kind(forcing, self.dynamics, **options)
         self.trains_encoder = getattr(kind, "trains_encoder", False)
         """Whether V learns through M, by one loss with it, rather than by pictures alone."""
+        self.exchanges_gradients = self.trains_encoder and encoder.shaped_by == "model"
         if self.trains_encoder:
-            self.encoder.learn_through_model(self.dynamics.feature_size)
+            self.encoder.learn_through_model(self.dynamics.feature_size if self.exchanges_gradients else 0)
         self.reward_continue = RewardContinueHead(self.dynamics.feature_size, actions, heads.hidden, heads.bins)
         self.heads_config = heads
         self.steps = forcing.steps
@@ -124,7 +125,8 @@ class WorldModel(nn.Module):
         first = batch.clip_first() if state is None else batch.is_first
         if state is not None:
             options["state"] = state
-        out = self.objective.run(self.dynamics, z, batch.prev_action(), first, num_starts, **options)
+        seen = z if self.exchanges_gradients else z.detach()
+        out = self.objective.run(self.dynamics, seen, batch.prev_action(), first, num_starts, **options)
         if self.trains_encoder and torch.is_grad_enabled():
             error, metrics = self._reconstruction(batch, z, out.feat, decoded)
             out = out._replace(loss=out.loss + error, metrics={**out.metrics, **metrics})
@@ -143,8 +145,6 @@ class WorldModel(nn.Module):
         if rows is not None and rows < total:
             index = torch.randperm(total, device=z.device)[:rows]
         obs = {key: value.flatten(0, 1)[index] for key, value in batch.obs.items()}
-        if not self.encoder.config.decoder_gradient:
-            feat = feat.detach()
         return self.encoder.reconstruction(z.flatten(0, 1)[index], feat.flatten(0, 1)[index], obs)
 
     @staticmethod

@@ -260,6 +260,8 @@ def _for_encoder(agent: Agent, key: str) -> str:
     config = agent.config.encoder
     tries = []
     if agent.spec.obs[key].kind == "image":
+        if agent.model.exchanges_gradients:
+            tries.append("--encoder.shaped_by observation (what M predicts can keep V blind)")
         if config.grid < 4:
             tries.append("--encoder.grid 4 (more tokens keep small things apart)")
         if config.depth < 32:

@@ -273,12 +273,12 @@ def _context(physics: mjcf.Physics) -> Iterator[None]:
     """
     with gl.no_garbage_collection():
         try:
-            context = physics.contexts.gl
+            contexts: Any = physics.contexts
         except (RuntimeError, mujoco.FatalError) as error:
             problem = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} gives no OpenGL ({' '.join(str(error).split())})"
             raise UserError(f"{problem}: unset it; longdream doctor shows what works here") from error
-        with context.make_current() as thread:
-            thread.call(context._platform_make_current)
+        with contexts.gl.make_current() as thread:
+            thread.call(contexts.gl._platform_make_current)
         yield
 
 

@@ -208,6 +208,25 @@ def test_one_batch_of_grids_is_learned(latent: str) -> None:
     assert torch.equal(back["grid"], grid.long()) and torch.equal(back["bits"], obs["bits"])
 
 
+@pytest.mark.parametrize(("channels", "parts"), [(32, 4), (16, 2), (6, 1)])
+def test_variables_are_of_parts_of_the_image(channels: int, parts: int) -> None:
+    """A change in one corner changes the variables of parts near it alone; drawn again from latents, likewise."""
+    spec = {"image": Spec("image", (64, 64, 3))}
+    encoder = build(spec, "categorical", channels=channels, classes=2, shaped_by="observation")
+    obs = draw(spec, 3)
+    other = {"image": obs["image"].clone()}
+    other["image"][:, :8, :8] = 255 - other["image"][:, :8, :8]
+    each = [encoder._encode(o)[:, 0].unflatten(-1, (parts, parts, -1)) for o in (obs, other)]
+    changed = (each[0] != each[1]).any(-1)
+    assert changed[:, 0, 0].all() and changed[:, -1, -1].all() == (parts == 1)
+    z = encoder(obs)
+    turned = z.unflatten(-1, (parts, parts, -1, 2)).clone()
+    turned[:, :, 0, 0] = turned[:, :, 0, 0].flip(-1)
+    pictures = [encoder.decode(latent)["image"] for latent in (z, turned.flatten(-4))]
+    differs = (pictures[0] != pictures[1]).any(-1)
+    assert differs[:, :16, :16].any() and differs[:, -8:, -8:].any() == (parts == 1)
+
+
 def test_learning_through_m_sums_over_categories() -> None:
     spec = {"grid": Spec("categories", (3, 2), 40), "bits": Spec("categories", (5,), 2)}
     encoder = build(spec, "categorical")

@@ -29,6 +29,10 @@ POSTERIOR_WEIGHT = 0.1
 AHEAD = 8
 """Frames that the second head looks ahead."""
 AHEAD_WEIGHT = 0.3
+HIDDEN = 256
+"""Least width of the prior's MLP with worldmodel.predict_residual: changes of 16 variables did not go through 64."""
+KEPT = 4.0
+"""Logit of the class of the frame before, at first, with worldmodel.predict_residual."""
 LAG_FREQUENCIES = 8
 """Frequencies of the sines and cosines that say how far back a frame lies."""
 
@@ -46,7 +50,12 @@ class Prior(nn.Module):
         self.classes = classes
         hidden = dynamics.config.width
         size = dynamics.tokens * dynamics.channels
-        self.head = mlp(dynamics.feature_size + actions, hidden, size)
+        residual = dynamics.config.predict_residual
+        self.head = mlp(dynamics.feature_size + actions, max(hidden, HIDDEN * residual), size)
+        self.keep: nn.Linear | None = None
+        if residual:
+            self.keep = nn.Linear(dynamics.channels, dynamics.channels, bias=False)
+            nn.init.eye_(self.keep.weight).data.mul_(KEPT)
         self.ahead = mlp(dynamics.feature_size + AHEAD * actions, hidden, size)
         mark_training_only(self, "ahead")
         self.free_nats = config.free_nats
@@ -82,7 +91,7 @@ class Prior(nn.Module):
         self, feat: Tensor, prev_action: Tensor, first: Tensor, z: Tensor, posterior: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a clip, given M's features `(B, T, F)` of it, and metrics. The rest as `run`."""
-        prior = self._log_probs(self.head, feat[:, :-1], prev_action[:, 1:], z[:, 1:])
+        prior = self._prior(feat[:, :-1], prev_action[:, 1:], z[:, :-1])
         predicted = ~first[:, 1:]  # the first frame of an episode has nothing to be predicted from
         total = ranks.total_weight(predicted)
         metrics: dict[str, Tensor] = {}
@@ -130,18 +139,25 @@ class Prior(nn.Module):
         self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
     ) -> Tensor:
         """See `Objective.sample`."""
-        like = feat.new_empty(feat.shape[0], dynamics.tokens, dynamics.channels)
-        return draw_one_hots(self._log_probs(self.head, feat, action, like), self.classes, temperature)
+        return draw_one_hots(self._prior(feat, action, state.last), self.classes, temperature)
 
     def surprise(self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, z: Tensor) -> Tensor:
         """Cross-entropy `(B,)` of the prior, in nats per variable."""
-        log_probs = self._log_probs(self.head, feat, action, z)
+        log_probs = self._prior(feat, action, state.last)
         return cross_entropy(log_probs, z, self.classes).mean((-2, -1))
 
-    def _log_probs(self, head: nn.Module, feat: Tensor, action: Tensor, like: Tensor) -> Tensor:
-        """Log-probabilities of the shape of `like` `(..., N, D)`, from feat `(..., F)` and action `(..., A)`."""
-        logits = head(torch.cat([feat, action], -1)).view_as(like)
+    def _prior(self, feat: Tensor, action: Tensor, last: Tensor) -> Tensor:
+        """Log-probabilities `(..., N, D)` of the frame after feat `(..., F)`, action `(..., A)` and the latents `last`
+        `(..., N, D)`."""
+        logits = self.head(torch.cat([feat, action], -1)).view_as(last)
+        if self.keep is not None:
+            logits = logits + self.keep(last)
         return uniform_mixture(logits, self.classes, UNIMIX).log()
+
+    def _log_probs(self, head: nn.Module, feat: Tensor, known: Tensor, like: Tensor) -> Tensor:
+        """Log-probabilities of the shape of `like` `(..., N, D)`, from feat `(..., F)` and what else is known
+        `(..., K)`."""
+        return uniform_mixture(head(torch.cat([feat, known], -1)).view_as(like), self.classes, UNIMIX).log()
 
 
 def frames_before(z: Tensor, first: Tensor, lag: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,14 +119,16 @@ def test_memory_is_what_is_lost_without_it() -> None:
 
 
 def test_what_v_should_try_concerns_what_it_does_not_show() -> None:
-    def advice(key: str, **encoder: int) -> str:
+    def advice(key: str, exchanges: bool = False, **encoder: int) -> str:
         config = options.update(options.load("tiny"), {f"encoder.{name}": value for name, value in encoder.items()})
         spec = SimpleNamespace(obs={"screen": ObsSpec("image", (8, 8, 3)), "key": ObsSpec("discrete", (), 2)})
-        return diagnosis._for_encoder(SimpleNamespace(config=config, spec=spec), key)  # type: ignore[arg-type]
+        model = SimpleNamespace(exchanges_gradients=exchanges)
+        return diagnosis._for_encoder(SimpleNamespace(config=config, spec=spec, model=model), key)  # type: ignore[arg-type]
 
     assert "--encoder.grid 4" in advice("screen") and "--encoder.depth 32" in advice("screen")
     assert "grid" not in advice("screen", grid=4) and "depth" not in advice("screen", depth=32)
-    assert "--encoder" not in advice("key") and "--learn.train_ratio" in advice("key")
+    assert "shaped_by observation" in advice("screen", exchanges=True) and "shaped_by" not in advice("screen")
+    assert "--encoder" not in advice("key", exchanges=True) and "--learn.train_ratio" in advice("key")
 
 
 @pytest.mark.parametrize(("entropy", "says"), [(0.69, "a lower"), (0.66, "a lower"), (0.0, "a higher")])

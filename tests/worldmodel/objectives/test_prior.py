@@ -1,6 +1,6 @@
 """The prior: both directions of the KL against their definition, what is predicted and what is not, V through M."""
 
-from typing import Any
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from longdream.worldmodel.dynamics import Dynamics
 from longdream.worldmodel.model import WorldModel
 from longdream.worldmodel.objectives import prior
 from longdream.worldmodel.objectives.prior import AHEAD, LAG_FREQUENCIES, Prior, frames_before, lag_embedding
-from longdream.worldmodel.types import Batch
+from longdream.worldmodel.types import Batch, Loss
 
 CLASSES = 3
 ACTIONS = 2
@@ -26,13 +26,18 @@ class Pixels:
     n = 0
 
 
-def model(objective: str = "prior", free_nats: float = 1.0, encoder: dict[str, Any] | None = None) -> WorldModel:
+def model(
+    objective: str = "prior",
+    free_nats: float = 1.0,
+    shaped_by: Literal["model", "observation"] = "model",
+    residual: bool = False,
+) -> WorldModel:
     torch.manual_seed(0)
     return WorldModel(
         {"image": Pixels()},
         ACTIONS,
-        EncoderConfig(channels=4 * CLASSES, classes=CLASSES, depth=4, **(encoder or {})),
-        DynamicsConfig(width=16, num_heads=2, layers=1, state_size=4, window=2),
+        EncoderConfig(channels=4 * CLASSES, classes=CLASSES, depth=4, shaped_by=shaped_by),
+        DynamicsConfig(width=16, num_heads=2, layers=1, state_size=4, window=2, predict_residual=residual),
         ForcingConfig(objective=objective, free_nats=free_nats),
         HeadsConfig(hidden=16, bins=11),
     )
@@ -168,7 +173,7 @@ def test_dreams_are_drawn_from_the_prior() -> None:
     feat = torch.randn(1, made.feature_size)
     action = torch.tensor([[1.0, 0.0]])
     like = torch.empty(1, 1, 4 * CLASSES)
-    probs = objective_of(made)._log_probs(objective_of(made).head, feat, action, like).exp()
+    probs = objective_of(made)._prior(feat, action, torch.zeros_like(like)).exp()
     many = (feat.expand(4000, -1), made.dynamics.initial(4000), action.expand(4000, -1))
     drawn = made.objective.sample(made.dynamics, *many, 1)
     torch.testing.assert_close(drawn.mean(0), probs[0], atol=0.04, rtol=0)
@@ -182,7 +187,7 @@ def test_surprise_is_the_prior_s_cross_entropy() -> None:
     feat = torch.randn(3, made.feature_size)
     action = torch.tensor([[1.0, 0.0]]).expand(3, -1)
     z = made.encoder(batch().obs)[:, 0].detach()
-    log_probs = objective_of(made)._log_probs(objective_of(made).head, feat, action, z)
+    log_probs = objective_of(made)._prior(feat, action, z)
     wanted = -(z * log_probs).sum((-2, -1)) / 4
     surprise = made.objective.surprise(made.dynamics, feat, made.dynamics.initial(3), action, z)
     torch.testing.assert_close(surprise, wanted)
@@ -231,15 +236,46 @@ def test_lags_are_told_apart() -> None:
     assert torch.cdist(told, told).fill_diagonal_(9).min() > 0.05
 
 
-@pytest.mark.parametrize("flows", [True, False])
-def test_what_v_reconstructs_reaches_m_or_not(flows: bool) -> None:
-    made = model(encoder={"decoder_gradient": flows})
+@pytest.mark.parametrize("shaped_by", ["model", "observation"])
+def test_where_v_and_m_meet(shaped_by: Literal["model", "observation"]) -> None:
+    """In all losses, or in the KL alone: which gradients reach V's latents, and M's features."""
+    made = model(shaped_by=shaped_by)
     rows = batch()
-    z, _ = made.encoder.posterior(rows.obs)
+    exchanged = shaped_by == "model"
     feat = torch.randn(3, 13, made.feature_size, requires_grad=True)
-    (to_feat, to_z) = torch.autograd.grad(made._reconstruction(rows, z, feat, None).value, (feat, z), allow_unused=True)
-    assert to_z.abs().sum() > 0
-    assert (to_feat is not None) == flows
+    z, _ = made.encoder.posterior(rows.obs)
+    error = made._reconstruction(rows, z, feat, None).value
+    to_feat, to_z = torch.autograd.grad(error, (feat, z), allow_unused=True)
+    assert to_z.abs().sum() > 0 and (to_feat is not None) == exchanged
+    assert torch.equal(made.encoder.decode(z)["image"], made.encoder.decode(z, feat)["image"]) != exchanged
+
+    # without reconstruction (no rows) and with all of the KL free, only what M predicts is left
+    made.objective.free_nats = 1e6
+    made._reconstruction = lambda *_: Loss(torch.zeros(()), {})  # type: ignore[method-assign]
+    encoder = list(made.encoder.parameters())
+    for free, reached in ((1e6, exchanged), (0.0, True)):
+        made.objective.free_nats = free
+        grads = torch.autograd.grad(made.loss(rows, 2)[0].value, encoder, allow_unused=True)
+        assert any(grad is not None and bool(grad.any()) for grad in grads) == reached
+
+
+def test_the_frame_before_is_where_the_prior_begins() -> None:
+    """With residual predictions an untrained prior expects it, in losses, dreams and surprise alike."""
+    made = model(residual=True)
+    rows = batch()
+    z, posterior = made.encoder.posterior(rows.obs)
+    first = rows.clip_first()
+    feat = torch.zeros(3, 13, made.feature_size)
+    of_frames = objective_of(made)._prior(feat[:, :-1], rows.action[:, :-1], z[:, :-1]).exp()
+    assert (of_frames * z[:, :-1]).sum(-1).mean() / 4 > 0.9
+    state = made.dynamics.initial(3)._replace(last=z[:, 4].detach())
+    nats = made.objective.surprise(made.dynamics, feat[:, 4], state, rows.action[:, 4], z[:, 5])
+    torch.testing.assert_close(nats, -(z[:, 5] * of_frames[:, 4].log()).sum((-2, -1)) / 4)
+    drawn = made.objective.sample(made.dynamics, feat[:, 4], state, rows.action[:, 4], 1, temperature=0.01)
+    torch.testing.assert_close(drawn, state.last)
+    _, metrics = objective_of(made).losses(feat, rows.prev_action(), first, z, posterior)
+    kl = kl_divergence(posterior[:, 1:], of_frames.log())[~first[:, 1:]].mean()
+    torch.testing.assert_close(metrics["kl"], kl.detach())
 
 
 @pytest.mark.parametrize(("past", "remembered"), [(1.0, True), (0.0, False)])
