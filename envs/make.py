@@ -43,10 +43,10 @@ def register() -> None:
     """Register the project's environments with Gymnasium. Repeated calls have no effect."""
     for name, module in {"Recall": "recall", "Counting": "counting"}.items():
         if (env_id := f"longdream/{name}-v0") not in gym.registry:
-            entry = f"longdream.envs.{module}:{name}"
+            entry = f"longdream.envs.tasks.{module}:{name}"
             gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv")
     if (env_id := "longdream/KeyDoor-v0") not in gym.registry:
-        gym.register(env_id, entry_point="longdream.envs.key_door:KeyDoorEnv")
+        gym.register(env_id, entry_point="longdream.envs.tasks.key_door:KeyDoorEnv")
     if (env_id := "longdream/Remote-v0") not in gym.registry:
         gym.register(env_id, entry_point="longdream.envs.remote:RemoteEnv")
     for size in SIZES:

@@ -12,9 +12,9 @@ import longdream.envs as envs
 from longdream.envs import World
 from longdream.envs.contract import EnvError, UserError
 from longdream.envs.copies import for_gym_make
-from longdream.envs.counting import CountingVecEnv
 from longdream.envs.make import derive_seed
-from longdream.envs.recall import RecallVecEnv
+from longdream.envs.tasks.counting import CountingVecEnv
+from longdream.envs.tasks.recall import RecallVecEnv
 
 # Action 1 raises, 2 hangs, 3 ends the process, 4 ends the episode. Workers import the module by its name.
 FAULTY = """

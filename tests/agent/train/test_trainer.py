@@ -22,8 +22,8 @@ from longdream.agent.run.signals import Interrupted, Signals
 from longdream.agent.train import trainer
 from longdream.agent.train.trainer import OnlineTrainer
 from longdream.envs.contract import Row
-from longdream.envs.counting import episode_length, expected_reward, is_terminal
 from longdream.envs.make import World
+from longdream.envs.tasks.counting import episode_length, expected_reward, is_terminal
 
 
 def tiny(**settings: Any) -> Config:

@@ -8,7 +8,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from longdream.envs import World
-from longdream.envs.counting import PHASES, CountingVecEnv, episode_length, expected_reward, is_terminal
+from longdream.envs.tasks.counting import PHASES, CountingVecEnv, episode_length, expected_reward, is_terminal
 
 N, STEPS = 5, 120
 

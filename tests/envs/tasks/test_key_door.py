@@ -6,7 +6,7 @@ import pytest
 
 from longdream.envs.checks import check
 from longdream.envs.contract import UserError
-from longdream.envs.key_door import AGENT, KEY, MOVES, KeyDoorEnv
+from longdream.envs.tasks.key_door import AGENT, KEY, MOVES, KeyDoorEnv
 
 
 def towards(env: KeyDoorEnv, place: np.ndarray) -> int:

@@ -11,7 +11,7 @@ from gymnasium.utils.env_checker import check_env
 
 import longdream.envs as envs  # noqa: F401  (registers)
 from longdream.envs.contract import UserError
-from longdream.envs.recall import RecallEnv, RecallVecEnv, chance_and_optimum
+from longdream.envs.tasks.recall import RecallEnv, RecallVecEnv, chance_and_optimum
 
 WALK = 0
 
