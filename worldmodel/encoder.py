@@ -396,7 +396,8 @@ class Vision(nn.Module):
 def parts_of_token(config: EncoderConfig, merged: int) -> int:
     """Into how many parts the side of a token's share of the image can be divided, so that each variable is of one
     part: up to `merged`, the side of that share on V's map."""
-    return max(n for n in (1, 2, 4) if merged % n == 0 and config.channels % (n * n * config.classes) == 0)
+    fitting = (n for n in (4, 2) if merged % n == 0 and config.channels % (n * n * config.classes) == 0)
+    return next(fitting, 1)
 
 
 def merge(x: Tensor, side: int) -> Tensor:

@@ -211,9 +211,10 @@ class Simulation:
         """Free the model and the OpenGL context; `reset` creates new ones."""
         if self.physics is None:
             return
-        drawn = bool(self.cameras)
+        contexts: Any = self.physics.contexts if self.cameras else None
         self.cameras.clear()
-        with _context(self.physics) if drawn else nullcontext():
+        # dm_control ends its contexts itself when the program ends
+        with _context(self.physics) if contexts and not contexts.gl.terminated else nullcontext():
             self.physics.free()
         self.physics = None
 
