@@ -19,7 +19,7 @@ def draw_index(probs: Tensor) -> Tensor:
     return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
 
 
-def draw_one_hots(logits: Tensor, classes: int, temperature: float) -> Tensor:
+def draw_one_hots(logits: Tensor, classes: int, temperature: float | Tensor) -> Tensor:
     """One-hot vectors `(..., D)` drawn from logits `(..., D)`."""
     probs = (logits.unflatten(-1, (-1, classes)) / temperature).softmax(-1)
     return F.one_hot(draw_index(probs), classes).to(logits.dtype).flatten(-2)

@@ -20,7 +20,7 @@ class Dreamer(Protocol):
         ...
 
     def dream_step(
-        self, feat: Tensor, state: State, action: Tensor, temperature: float = 1.0, steps: int | None = None
+        self, feat: Tensor, state: State, action: Tensor, temperature: float | Tensor = 1.0, steps: int | None = None
     ) -> tuple[Tensor, Tensor, State]:
         """An action `(B, A)`, taken at feat `(B, F)` and state, to the next z, feat and state."""
         ...

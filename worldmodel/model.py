@@ -163,7 +163,7 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def dream_step(
-        self, feat: Tensor, state: State, action: Tensor, temperature: float = 1.0, steps: int | None = None
+        self, feat: Tensor, state: State, action: Tensor, temperature: float | Tensor = 1.0, steps: int | None = None
     ) -> tuple[Tensor, Tensor, State]:
         """One dreamt step, counted in `dreamt`: action `(B, A)`, taken at feat `(B, F)`, to the next z, feat and
         state."""
@@ -172,7 +172,7 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def advance(
-        self, feat: Tensor, state: State, action: Tensor, temperature: float, steps: int
+        self, feat: Tensor, state: State, action: Tensor, temperature: float | Tensor, steps: int
     ) -> tuple[Tensor, Tensor, State]:
         """`dream_step` without the count, so that it can be compiled; steps: denoising steps."""
         z = self.objective.sample(self.dynamics, feat, state, action, steps, temperature)

@@ -56,7 +56,7 @@ class CompiledDreams:
         return self._expect(feat, action)
 
     def dream_step(
-        self, feat: Tensor, state: State, action: Tensor, temperature: float = 1.0, steps: int | None = None
+        self, feat: Tensor, state: State, action: Tensor, temperature: float | Tensor = 1.0, steps: int | None = None
     ) -> tuple[Tensor, Tensor, State]:
         """See `WorldModel.dream_step`."""
         self.model.dreamt += len(action)
@@ -64,7 +64,7 @@ class CompiledDreams:
         return self._advance(*inputs, temperature, steps or self.model.steps)
 
     def _one_kind(
-        self, feat: Tensor, state: State, action: Tensor, temperature: float, steps: int
+        self, feat: Tensor, state: State, action: Tensor, temperature: float | Tensor, steps: int
     ) -> tuple[Tensor, Tensor, State]:
         """A step whose outputs have the memory layout of its inputs, so that all steps share compiled code."""
         z, feat, state = self.model.advance(feat, state, action, temperature, steps)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from longdream.agent.core.actor import Carry
 from longdream.agent.core.agent import Agent
+from longdream.agent.core.cuda_graphs import Graphed
 from longdream.agent.core.device import autocast, own_randomness
 from longdream.agent.dream_env.starts import Moments
 from longdream.agent.evaluation.comparison import steps_to_show
@@ -20,6 +25,8 @@ from longdream.controller.types import Judging
 from longdream.envs.contract import Row
 
 Memory = Literal["scan", "attention", "both"]
+Dreamt = tuple[Carry, dict[str, Tensor], Tensor, Tensor]
+"""A carry, the observation `(1, ...)` that V decodes, and the reward and the probability of an end, `(1,)`."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,16 @@ class Expected:
 class Mind:
     """V, M and C of an agent for one stream. A `Carry` holds all that it knows; seeds make what is drawn repeatable.
 
-    agent: only read, so that several streams share it. probe: of its memory of mazes.
+    agent: only read, so that several streams share it. probe: of its memory of mazes. graphed: whether dreamt steps and
+    judgements are CUDA graphs; of one stream, a GPU otherwise waits for the launches of some hundred small kernels.
     """
 
-    def __init__(self, agent: Agent, probe: MazeProbe | None = None) -> None:
+    def __init__(self, agent: Agent, probe: MazeProbe | None = None, graphed: bool = False) -> None:
         self.agent = agent
+        self.graphed = graphed
+        self.dreams: dict[int, Callable[[Carry, Tensor], Dreamt]] = {}
+        """A dreamt step, by its number of denoising steps."""
+        self.opinion = self._graphed(self._opinion)
         self.probe = probe
         self.config = agent.config
         self.steps = steps_to_show(agent.model.objective, agent.config.forcing.steps)
@@ -64,33 +76,54 @@ class Mind:
         latent, reward, end = torch.stack([part[0].float() for part in surprise]).tolist()
         return after, (latent, reward, end)
 
-    @torch.no_grad()
+    def _graphed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of tensors; as a CUDA graph, its outputs are copies, since a graph overwrites its own."""
+        if not self.graphed:
+            return torch.no_grad()(function)
+        graph = Graphed(function)
+        return lambda *args: pytree.tree_map(torch.clone, graph(*args))
+
     def imagine(self, carry: Carry, temperature: float, steps: int, seed: int) -> tuple[Carry, Expected]:
         """Dream the frame after `carry.action`: the carry after it, and what was expected.
 
         Args:
             steps: denoising steps. seed: of what is drawn.
         """
+        level = torch.tensor(temperature, device=self.agent.device)
+        if steps not in self.dreams:
+            self.dreams[steps] = self._graphed(partial(self._dream, steps))
+            if self.graphed:  # once for the capture, which draws as well
+                with own_randomness(seed, self.agent.device):
+                    self.dreams[steps](carry, level)
+        with own_randomness(seed, self.agent.device):
+            after, decoded, reward, end = self.dreams[steps](carry, level)
+        shown = encode({key: value.cpu().numpy() for key, value in decoded.items()})
+        return after, Expected(shown, reward.item(), end.item())
+
+    def _dream(self, steps: int, carry: Carry, temperature: Tensor) -> Dreamt:
         model = self.agent.model
-        with own_randomness(seed, self.agent.device), autocast(self.config.precision, self.agent.device):
+        with autocast(self.config.precision, self.agent.device):
             reward, cont = model.reward_continue.expect(carry.feat, carry.action)
             z, feat, state = model.dream_step(carry.feat, carry.state, carry.action, temperature, steps)
             decoded = model.encoder.decode(z, feat)
-        shown = encode({key: value.cpu().numpy() for key, value in decoded.items()})
-        return Carry(feat, state, carry.action), Expected(shown, reward.item(), 1 - cont.item())
+        return Carry(feat, state, carry.action), decoded, reward, 1 - cont
 
-    @torch.no_grad()
     def judge(self, carry: Carry) -> Judgement:
         """What C says at this moment."""
-        controller = self.agent.controller
-        if not isinstance(controller, Judging):
+        if not isinstance(self.agent.controller, Judging):
             return Judgement()
+        value, parts = self.opinion(carry.feat)
+        return Judgement(value.item(), tuple(tuple(part.tolist()) for part in parts))
+
+    def _opinion(self, feat: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        controller = self.agent.controller
+        assert isinstance(controller, Judging)
         with autocast(self.config.precision, self.agent.device):
-            value = controller.value(carry.feat)[0].item()
-            policy = controller.policy(carry.feat)
+            value = controller.value(feat)[0]
+            policy = controller.policy(feat)
         if isinstance(policy, Categoricals):
-            return Judgement(value, tuple(tuple(part[0].tolist()) for part in policy.probs))
-        return Judgement(value, (tuple(policy.mode()[0].tolist()),))
+            return value, tuple(part[0] for part in policy.probs)
+        return value, (policy.mode()[0],)
 
     def read(self, carry: Carry, truth: dict[str, np.ndarray]) -> Reading | None:
         """The map of a maze as the probe reads it out of M's memory, which is told only where the agent is.

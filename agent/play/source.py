@@ -113,7 +113,8 @@ def open_source(what: str, run: Run | None, env_kwargs: dict[str, Any] | None, d
     except UserError as error:
         probe = None
         notes.append(f"no map read out of M's memory: {error}")
-    mind = Mind(agent, probe)
+    graphed = config.cuda_graphs and agent.device.type == "cuda"
+    mind = Mind(agent, probe, graphed)
     title = f"{run.folder.name} in {env.id}"
     keys = Keys(run.spec.action, meaning)
     root = RECORDINGS / run.folder.name if run.folder.parent == PRETRAINED else run.folder

@@ -10,7 +10,8 @@ from longdream.worldmodel.objectives.flow import Flow
 
 
 @pytest.mark.parametrize(
-    ("mixer", "history", "num_starts"), [("hybrid", "noisy", 0), ("hybrid", "clean", 3), ("causal", "noisy", 0)]
+    ("mixer", "history", "num_starts"),
+    [("hybrid", "noisy", 0), ("hybrid", "clean", 3), ("causal", "noisy", 0), ("rotary", "clean", 3)],
 )
 def test_a_compiled_clip_is_the_same(mixer: str, history: str, num_starts: int) -> None:
     torch.compiler.reset()
@@ -55,3 +56,18 @@ def test_no_graph_breaks_on_cuda(attention: str) -> None:
         loss = objective.run(model, z, action, torch.zeros(2, 10, dtype=torch.bool, device="cuda"), 3).loss
     loss.backward()
     assert loss.isfinite()
+
+
+@pytest.mark.cuda
+def test_long_clips_of_turning_keys_compile() -> None:
+    """Inductor fails on one long sum over time (torch 2.11), which the sums of angles are."""
+    torch.compiler.reset()
+    config = DynamicsConfig("rotary", layers=1, width=32, num_heads=2, state_size=8)
+    model = Dynamics(config, 1, 4, 3).cuda()
+    layer = model.stack[0]
+    layer.compile(dynamic=False, fullgraph=True)
+    z = torch.rand(2, 1024, 1, 4, device="cuda")
+    first = torch.zeros(2, 1024, dtype=torch.bool, device="cuda")
+    out = model(z, torch.rand(2, 1024, 3, device="cuda"), torch.ones(2, 1024, device="cuda"), first, model.initial(2))
+    out.feat.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())

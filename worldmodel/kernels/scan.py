@@ -74,16 +74,34 @@ class _Chunks(NamedTuple):
     start: Tensor
 
 
-def scan_step(inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+def turned(v: Tensor, angle: Tensor, dim: int = -1) -> Tensor:
+    """v, with its channels i and i + S // 2 along `dim` turned as a pair by `angle`, whose size there is S // 2.
+
+    Of an odd number S of channels, the last stays as it is. The result has v's type.
+    """
+    cos, sin = angle.cos(), angle.sin()
+    half = cos.shape[dim]
+    p, q, rest = v.split([half, half, v.shape[dim] - 2 * half], dim)
+    return torch.cat([p * cos - q * sin, p * sin + q * cos, rest.to(cos.dtype)], dim).to(v.dtype)
+
+
+def turned_back(state: Tensor, angle: Tensor) -> Tensor:
+    """A state `(..., H, S, P)` as seen after the angles `(..., S // 2)`."""
+    return turned(state, -angle[..., None, :, None], -2)
+
+
+def scan_step(inputs: ScanInputs, state: Tensor, turn: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One frame (T = 1): y `(B, 1, n, H, P)` without D x, and the state after it, of the state's dtype or a wider one.
 
-    The caller resets the state, by zeroing it. On CUDA, without gradient and with one token per frame, it is one kernel
-    (scan_step_triton.py).
+    The caller resets the state, by zeroing it. `turn` `(B, S // 2)`: angles by which the state turns back before the
+    frame. On CUDA, without gradient and with one token per frame, it is one kernel (scan_step_triton.py).
     """
     if step_kernel is not None and not torch.is_grad_enabled() and step_kernel.fit(inputs.x, state):
         x, b, c, a = (v[:, 0, 0] for v in inputs)
-        y, state = step_kernel.scan_step(x, b, c, a, state)
+        y, state = step_kernel.scan_step(x, b, c, a, state, turn)
         return y[:, None, None], state
+    if turn is not None:
+        state = turned_back(state, turn)
     x, b, c, a = (v[:, 0] for v in inputs)
     if x.shape[1] == 1:
         decay = a[:, 0].exp()[..., None, None]

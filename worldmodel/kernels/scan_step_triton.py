@@ -28,18 +28,36 @@ def fit(x: Tensor, state: Tensor) -> bool:
     return one_token and on_tensor_cores(x) and size <= MAX_SIZE and x.dtype in DTYPES and state.dtype in DTYPES
 
 
-def scan_step(x: Tensor, b: Tensor, c: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def scan_step(
+    x: Tensor, b: Tensor, c: Tensor, a: Tensor, state: Tensor, turn: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One token per sequence: y `(B, H, P)`, like x, and the state after it, like `state`.
 
     Args:
         x: `(B, H, P)`. b, c: `(B, S)`. a: `(B, H)`, log decay. state: `(B, H, S, P)`.
+        turn: `(B, S // 2)`, angles by which the state turns back before the token (`scan.turned`); None for no turn.
     """
-    return _scan_step(*(v.contiguous() for v in (x, b, c, a, state)))
+    if turn is not None:
+        turn = turn.contiguous()
+    return _scan_step(*(v.contiguous() for v in (x, b, c, a, state)), turn)
 
 
 @triton.jit
 def _kernel(
-    x, b, c, a, state, y, after, heads, S: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x,
+    b,
+    c,
+    a,
+    state,
+    turn,
+    y,
+    after,
+    heads,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
     """A head of a sequence."""
     program = tl.program_id(0).to(tl.int64)
@@ -51,13 +69,22 @@ def _kernel(
     read = tl.load(c + sequence * S + s, mask=s < S, other=0.0).to(tl.float32)
     decay = tl.exp(tl.load(a + program).to(tl.float32))
     before = load(state + program * S * P, s, p, P, S, P).to(tl.float32)
+    if TURNS:
+        HALF: tl.constexpr = S // 2
+        paired = s < 2 * HALF  # of an odd S, the last channel stays as it is
+        lower = s < HALF
+        angle = tl.load(turn + sequence * HALF + s % HALF, mask=paired, other=0.0).to(tl.float32)
+        partner = tl.where(paired, tl.where(lower, s + HALF, s - HALF), s)
+        other = load(state + program * S * P, partner, p, P, S, P).to(tl.float32)
+        sine = tl.where(lower, tl.sin(angle), -tl.sin(angle))
+        before = tl.cos(angle)[:, None] * before + sine[:, None] * other
     now = decay * before + write[:, None] * values[None, :]
     store(after + program * S * P, s, p, P, S, P, now)
     tl.store(y + program * P + p, tl.sum(read[:, None] * now, 0).to(y.dtype.element_ty), mask=p < P)
 
 
 @torch.library.custom_op("longdream::scan_step", mutates_args=())
-def _scan_step(x: Tensor, b: Tensor, c: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _scan_step(x: Tensor, b: Tensor, c: Tensor, a: Tensor, state: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
     after = torch.empty_like(state)
     sequences, heads, size, width = state.shape
@@ -66,11 +93,17 @@ def _scan_step(x: Tensor, b: Tensor, c: Tensor, a: Tensor, state: Tensor) -> tup
         columns = triton.next_power_of_2(width)
         warps = max(1, min(8, rows * columns // 512))
         _kernel[(sequences * heads,)](
-            x, b, c, a, state, y, after, heads, S=size, P=width, ROWS=rows, COLUMNS=columns, num_warps=warps
+            *(x, b, c, a, state, turn, y, after, heads),
+            S=size,
+            P=width,
+            ROWS=rows,
+            COLUMNS=columns,
+            TURNS=turn is not None and size > 1,
+            num_warps=warps,
         )
     return y, after
 
 
 @_scan_step.register_fake
-def _(x: Tensor, b: Tensor, c: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, b: Tensor, c: Tensor, a: Tensor, state: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(state)

@@ -13,16 +13,21 @@ scan, and no sum of angles has to be carried along.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longdream.worldmodel.config import DynamicsConfig
 from longdream.worldmodel.kernels.gated_norm import to_tubes
-from longdream.worldmodel.kernels.scan import ScanOutput
+from longdream.worldmodel.kernels.scan import ScanOutput, scan_step, turned, turned_back
 from longdream.worldmodel.mixers.ssm import Projected, ScanMixer
 
 SLOWEST, FASTEST = 0.01, 2.0
 """Scales of the angles, spaced logarithmically over the pairs of channels: some hardly turn, and remember as in any
 scan; others turn by a large part of a circle per frame."""
+
+
+SUM = 32
+"""Tokens whose angles are summed as one part."""
 
 
 class RotaryScanMixer(ScanMixer):
@@ -48,13 +53,15 @@ class RotaryScanMixer(ScanMixer):
         states_at = out.states_at
         if states_at is not None and at is not None:
             rows = torch.arange(len(after), device=after.device)[:, None]
-            states_at = _turned_back(states_at, after[rows, at].detach())
-        return out._replace(state=_turned_back(out.state, after[:, -1]), states_at=states_at)
+            states_at = turned_back(states_at, after[rows, at].detach())
+        return out._replace(state=turned_back(out.state, after[:, -1]), states_at=states_at)
 
     def _scan_step(self, frame: Projected, state: Tensor) -> tuple[Tensor, Tensor]:
         angle = self._sums(self._angles(frame.h))
-        y, state = super()._scan_step(_turned_keys(frame, angle), state)
-        return y, _turned_back(state, angle[:, -1, -1])
+        turn = angle[:, -1, -1]
+        if angle.shape[2] > 1:  # keys as seen from the frame's last token, to which the state turns
+            frame = _turned_keys(frame, angle - turn[:, None, None])
+        return scan_step(frame.inputs, state, turn)
 
     def _scan_peek(self, frame: Projected, state: Tensor) -> Tensor:
         return super()._scan_peek(_turned_keys(frame, self._sums(self._angles(frame.h))), state)
@@ -62,12 +69,23 @@ class RotaryScanMixer(ScanMixer):
     def _angles(self, h: Tensor) -> Tensor:
         """Of tokens `(B, T, N, W)`, the angles `(B', T, n, S // 2)` of each block's tokens, in radians per frame."""
         exact = torch.promote_types(h.dtype, torch.float32)  # they add up over thousands of frames
-        return to_tubes(self.angle(h).to(exact) * (self.scales / self.block**2), self.side)
+        with torch.autocast(h.device.type, enabled=False):
+            angles = F.linear(h.to(exact), self.angle.weight.to(exact))
+        return to_tubes(angles * (self.scales / self.block**2), self.side)
 
     @staticmethod
     def _sums(angles: Tensor) -> Tensor:
-        """Sums of the angles from the first token on, each token's own included."""
-        return angles.flatten(1, 2).cumsum(1).view_as(angles)
+        """Sums of the angles from the first token on, each token's own included.
+
+        Summed within parts and over parts: torch.compile cannot compile one long sum over time (torch 2.11, CUDA).
+        """
+        tokens = angles.shape[1] * angles.shape[2]
+        if tokens == 1:
+            return angles
+        parts = F.pad(angles.flatten(1, 2), (0, 0, 0, -tokens % SUM)).unflatten(1, (-1, SUM)).cumsum(2)
+        last = parts[:, :, -1]
+        before = last.cumsum(1) - last
+        return (parts + before[:, :, None]).flatten(1, 2)[:, :tokens].view_as(angles)
 
     def _query_sums(self, sums: Tensor, angles: Tensor) -> Tensor:
         """Of a query stream: the clean sum before its chunk of frames, and its own angles since."""
@@ -79,19 +97,5 @@ class RotaryScanMixer(ScanMixer):
 
 
 def _turned_keys(stream: Projected, angle: Tensor) -> Projected:
-    cos, sin = angle.cos(), angle.sin()
-    b, c = (_turned(v, cos, sin, -1) for v in (stream.inputs.b, stream.inputs.c))
-    return stream._replace(inputs=stream.inputs._replace(b=b, c=c))
-
-
-def _turned_back(state: Tensor, angle: Tensor) -> Tensor:
-    """A state `(..., H, S, P)` as seen after the angles `(..., S // 2)`."""
-    angle = angle[..., None, :, None]
-    return _turned(state, angle.cos(), -angle.sin(), -2)
-
-
-def _turned(v: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
-    """v with channel i and channel i + S // 2 of `dim` turned as a pair; of an odd S, the last stays as it is."""
-    half = cos.shape[dim]
-    p, q, rest = v.split([half, half, v.shape[dim] - 2 * half], dim)
-    return torch.cat([p * cos - q * sin, p * sin + q * cos, rest.to(cos.dtype)], dim).to(v.dtype)
+    inputs = stream.inputs
+    return stream._replace(inputs=inputs._replace(b=turned(inputs.b, angle), c=turned(inputs.c, angle)))

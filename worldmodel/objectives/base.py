@@ -82,7 +82,13 @@ class Objective(Protocol):
         ...
 
     def sample(
-        self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
+        self,
+        dynamics: Dynamics,
+        feat: Tensor,
+        state: State,
+        action: Tensor,
+        steps: int,
+        temperature: float | Tensor = 1.0,
     ) -> Tensor:
         """Draw the next frame's latents `(B, N, D)` after feat `(B, F)`, state and action `(B, A)`."""
         ...
@@ -110,7 +116,7 @@ class Forcing(nn.Module):
                 f"forcing.shortcut = {config.shortcut} needs forcing.objective = flow: with another, leave it at 0"
             )
 
-    def pure_noise(self, like: Tensor, temperature: float) -> Tensor:
+    def pure_noise(self, like: Tensor, temperature: float | Tensor) -> Tensor:
         """Frames at level 0, of the shape of `like`."""
         raise NotImplementedError
 
@@ -122,7 +128,7 @@ class Forcing(nn.Module):
         """Loss per frame `(...)`."""
         raise NotImplementedError
 
-    def denoise(self, z: Tensor, pred: Tensor, level: Tensor, to: Tensor, temperature: float) -> Tensor:
+    def denoise(self, z: Tensor, pred: Tensor, level: Tensor, to: Tensor, temperature: float | Tensor) -> Tensor:
         """One denoising step: z at `level` `(...)` to the higher level `to`, given M's prediction. At to = 1 the frame
         is clean."""
         raise NotImplementedError
@@ -206,7 +212,13 @@ class Forcing(nn.Module):
         return prefix // chunk_frames * chunk_frames
 
     def sample(
-        self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
+        self,
+        dynamics: Dynamics,
+        feat: Tensor,
+        state: State,
+        action: Tensor,
+        steps: int,
+        temperature: float | Tensor = 1.0,
     ) -> Tensor:
         """See `Objective.sample`."""
         z = self.pure_noise(action.new_empty(action.shape[0], dynamics.tokens, dynamics.channels), temperature)

@@ -29,7 +29,7 @@ class Flow(Forcing):
         if config.shortcut:
             dynamics.condition_on_step_size()
 
-    def pure_noise(self, like: Tensor, temperature: float) -> Tensor:
+    def pure_noise(self, like: Tensor, temperature: float | Tensor) -> Tensor:
         return torch.randn_like(like) * temperature
 
     def corrupt(self, z: Tensor, level: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Flow(Forcing):
         error = (pred - z).square().mean((-2, -1))
         return error * (0.9 * level + 0.1) if self.config.ramp else error
 
-    def denoise(self, z: Tensor, pred: Tensor, level: Tensor, to: Tensor, temperature: float) -> Tensor:
+    def denoise(self, z: Tensor, pred: Tensor, level: Tensor, to: Tensor, temperature: float | Tensor) -> Tensor:
         """An Euler step along v = (pred - z) / (1 - tau); latents are bounded, and predictions are clipped to that."""
         pred = pred.clamp(-1, 1)
         share = ((to - level) / (1 - level).clamp(min=1e-6)).clamp(0, 1)[..., None, None]

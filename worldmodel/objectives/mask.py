@@ -21,7 +21,7 @@ class Mask(Forcing):
         super().__init__(config, dynamics)
         self.classes = classes
 
-    def pure_noise(self, like: Tensor, temperature: float) -> Tensor:
+    def pure_noise(self, like: Tensor, temperature: float | Tensor) -> Tensor:
         return torch.zeros_like(like)
 
     def corrupt(self, z: Tensor, level: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class Mask(Forcing):
         nats = cross_entropy(pred, z, self.classes)
         return (nats * hidden).sum((-2, -1)) / hidden.sum((-2, -1)).clamp(min=1)
 
-    def denoise(self, z: Tensor, pred: Tensor, level: Tensor, to: Tensor, temperature: float) -> Tensor:
+    def denoise(self, z: Tensor, pred: Tensor, level: Tensor, to: Tensor, temperature: float | Tensor) -> Tensor:
         """Reveal each hidden variable with the probability that leads from `level` to `to`."""
         drawn = draw_one_hots(pred, self.classes, temperature)
         known = z.unflatten(-1, (-1, self.classes))

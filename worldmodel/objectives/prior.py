@@ -136,7 +136,13 @@ class Prior(nn.Module):
         return (-(frames * log_probs).sum((-2, -1)) * known).sum() / ranks.total_weight(known)
 
     def sample(
-        self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
+        self,
+        dynamics: Dynamics,
+        feat: Tensor,
+        state: State,
+        action: Tensor,
+        steps: int,
+        temperature: float | Tensor = 1.0,
     ) -> Tensor:
         """See `Objective.sample`."""
         return draw_one_hots(self._prior(feat, action, state.last), self.classes, temperature)

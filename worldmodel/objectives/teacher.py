@@ -50,7 +50,13 @@ class Teacher(nn.Module):
         return Pass(loss, {"prediction": loss.detach()}, out.feat, ones.bool(), at, out.states_at, end)
 
     def sample(
-        self, dynamics: Dynamics, feat: Tensor, state: State, action: Tensor, steps: int, temperature: float = 1.0
+        self,
+        dynamics: Dynamics,
+        feat: Tensor,
+        state: State,
+        action: Tensor,
+        steps: int,
+        temperature: float | Tensor = 1.0,
     ) -> Tensor:
         """See `Objective.sample`."""
         like = feat.new_empty(feat.shape[0], dynamics.tokens, dynamics.channels)

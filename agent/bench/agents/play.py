@@ -143,14 +143,16 @@ class Client:
         Raises:
             UserError: the server sent an error instead.
         """
+        from aiohttp import WSMsgType
+
         while True:
             message = await self.socket.receive(timeout=60)
-            if isinstance(message.data, bytes):
+            if message.type is WSMsgType.BINARY:
                 (length,) = struct.unpack_from("<I", message.data)
                 await self.send(do="seen")
-                return json.loads(message.data[4 : 4 + length])
-            if not isinstance(message.data, str):
-                raise UserError("longdream play closed the socket")
+                return json.loads(bytes(message.data[4 : 4 + length]))
+            if message.type is not WSMsgType.TEXT:
+                raise UserError(f"longdream play closed the socket ({message.type.name}: {message.data})")
             answer = json.loads(message.data)
             if "error" in answer:
                 raise UserError(answer["error"])

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils import _pytree as pytree
 
+from longdream.agent.cli.play import find_run
 from longdream.agent.core.actor import Carry
 from longdream.agent.data.npz_episodes import read
 from longdream.agent.data.video.library import open_library
@@ -22,7 +23,7 @@ from longdream.agent.play.mind import Mind
 from longdream.agent.play.player import Player
 from longdream.agent.play.recording import Recording
 from longdream.agent.play.session import Session
-from longdream.agent.play.source import Source
+from longdream.agent.play.source import Source, open_source
 from longdream.envs import World
 from longdream.envs.contract import UserError
 
@@ -352,3 +353,24 @@ def test_the_agent_that_comes_with_the_program(source_of: Callable[[str], Source
         error = abs(decode(session.now.real.picture).astype(int) - decode(session.now.dream)).mean()
         assert error < 20  # a picture that has nothing to do with it is off by 50 and more
     session.close()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["images", "vectors"])
+def test_a_step_that_is_a_graph_is_the_step(dream_runs: Callable[[str], Path], name: str) -> None:
+    what = str(dream_runs(name))
+    source = open_source(what, find_run(what), {}, "cuda")
+    assert source.mind is not None
+    slow, fast = Mind(source.mind.agent), Mind(source.mind.agent, graphed=True)
+    carries = [mind.acted(mind.empty(), np.eye(1, source.spec.action.size, dtype=np.float32)) for mind in (slow, fast)]
+    for steps in (1, 4, 1):
+        for seed, temperature in ((1, 1.0), (2, 0.5), (1, 1.0)):
+            results = [
+                mind.imagine(carry, temperature, steps, seed) for mind, carry in zip((slow, fast), carries, strict=True)
+            ]
+            (one, told), (other, also) = results
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+            assert told.reward == pytest.approx(also.reward, abs=1e-2)
+            assert told.end == pytest.approx(also.end, abs=1e-2)
+            assert slow.judge(one).value == pytest.approx(fast.judge(one).value, abs=1e-2)
+            carries = [one, other]

@@ -48,27 +48,29 @@ def test_it_is_a_scan_with_complex_states(state_size: int) -> None:
 
 
 def test_it_counts_turns() -> None:
-    """A sign is seen in the first frame alone; after up to 15 turns to the left or right, M tells on which side it is.
+    """A sign is seen in the first frame alone; up to 31 turns later, M tells on which side it is.
 
-    That depends on the sum of the turns. Guessing scores 1.
+    That depends on the sum of the turns. Guessing scores 1. After 400 updates, seeds 3 to 10 scored 0.11 to 0.47.
     """
     torch.manual_seed(0)
     model = Dynamics(DynamicsConfig("rotary", layers=1, width=32, num_heads=2, state_size=8), 1, 2, 2)
     head = nn.Sequential(nn.Linear(model.feature_size, 64), nn.SiLU(), nn.Linear(64, 2))
-    optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], 5e-3)
+    optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], 1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=500)
     errors = []
-    for _ in range(260):
-        turns = torch.randint(0, 2, (32, 16))
+    for _ in range(500):
+        turns = torch.randint(0, 2, (32, 32))
         sign = 6.3 * torch.rand(32, 1)
-        sums = sign + 0.5 * (2 * turns - 1).where(torch.arange(16) > 0, 0).cumsum(1)
+        sums = sign + 0.8 * turns.where(torch.arange(32) > 0, 0).cumsum(1)
         side = torch.stack([sums.cos(), sums.sin()], -1)
-        obs = torch.where(torch.arange(16)[:, None] == 0, side, 0.0)[:, :, None]
+        obs = torch.where(torch.arange(32)[:, None] == 0, side, 0.0)[:, :, None]
         action = nn.functional.one_hot(turns, 2).float()
-        first = (torch.arange(16) == 0).expand(32, 16)
-        feat = model(obs, action, torch.ones(32, 16), first, model.initial(32)).feat
+        first = (torch.arange(32) == 0).expand(32, 32)
+        feat = model(obs, action, torch.ones(32, 32), first, model.initial(32)).feat
         error = (head(feat) - side).square().sum(-1)
         optimizer.zero_grad()
         error.mean().backward()
         optimizer.step()
-        errors.append(error[:, 8:].mean().item())
-    assert sum(errors[-10:]) / 10 < 0.2, errors[-10:]
+        schedule.step()
+        errors.append(error[:, 16:].mean().item())
+    assert sum(errors[-10:]) / 10 < 0.6, errors[-10:]
