@@ -117,6 +117,7 @@ def _check(port: int) -> None:
     if not 0 <= port < 65536:
         raise UserError(f"--port {port}: must be at least 0 and at most 65535")
     require("aiohttp")
+    require("av", "PyAV")
     require("PIL", "pillow")
 
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from aiohttp import WSMsgType, web
 
 from longdream.envs.contract import UserError
+from longdream.envs.copies import one_line
 
 PAGE = Path(__file__).parent / "page"
 FILES = {
@@ -230,9 +231,12 @@ class PlayService:
             await asyncio.shield(self.source)
             async with self.opening:
                 name, player = await self._player(request.query.get("session", ""))
-        except UserError as error:
-            await socket.send_str(json.dumps({"error": str(error), "final": True}))
+        except Exception as error:
+            meant = isinstance(error, UserError)
+            await socket.send_str(json.dumps({"error": str(error) if meant else one_line(error), "final": True}))
             await socket.close()
+            if not meant:  # the page shows it; the terminal of the server shows where
+                raise
             return socket
         before = self.sockets.get(name)
         self.sockets[name] = socket

@@ -17,7 +17,7 @@ import pytest
 
 from longdream.agent.bench.agents.play import measure
 from longdream.agent.cli import main as cli
-from longdream.agent.play.server import MESSAGE_BYTES, Guard, is_loopback
+from longdream.agent.play.server import MESSAGE_BYTES, Guard, PlayService, is_loopback, serve
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +220,27 @@ def test_a_page_that_confirms_nothing_gets_no_more(server) -> None:
     asyncio.run(main())
 
 
+def test_an_error_that_nobody_meant_is_told(caplog) -> None:
+    """On the page in one line, and in the server's terminal with its place."""
+
+    class Broken:
+        notes = ()
+
+        def session(self) -> None:
+            raise ModuleNotFoundError("No module named 'av'")
+
+    async def main() -> None:
+        addresses: asyncio.Queue[str] = asyncio.Queue()
+        serving = asyncio.create_task(serve(PlayService(Broken), "127.0.0.1", 0, False, addresses.put_nowait))
+        async with page(await addresses.get()) as one:
+            assert await one.error() == "ModuleNotFoundError: No module named 'av'"
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+    asyncio.run(main())
+    assert "in session" in caplog.text
+
+
 def test_too_many_pages(server) -> None:
     async def main() -> None:
         pages = [page(server.address) for _ in range(9)]
@@ -276,7 +297,7 @@ def test_a_run_with_foreign_code_is_not_opened(dream_runs, tmp_path: Path, capsy
     assert "add --trust" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("module", "package"), [("aiohttp", "aiohttp"), ("PIL", "pillow")])
+@pytest.mark.parametrize(("module", "package"), [("aiohttp", "aiohttp"), ("av", "PyAV"), ("PIL", "pillow")])
 def test_a_missing_extra_is_named(module: str, package: str, monkeypatch, capsys) -> None:
     from longdream.agent.cli import play
 
