@@ -25,9 +25,9 @@ class HomingEnv(gym.Env):
 
     For `away` steps it is led: random moves take the place of its actions. Then it has `back` steps, after which the
     episode terminates. After each of these the reward is 0.5 to the power of its distance from home, in cells along the
-    walls, divided by `back`: all that can be had is 1, for being at home throughout. Home looks like any other cell, so
-    the agent has to add up its moves, and remember the sum. As it is made by default, going home on a shortest path has
-    0.84, staying where it was left 0.30, uniform random actions 0.28 (2,000 episodes each).
+    walls: 1 at home, 0.5 beside it. Home looks like any other cell, so the agent has to add up its moves, and remember
+    the sum. As it is made by default, going home on a shortest path has 10.1 in an episode, staying where it was left
+    3.6, uniform random actions 3.3 (2,000 episodes each).
 
     Observation: a Dict of what it sees and feels from inside. "ahead", Discrete(side): free cells in front of it.
     "moved", Discrete(4): what it just did, nothing, forward, left or right; a wall stops a step. "led", Discrete(2):
@@ -90,7 +90,7 @@ class HomingEnv(gym.Env):
             self.heading = (self.heading + (1 if done == RIGHT else -1)) % 4
         over = self.steps == self.away + self.back
         led = self.steps <= self.away
-        reward = 0.0 if led else 0.5 ** int(np.abs(self.agent - self.home).sum()) / self.back
+        reward = 0.0 if led else 0.5 ** int(np.abs(self.agent - self.home).sum())
         return self._observe(done), reward, over, False, {}
 
     def render(self) -> np.ndarray | None:

@@ -48,16 +48,16 @@ class Navigator:
 def test_adding_up_the_moves_leads_home(side: int, away: int) -> None:
     """The way back is at most 2 * side - 2 cells long and has three turns."""
     env = HomingEnv(side, away, 2 * side + 2)
-    assert all(play(env, Navigator(), seed)[-1] == 1 / env.back for seed in range(100))
+    assert all(play(env, Navigator(), seed)[-1] == 1 for seed in range(100))
 
 
 def test_returns_are_those_that_are_said() -> None:
     env = HomingEnv()
     rng = np.random.default_rng(0)
-    policies = {0.84: Navigator, 0.30: lambda: lambda _: STAY, 0.28: lambda: lambda _: rng.integers(4)}
+    policies = {10.1: Navigator, 3.6: lambda: lambda _: STAY, 3.3: lambda: lambda _: rng.integers(4)}
     for said, policy in policies.items():
         returns = [sum(play(env, policy(), seed)) for seed in range(400)]
-        assert np.mean(returns) == pytest.approx(said, abs=0.04)
+        assert np.mean(returns) == pytest.approx(said, abs=0.5)
 
 
 def test_what_is_seen() -> None:
