@@ -65,7 +65,7 @@ class ActorCritic(nn.Module):
         if config.center_advantages:
             advantage = advantage - ranks.mean((weight * advantage).sum() / total)
         entropy = policy.entropy()
-        actor = -(weight * (advantage * policy.log_prob(dream.action) + config.entropy * entropy)).sum() / total
+        actor = -(weight * (policy.gain(dream.action, advantage) + config.entropy * entropy)).sum() / total
 
         critic = (weight * self._value_loss(dream.feat[:, :-1], logits[:, :-1], returns)).sum() / total
         metrics = {

@@ -24,16 +24,15 @@ def likeliest_factors(probs: Sequence[Tensor]) -> Tensor:
 
 
 class Categoricals:
-    """Independent categorical factors, each mixed with a uniform distribution of weight `unimix`.
+    """Independent categorical factors, each a softmax that is mixed with a uniform distribution of weight `unimix`.
 
     Args:
         logits: `(..., sum(parts))`.
     """
 
     def __init__(self, logits: Tensor, parts: Sequence[int], unimix: float):
-        probs = (
-            (1 - unimix) * p.softmax(-1) + unimix / n for p, n in zip(logits.split(list(parts), -1), parts, strict=True)
-        )
+        self.factors = logits.split(list(parts), -1)
+        probs = ((1 - unimix) * p.softmax(-1) + unimix / n for p, n in zip(self.factors, parts, strict=True))
         # with unimix = 0 a softmax can underflow, and 0 log 0 is not a number
         self.probs = [p.clamp(min=torch.finfo(p.dtype).tiny) for p in probs]
 
@@ -47,6 +46,18 @@ class Categoricals:
     def log_prob(self, action: Tensor) -> Tensor:
         """`(...)`, of actions `(..., A)`."""
         return (torch.cat(self.probs, -1).log() * action).sum(-1)
+
+    def gain(self, action: Tensor, advantage: Tensor) -> Tensor:
+        """`(...)`: what a policy gradient climbs, log-probabilities of actions `(..., A)` times advantages `(...)`.
+
+        The gradient of the mixture's log-probability is as small as the softmax's probability: an action that only the
+        uniform part still draws would never be learned again, however good it is. So where an action was good, the
+        gradient is that of the softmax alone. Where it was bad it is the mixture's, which leaves alone what is as
+        unlikely as can be.
+        """
+        mixture = self.log_prob(action)
+        softmax = (torch.cat([p.log_softmax(-1) for p in self.factors], -1) * action).sum(-1)
+        return advantage * torch.where(advantage > 0, softmax + (mixture - softmax).detach(), mixture)
 
     def entropy(self) -> Tensor:
         """`(...)` nats, summed over factors."""
@@ -76,6 +87,10 @@ class BoundedNormal:
     def log_prob(self, action: Tensor) -> Tensor:
         scaled = (action - self.mean) / self.deviation
         return -(0.5 * scaled.square() + self.deviation.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def gain(self, action: Tensor, advantage: Tensor) -> Tensor:
+        """`(...)`, see `Categoricals.gain`."""
+        return advantage * self.log_prob(action)
 
     def entropy(self) -> Tensor:
         return (self.deviation.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)

@@ -97,3 +97,41 @@ def test_what_a_policy_puts_out() -> None:
     assert isinstance(distribution(torch.zeros(2, 5), (3, 2), 0.0), Categoricals)
     box = distribution(torch.zeros(2, 6), (), 0.0)
     assert isinstance(box, BoundedNormal) and box.sample().shape == (2, 3)
+
+
+def test_a_good_action_is_learned_however_unlikely() -> None:
+    """Logits that once learned the wrong of three actions, so surely that only the uniform part draws another."""
+    logits = torch.tensor([0.0, -10.0, 8.0], requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.05)
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    for _ in range(400):
+        policy = Categoricals(logits.expand(64, -1), (3,), 0.1)
+        action = policy.sample()
+        reward = action[:, 1]
+        value = policy.probs[0][:, 1].detach()
+        optimizer.zero_grad()
+        (-policy.gain(action, reward - value)).mean().backward()
+        optimizer.step()
+    torch.set_rng_state(generator_state)
+    assert Categoricals(logits.detach(), (3,), 0.1).probs[0][1] > 0.9
+
+
+@pytest.mark.parametrize("unimix", [0.0, 0.2])
+def test_what_a_policy_gradient_climbs(unimix: float) -> None:
+    """Its value is that of the log-probability; its gradient that of the mixture where an action was bad, and of the
+    softmax where it was good."""
+    logits = torch.randn(50, 5, dtype=torch.float64, requires_grad=True)
+    policy = Categoricals(logits, (3, 2), unimix)
+    action = policy.sample()
+    advantage = torch.randn(50, dtype=torch.float64)
+    torch.testing.assert_close(policy.gain(action, advantage), advantage * policy.log_prob(action))
+    (got,) = torch.autograd.grad(policy.gain(action, advantage).sum(), logits, retain_graph=True)
+    (mixture,) = torch.autograd.grad((advantage * policy.log_prob(action)).sum(), logits)
+    softmax = advantage[:, None] * (action - torch.cat([p.softmax(-1) for p in logits.split([3, 2], -1)], -1))
+    torch.testing.assert_close(got, torch.where(advantage[:, None] > 0, softmax, mixture).detach())
+    normal = distribution(torch.randn(7, 4), (), unimix)
+    draws = normal.sample()
+    torch.testing.assert_close(
+        normal.gain(draws, advantage[:7].float()), advantage[:7].float() * normal.log_prob(draws)
+    )
