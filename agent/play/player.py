@@ -169,8 +169,9 @@ class Player:
     async def _step(self) -> None:
         async with self.turn:
             action = None if self.session.settings.agent else self._action()
+            due = self._due()  # a command that had the turn before may have paused
             self.tapped = []
-            if action is None and not self.session.settings.agent:
+            if not due or (action is None and not self.session.settings.agent):
                 return
             await self.blocking(self.session.step, action)
         await self.show()

@@ -341,6 +341,28 @@ def test_a_recording_that_cannot_be_written_is_one_line(images: Source, tmp_path
     session.close()
 
 
+def test_no_step_is_taken_after_a_pause(images: Source) -> None:
+    """Neither one that was due already, and waited for the command that paused."""
+
+    async def blocking(function: Callable, *arguments) -> object:
+        return function(*arguments)
+
+    async def main(pauses: bool) -> int:
+        session = images.session()
+        player = Player(images, session, blocking, {})
+        session.settings.agent = True
+        player.playing = True
+        async with player.turn:
+            step = asyncio.create_task(player._step())
+            await asyncio.sleep(0)
+            player.playing = not pauses
+        await step
+        session.close()
+        return session.now.number
+
+    assert [asyncio.run(main(pauses)) for pauses in (False, True)] == [1, 0]
+
+
 def test_the_agent_that_comes_with_the_program(source_of: Callable[[str], Source], tmp_path: Path) -> None:
     """It plays and dreams in its maze; what is recorded does not go to the program's own folder."""
     source = source_of("memory-maze-9x9")
