@@ -45,10 +45,9 @@ def register() -> None:
         if (env_id := f"longdream/{name}-v0") not in gym.registry:
             entry = f"longdream.envs.tasks.{module}:{name}"
             gym.register(env_id, entry_point=f"{entry}Env", vector_entry_point=f"{entry}VecEnv")
-    if (env_id := "longdream/Homing-v0") not in gym.registry:
-        gym.register(env_id, entry_point="longdream.envs.tasks.homing:HomingEnv")
-    if (env_id := "longdream/KeyDoor-v0") not in gym.registry:
-        gym.register(env_id, entry_point="longdream.envs.tasks.key_door:KeyDoorEnv")
+    for name, module in {"Homing": "homing", "KeyDoor": "key_door"}.items():
+        if (env_id := f"longdream/{name}-v0") not in gym.registry:
+            gym.register(env_id, entry_point=f"longdream.envs.tasks.{module}:{name}Env")
     if (env_id := "longdream/Remote-v0") not in gym.registry:
         gym.register(env_id, entry_point="longdream.envs.remote:RemoteEnv")
     for size in SIZES:
