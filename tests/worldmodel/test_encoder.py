@@ -240,6 +240,27 @@ def test_learning_through_m_sums_over_categories() -> None:
     assert 0.7 * 2 * np.log(16) < means[0] < 1.3 * 2 * np.log(16) and 0.7 * np.log(2) < means[1] < 1.3 * np.log(2)
 
 
+def test_learning_through_m_weighs_vectors_by_how_well_they_are_known() -> None:
+    """The gradient of an error of few numbers does not vanish with the error, down to the least variance."""
+    spec = {"speed": Spec("vector", (3,))}
+    encoder = build(spec, "categorical")
+    encoder.learn_through_model(0)
+    obs = draw(spec, 50)
+    encoder.update_scales(obs)
+    error = torch.tensor(0.0, requires_grad=True)
+    values = []
+    for scale in (1.0, 0.5, 0.01):
+        known = encoder._scaled("speed", obs["speed"])
+        encoder._decode = lambda z, exact, off=scale: {"speed": known + off * (1 + error)}  # type: ignore[method-assign]
+        loss = encoder.reconstruction(encoder(obs), torch.zeros(50, 0), obs)
+        assert loss.metrics["reconstruction/speed"].item() == pytest.approx(scale**2, rel=1e-4)
+        gradient = torch.autograd.grad(loss.value, error)[0].item()
+        values.append((loss.value.item(), gradient))
+    at = [3 * scale**2 / (scale**2 + 0.02) for scale in (1.0, 0.5, 0.01)]
+    assert [value for value, _ in values] == pytest.approx(at, rel=1e-4)
+    assert [gradient for _, gradient in values] == pytest.approx([2 * value for value in at], rel=1e-4)
+
+
 @pytest.mark.parametrize(("n", "count", "base"), [(1, 1, 1), (2, 1, 2), (32, 1, 32), (33, 2, 16), (256, 2, 16)])
 def test_categories_are_digits(n: int, count: int, base: int) -> None:
     digits = Digits(n)
