@@ -22,7 +22,7 @@ from longdream.agent.evaluation.probes import MazeProbe, Reading, pose_of
 from longdream.agent.play.frames import encode
 from longdream.controller.distributions import Categoricals
 from longdream.controller.types import Judging
-from longdream.envs.contract import Row
+from longdream.envs.contract import Row, UserError
 
 Memory = Literal["scan", "attention", "both"]
 Dreamt = tuple[Carry, dict[str, Tensor], Tensor, Tensor]
@@ -64,6 +64,9 @@ class Mind:
         self.config = agent.config
         self.steps = steps_to_show(agent.model.objective, agent.config.forcing.steps)
         """Denoising steps at first."""
+        state = self.empty().state
+        self.memories = frozenset(name for name, part in (("scan", state.mixers), ("attention", state.k)) if part)
+        """The parts of M's memory that there are."""
 
     def empty(self) -> Carry:
         """Nothing was seen yet."""
@@ -146,7 +149,14 @@ class Mind:
         return self.agent.acted(carry, action)
 
     def forget(self, carry: Carry, what: Memory) -> Carry:
-        """The carry with M's scans erased, its attention, or both. C sees it from the next frame on."""
+        """The carry with M's scans erased, its attention, or both. C sees it from the next frame on.
+
+        Raises:
+            UserError: M has no such memory.
+        """
+        missing = ({"scan", "attention"} if what == "both" else {what}) - self.memories
+        if missing:
+            raise UserError(f"this M has no {' and no '.join(sorted(missing))} that could be erased")
         state = carry.state
         if what in ("scan", "both"):
             state = state.without_long_memory()

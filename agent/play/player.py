@@ -114,6 +114,7 @@ class Player:
             "agent": source.mind is not None,
             "environment": source.real,
             "replay": source.moments is not None,
+            "memories": sorted(source.mind.memories) if source.mind else [],
             "upload": upload,
             "keys": source.keys.to_json(),
             "labels": source.keys.labels(),
@@ -179,7 +180,7 @@ class Player:
     async def show(self) -> None:
         """Send the moment that is shown."""
         if self.recording is not None:
-            self.recording.add(self.session.now)
+            self.recording.add(self.session)
             if self.recording.full:
                 await self._record(False, "mp4")
         self.unconfirmed += 1
@@ -365,7 +366,7 @@ class Player:
     async def _record(self, on: bool, form: Any) -> None:
         if on:
             self.recording = self.recording or Recording(self.source.spec)
-            self.recording.add(self.session.now)
+            self.recording.add(self.session)
             await self.send({"note": "recording"})
             return
         recording = self.recording

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Literal
@@ -13,9 +14,9 @@ import numpy as np
 from longdream.agent.data import npz_episodes as offline
 from longdream.agent.evaluation.plots import CONTEXT, IMAGINED, PANEL, beside, save_film
 from longdream.agent.play.frames import decode
-from longdream.agent.play.session import Moment
+from longdream.agent.play.session import Moment, Session
 from longdream.agent.run.files import check_own_path
-from longdream.envs.contract import EnvSpec
+from longdream.envs.contract import EnvSpec, Row
 from longdream.envs.images import rgb
 
 Format = Literal["mp4", "gif"]
@@ -26,8 +27,19 @@ QUALITY = "4"
 halved, which would blur small pictures."""
 
 
+@dataclass(frozen=True)
+class Lived:
+    """What an episode keeps of a moment. mark: tells it from those of other futures with the same number."""
+
+    number: int
+    mark: int
+    action: np.ndarray | None
+    row: Row | None
+    probes: dict[str, np.ndarray]
+
+
 class Recording:
-    """Moments in the order in which they were shown, and of reality those that led to the last one.
+    """Moments in the order in which they were shown, and of reality those that led to the newest one.
 
     spec: of the observations and actions.
     """
@@ -35,7 +47,7 @@ class Recording:
     def __init__(self, spec: EnvSpec) -> None:
         self.spec = spec
         self.shown: list[tuple[bytes | None, bytes | None, bool]] = []
-        self.lived: list[Moment] = []
+        self.lived: list[Lived] = []
         self.last: Moment | None = None
 
     def __len__(self) -> int:
@@ -45,15 +57,25 @@ class Recording:
     def full(self) -> bool:
         return len(self) >= MOST
 
-    def add(self, moment: Moment) -> None:
-        """Take in a moment that is shown. One that branches off an earlier moment replaces what came after that."""
+    def add(self, session: Session) -> None:
+        """Take in the moment that a session shows.
+
+        Steps that were taken back lie in the session's other future; they are left out. To look back takes back
+        nothing.
+        """
+        moment = session.now
         if moment is self.last:  # it is shown again, as after a setting has changed
             return
         self.last = moment
-        self.shown.append((moment.real and moment.real.picture, moment.dream, moment.eyes))
-        while self.lived and self.lived[-1].number >= moment.number:
+        mode = session.settings.mode
+        real = moment.real.picture if moment.real and mode != "dream" else None
+        self.shown.append((real, moment.dream if mode != "reality" else None, moment.eyes))
+        gone = {(other.number, id(other)) for other in session.other}
+        while self.lived and (self.lived[-1].number, self.lived[-1].mark) in gone:
             self.lived.pop()
-        self.lived.append(moment)
+        if not self.lived or moment.number > self.lived[-1].number:
+            row, probes = (moment.real.row, moment.real.probes) if moment.real else (None, {})
+            self.lived.append(Lived(moment.number, id(moment), moment.action, row, probes))
 
     def save(self, root: Path, form: Format, fps: float) -> list[Path]:
         """Write the film to `root`/videos and the episodes to `root`/recordings; their paths, the film's first.
@@ -66,7 +88,7 @@ class Recording:
         save_film(film, self._film(), fps)
         paths = [film]
         for episode in self._episodes():
-            maze = "maze_layout" in (episode[0].real.probes if episode[0].real else {})
+            maze = "maze_layout" in episode[0].probes
             path = _unused(root / "recordings", ".npz" if maze else ".mp4")
             check_own_path(root, path)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,26 +114,26 @@ class Recording:
             ]
             yield beside(pictures, captions, colours)
 
-    def _episodes(self) -> Iterator[list[Moment]]:
+    def _episodes(self) -> Iterator[list[Lived]]:
         """Stretches of reality without a gap: of one episode, of two rows or more, in which something is seen."""
         if not any(known.kind == "image" for known in self.spec.obs.values()):
             return
-        episode: list[Moment] = []
+        episode: list[Lived] = []
         for moment in self.lived:
             follows = bool(episode) and moment.action is not None and moment.number == episode[-1].number + 1
-            if not follows or moment.real is None:
+            if not follows or moment.row is None:
                 if len(episode) > 1:
                     yield episode
                 episode = []
-            if moment.real is not None:
+            if moment.row is not None:
                 episode.append(moment)
         if len(episode) > 1:
             yield episode
 
-    def _write_mp4(self, path: Path, episode: list[Moment], fps: float) -> None:
+    def _write_mp4(self, path: Path, episode: list[Lived], fps: float) -> None:
         """Layout mp4: frames, and beside them the action that was taken at each but the last."""
         key = next(key for key, known in self.spec.obs.items() if known.kind == "image")
-        images = [moment.real.row.obs[key][0] for moment in episode if moment.real]
+        images = [moment.row.obs[key][0] for moment in episode if moment.row]
         height, width = images[0].shape[:2]
         with av.open(str(path), "w") as file:
             stream = file.add_stream("libx264", rate=max(1, round(fps)), options={"crf": QUALITY})
@@ -129,15 +151,14 @@ class Recording:
             np.save(path.with_suffix(".npy"), actions)
 
 
-def _write_maze(path: Path, episode: list[Moment]) -> None:
+def _write_maze(path: Path, episode: list[Lived]) -> None:
     """Layout memory-maze."""
     rows = []
     for before, moment in pairwise([None, *episode]):
-        assert moment is not None and moment.real is not None
-        real = moment.real
+        assert moment is not None and moment.row is not None
         action = None if before is None or moment.action is None else int(moment.action.argmax())
-        (image,) = real.row.obs.values()
-        rows.append(offline.row(image[0], action, float(real.row.reward[0]) if before else 0.0, real.probes))
+        (image,) = moment.row.obs.values()
+        rows.append(offline.row(image[0], action, float(moment.row.reward[0]) if before else 0.0, moment.probes))
     offline.write(path, rows[: offline.STEPS + 1])
 
 

@@ -10,6 +10,7 @@ import ipaddress
 import json
 import secrets
 import sys
+import threading
 import time
 import webbrowser
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -74,11 +75,15 @@ class Guard:
 
     def refusal(self, request: web.Request) -> str:
         """Why this request is not answered; empty if it is."""
-        name = urlsplit(f"//{request.host}").hostname or ""
+        origin = request.headers.get("Origin")
+        try:
+            name = urlsplit(f"//{request.host}").hostname or ""
+            page = request.host if origin is None else urlsplit(origin).netloc
+        except ValueError:
+            return "the address cannot be read"
         if not self.token and not is_loopback(name):
             return f"this server answers to localhost, not to {name[:100]!r}"
-        origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != request.host:
+        if page != request.host:
             return "this page is of another origin"
         if origin is None and request.headers.get("Upgrade", "").lower() == "websocket":
             return "a socket needs an Origin"
@@ -144,12 +149,17 @@ async def serve(service: Service, host: str, port: int, show: bool, ready: Calla
     if ready is not None:
         ready(address)
     if show:
-        with contextlib.suppress(webbrowser.Error):
-            await asyncio.to_thread(webbrowser.open, address)
+        # not waited for: a browser in a terminal returns when it is quit
+        threading.Thread(target=_show, args=(address,), daemon=True).start()
     try:
         await service.work()
     finally:
         await runner.cleanup()
+
+
+def _show(address: str) -> None:
+    with contextlib.suppress(webbrowser.Error):
+        webbrowser.open(address)
 
 
 def _address(host: str, port: int, token: str) -> str:
@@ -201,7 +211,12 @@ class PlayService:
             UserError: what is to be played cannot be.
         """
         try:
-            source = await self.blocking(self.load)
+            try:
+                source = await self.blocking(self.load)
+            except Exception as error:
+                self.source.set_exception(error)
+                await asyncio.sleep(0.2)  # pages that wait are told why
+                raise
             self.source.set_result(source)
             for note in source.notes:
                 print(f"note: {note}", file=sys.stderr)

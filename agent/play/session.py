@@ -256,7 +256,8 @@ class Session:
         if len(self.history) > KEPT:
             del self.history[0]
         self.at = len(self.history) - 1
-        self.other = [other for other in self.other if other.number > self.history[0].number]
+        if self.other and self.other[0].number <= self.history[0].number:
+            self.other = []  # the moment where it parts is no longer kept
 
     # -- going back ---------------------------------------------------------------------------------------------------
 

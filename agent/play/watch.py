@@ -77,6 +77,7 @@ class WatchedRun:
         self.offset = 0
         self.written = 0.0
         self.step = 0
+        self.state = ""
         self.pictures: dict[str, int] = {}
         self.about: dict[str, Any] = {}
         try:
@@ -91,6 +92,7 @@ class WatchedRun:
         try:
             self._metrics()
             self._pictures()
+            self._state()
         except OSError as error:
             self.about["problem"] = error.strerror or str(error)
 
@@ -139,13 +141,19 @@ class WatchedRun:
             self.pictures = newest
             self.version += 1
 
-    def to_json(self) -> dict[str, Any]:
+    def _state(self) -> None:
         finished = (self.folder / "summary.json").exists()
         lively = time.time() - self.written < QUIET_S
+        state = "finished" if finished else "training" if lively else "quiet"
+        if state != self.state:
+            self.state = state
+            self.version += 1
+
+    def to_json(self) -> dict[str, Any]:
         return {
-            "name": self.folder.name,
+            "name": self.folder.resolve().name,
             "about": self.about,
-            "state": "finished" if finished else "training" if lively else "quiet",
+            "state": self.state,
             "step": self.step,
             "curves": {key: curve.to_json() for key, curve in self.curves.items()},
             "pictures": self.pictures,
@@ -198,7 +206,7 @@ class WatchService:
         return response
 
     def _poll(self, seen: dict[str, Any]) -> str:
-        folders = {path.name: path for path in self._folders()}
+        folders = {path.resolve().name: path for path in self._folders()}
         self.runs = {name: self.runs.get(name) or WatchedRun(path) for name, path in folders.items()}
         for run in self.runs.values():
             run.poll()

@@ -249,9 +249,10 @@ def test_learning_through_m_weighs_vectors_by_how_well_they_are_known() -> None:
     encoder.update_scales(obs)
     error = torch.tensor(0.0, requires_grad=True)
     values = []
+    known = encoder._scaled("speed", obs["speed"])
     for scale in (1.0, 0.5, 0.01):
-        known = encoder._scaled("speed", obs["speed"])
-        encoder._decode = lambda z, exact, off=scale: {"speed": known + off * (1 + error)}  # type: ignore[method-assign]
+        wrong = {"speed": known + scale * (1 + error)}
+        encoder._decode = lambda z, exact, wrong=wrong: wrong  # type: ignore[method-assign]
         loss = encoder.reconstruction(encoder(obs), torch.zeros(50, 0), obs)
         assert loss.metrics["reconstruction/speed"].item() == pytest.approx(scale**2, rel=1e-4)
         gradient = torch.autograd.grad(loss.value, error)[0].item()

@@ -78,13 +78,16 @@ function welcome(message) {
   $("mode-reality").hidden = !message.environment;
   $("driver").hidden = !message.agent;
   $("judgement").hidden = !message.agent;
-  $("memory").hidden = !message.agent;
+  $("memory").hidden = !message.memories.length;
+  for (const what of ["scan", "attention"]) $(`forget-${what}`).hidden = !message.memories.includes(what);
+  $("forget-both").hidden = message.memories.length < 2;
   $("eyes").hidden = !both;
   $("start-episode").hidden = !message.environment;
   $("start-replay").hidden = !message.replay;
   $("upload-label").hidden = Boolean(message.upload);
   $("speed").max = message.fastest;
   pad(message.keys);
+  if (held.size) keysChanged(); // held while the connection was lost
 }
 
 // -- pictures -------------------------------------------------------------------------------------------------------

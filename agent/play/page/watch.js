@@ -36,6 +36,7 @@ async function ask() {
 }
 
 function update(news) {
+  const gone = order.some((name) => !news.names.includes(name));
   order = news.names;
   for (const name of [...runs.keys()]) if (!order.includes(name)) runs.delete(name);
   for (const [name, run] of Object.entries(news.runs)) runs.set(name, run);
@@ -49,7 +50,7 @@ function update(news) {
   const { cores, load, free_memory: memory, free_disk: disk } = news.machine;
   const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(0)} GiB`;
   $("machine").textContent = `load ${load} of ${cores} cores, ${gib(memory)} of memory and ${gib(disk)} of disk free`;
-  if (Object.keys(news.runs).length || !$("runs").children.length) render();
+  if (gone || Object.keys(news.runs).length || !$("runs").children.length) render();
 }
 
 const colourOf = (name) => COLOURS[order.indexOf(name) % COLOURS.length];

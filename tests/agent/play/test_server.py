@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import struct
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,8 @@ import pytest
 from longdream.agent.bench.agents.play import measure
 from longdream.agent.cli import main as cli
 from longdream.agent.play.server import MESSAGE_BYTES, Guard, PlayService, is_loopback, serve
+from longdream.agent.play.watch import WatchedRun
+from longdream.envs.contract import UserError
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,11 @@ def test_other_names_and_origins_are_refused(server) -> None:
     for origin in ("http://evil.example", f"http://evil.example:{port}", "null", f"http://127.0.0.1:{int(port) + 1}"):
         assert asyncio.run(main(Origin=origin)) == 403
     assert asyncio.run(main(Accept="*/*")) == 403  # no origin at all
+
+
+def test_an_address_that_is_none_is_refused(server) -> None:
+    assert fetch(server.address, Host="[::1")[0] == 403
+    assert fetch(server.address, Origin="http://[")[0] == 403
 
 
 def test_hosts() -> None:
@@ -239,6 +247,66 @@ def test_an_error_that_nobody_meant_is_told(caplog) -> None:
 
     asyncio.run(main())
     assert "in session" in caplog.text
+
+
+def test_a_page_that_waits_is_told_why_nothing_can_be_played() -> None:
+    opened = threading.Event()
+
+    def load() -> None:
+        opened.wait(20)
+        raise UserError("runs/broken has no checkpoint")
+
+    async def main() -> None:
+        addresses: asyncio.Queue[str] = asyncio.Queue()
+        serving = asyncio.create_task(serve(PlayService(load), "127.0.0.1", 0, False, addresses.put_nowait))
+        async with page(await addresses.get()) as one:
+            opened.set()
+            assert await one.error() == "runs/broken has no checkpoint"
+        with pytest.raises(UserError, match="no checkpoint"):
+            await serving
+
+    asyncio.run(main())
+
+
+def test_a_browser_that_stays_open_is_not_waited_for(monkeypatch) -> None:
+    closed = threading.Event()
+    monkeypatch.setattr("webbrowser.open", lambda address: closed.wait(20))
+
+    class Nothing:
+        page = "watch.html"
+
+        def routes(self) -> list:
+            return []
+
+        async def work(self) -> None:
+            return
+
+    async def main() -> None:
+        await asyncio.wait_for(serve(Nothing(), "127.0.0.1", 0, True), 10)
+
+    asyncio.run(main())
+    closed.set()
+
+
+def test_what_a_run_does_is_told_though_nothing_is_written(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("preset: tiny\n")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "train/reward": 0.5}\n')
+    run = WatchedRun(folder)
+
+    def state() -> tuple[str, bool]:
+        version = run.version
+        run.poll()
+        return run.to_json()["state"], run.version != version
+
+    assert state() == ("training", True) and state() == ("training", False)
+    monkeypatch.setattr("longdream.agent.play.watch.QUIET_S", -1.0)
+    assert state() == ("quiet", True)
+    (folder / "summary.json").write_text("{}")
+    assert state() == ("finished", True)
+    monkeypatch.chdir(folder)
+    assert WatchedRun(Path(".")).to_json()["name"] == "run"
 
 
 def test_too_many_pages(server) -> None:

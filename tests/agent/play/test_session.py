@@ -157,6 +157,39 @@ def test_what_is_kept_is_bounded(images: Source, monkeypatch: pytest.MonkeyPatch
     session.close()
 
 
+def test_a_future_without_its_beginning_is_no_future(images: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Swapped in, it would go on from a moment that it does not come from."""
+    monkeypatch.setattr(play, "KEPT", 8)
+    session = images.session()
+    go(session, images, *[FORWARD] * 7)
+    session.go(1)
+    go(session, images, *[FORWARD] * 6)
+    assert session.history[0].number == 0 and session.other[0].number == 2
+    go(session, images, FORWARD)
+    session.swap()
+    assert [moment.number for moment in session.history] == list(range(1, 8))
+    session.swap()
+    session.go(8)
+    go(session, images, FORWARD)  # the moment where they part is no longer kept
+    with pytest.raises(UserError, match="no other future"):
+        session.swap()
+    session.close()
+
+
+def test_a_memory_that_is_not_there_cannot_be_erased(images: Source) -> None:
+    session = images.session()
+    assert images.mind and images.mind.memories == {"scan", "attention"}
+    images.mind.memories = frozenset({"scan"})
+    try:
+        session.forget("scan")
+        for what in ("attention", "both"):
+            with pytest.raises(UserError, match="no attention that could be erased"):
+                session.forget(what)
+    finally:
+        images.mind.memories = frozenset({"scan", "attention"})
+    session.close()
+
+
 @pytest.mark.parametrize("what", ["scan", "attention", "both"])
 def test_forget(what, images: Source) -> None:
     session = images.session()
@@ -254,11 +287,11 @@ def test_demonstrations_in_a_maze_are_episodes(source_of: Callable[[str], Source
     source = source_of("longdream/FastMemoryMaze-9x9-v0")
     session = source.session()
     recording = Recording(source.spec)
-    recording.add(session.now)
+    recording.add(session)
     keys = [(FORWARD,), ("ArrowLeft",), (FORWARD, "ArrowRight"), ()]
     for held in keys:
         session.step(source.keys.action(held))
-        recording.add(session.now)
+        recording.add(session)
     film, path = recording.save(tmp_path, "gif", 8)
     assert film == tmp_path / "videos" / "play-1.gif" and path == tmp_path / "recordings" / "play-1.npz"
     episode = read(path)
@@ -280,15 +313,15 @@ def test_other_demonstrations_are_videos_with_actions(images: Source, tmp_path: 
     recording = Recording(images.spec)
     session.episodes = 0
     session.begin("episode")
-    recording.add(session.now)
+    recording.add(session)
     for key in (FORWARD, FORWARD, FORWARD, FORWARD, DOOR):
         go(session, images, key)
-        recording.add(session.now)
+        recording.add(session)
     number = session.now.number
     session.go(number - 2)
-    recording.add(session.now)
+    recording.add(session)
     go(session, images, DOOR)  # the last two steps did not happen after all
-    recording.add(session.now)
+    recording.add(session)
     assert len(recording) == 8
     film, path = recording.save(tmp_path, "mp4", 8)
     assert film.stat().st_size > 1000
@@ -297,17 +330,47 @@ def test_other_demonstrations_are_videos_with_actions(images: Source, tmp_path: 
     (one,) = library.recordings
     assert one.length == 5 and library.reader.actions(one, 0, 4).argmax(1).tolist() == [0, 0, 0, 1]
     frames = library.reader.frames(one, 0, 5, 16)
-    lived = [moment.real.row.obs["obs"][0] for moment in recording.lived if moment.real]
+    lived = [moment.row.obs["obs"][0] for moment in recording.lived if moment.row]
     assert abs(frames.astype(int) - np.stack(lived)).mean() < 6
     again, _ = recording.save(tmp_path, "mp4", 8)
     assert again.name == "play-2.mp4" and path.name == "play-1.mp4"
     session.close()
 
 
+def test_to_look_back_takes_nothing_back(images: Source, tmp_path: Path) -> None:
+    session = images.session()
+    recording = Recording(images.spec)
+    for number in (None, None, None, 1, 2, None):  # forward three times, back, on again, forward
+        if number is None:
+            go(session, images, FORWARD)
+        else:
+            session.go(number)
+        recording.add(session)
+    assert [moment.number for moment in recording.lived] == [1, 2, 3]
+    session.go(3)
+    recording.add(session)
+    go(session, images, FORWARD)
+    recording.add(session)
+    assert [moment.number for moment in recording.lived] == [1, 2, 3, 4]
+    session.close()
+
+
+def test_a_film_shows_the_sides_that_were_shown(images: Source, tmp_path: Path) -> None:
+    session = images.session()
+    for mode, sides in (("reality", (True, False)), ("dream", (False, True)), ("both", (True, True))):
+        session.set_mode(mode)
+        recording = Recording(images.spec)
+        for _ in range(2):
+            go(session, images, FORWARD)
+            recording.add(session)
+        assert [tuple(bool(side) for side in shown[:2]) for shown in recording.shown] == [sides] * 2
+    session.close()
+
+
 def test_nothing_is_written_through_a_link(images: Source, tmp_path: Path) -> None:
     session = images.session()
     recording = Recording(images.spec)
-    recording.add(session.now)
+    recording.add(session)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / "run").mkdir()
