@@ -260,6 +260,18 @@ def test_a_lost_connection_comes_back(served, browser, run: Path) -> None:
     page.close()
 
 
+def test_a_key_held_through_a_lost_connection_still_counts(page, server) -> None:
+    opened(page, server.address)
+    page.keyboard.down("ArrowUp")
+    moment(page, 2)
+    page.evaluate("() => socket.close()")
+    expect(page.locator("#state")).to_contain_text("connection lost")
+    expect(page.locator("#state")).to_have_text("")
+    now = int(page.locator("#moment").inner_text().split()[0])
+    page.wait_for_function(f"() => parseInt(document.getElementById('moment').textContent) > {now + 2}")
+    page.keyboard.up("ArrowUp")
+
+
 def test_a_phone_shows_everything_in_its_width(page, server) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     opened(page, server.address)
