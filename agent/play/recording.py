@@ -29,7 +29,7 @@ halved, which would blur small pictures."""
 
 @dataclass(frozen=True)
 class Lived:
-    """What an episode keeps of a moment. mark: tells it from those of other futures with the same number."""
+    """What an episode keeps of a moment. mark: of its reality, tells it from those of other futures with its number."""
 
     number: int
     mark: int
@@ -70,12 +70,12 @@ class Recording:
         mode = session.settings.mode
         real = moment.real.picture if moment.real and mode != "dream" else None
         self.shown.append((real, moment.dream if mode != "reality" else None, moment.eyes))
-        gone = {(other.number, id(other)) for other in session.other}
+        gone = {(other.number, id(other.real)) for other in session.other}
         while self.lived and (self.lived[-1].number, self.lived[-1].mark) in gone:
             self.lived.pop()
         if not self.lived or moment.number > self.lived[-1].number:
             row, probes = (moment.real.row, moment.real.probes) if moment.real else (None, {})
-            self.lived.append(Lived(moment.number, id(moment), moment.action, row, probes))
+            self.lived.append(Lived(moment.number, id(moment.real), moment.action, row, probes))
 
     def save(self, root: Path, form: Format, fps: float) -> list[Path]:
         """Write the film to `root`/videos and the episodes to `root`/recordings; their paths, the film's first.

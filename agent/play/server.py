@@ -215,6 +215,7 @@ class PlayService:
                 source = await self.blocking(self.load)
             except Exception as error:
                 self.source.set_exception(error)
+                self.source.exception()  # there may be no page that asks for it
                 await asyncio.sleep(0.2)  # pages that wait are told why
                 raise
             self.source.set_result(source)

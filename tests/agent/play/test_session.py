@@ -352,6 +352,14 @@ def test_to_look_back_takes_nothing_back(images: Source, tmp_path: Path) -> None
     go(session, images, FORWARD)
     recording.add(session)
     assert [moment.number for moment in recording.lived] == [1, 2, 3, 4]
+    session.forget("scan")  # another value of the same moment
+    recording.add(session)
+    session.go(1)
+    recording.add(session)
+    go(session, images, DOOR)  # three steps are taken back
+    recording.add(session)
+    assert [moment.number for moment in recording.lived] == [1, 2]
+    assert recording.lived[1].action is not None and recording.lived[1].action.argmax() == 1
     session.close()
 
 
