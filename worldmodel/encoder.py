@@ -178,7 +178,7 @@ class Encoder(nn.Module):
 
         Of vectors, the error is divided by its own mean and `LEAST_VARIANCE`: the better V knows them, the more what is
         left counts, as with a variance that is learned (Rybkin et al. 2021, arXiv 2006.13202). With a fixed variance of
-        1, the KL is worth more than the last tenth of a few numbers.
+        1, V gave up small differences of a few numbers for a smaller KL.
 
         Args:
             z: `(R, N, D)`. feat: `(R, F)`. obs: `(R, *shape)` per key.
@@ -273,7 +273,7 @@ def module_name(key: str) -> str:
 
 
 LEAST_VARIANCE = 0.02
-"""Variance of normalised vectors under V's decoder at which V need not know them better."""
+"""Squared error of normalised vectors below which V gains little by knowing them better."""
 IMAGE_WEIGHT = 10.0
 """Weight of images in the loss: their mean squared error is small compared with losses of order one."""
 

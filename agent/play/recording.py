@@ -29,12 +29,11 @@ halved, which would blur small pictures."""
 
 @dataclass(frozen=True)
 class Lived:
-    """What an episode keeps of a moment. mark: of its reality, tells it from those of other futures with its number."""
+    """What an episode keeps of a moment with a reality: a small part of it."""
 
     number: int
-    mark: int
     action: np.ndarray | None
-    row: Row | None
+    row: Row
     probes: dict[str, np.ndarray]
 
 
@@ -70,12 +69,11 @@ class Recording:
         mode = session.settings.mode
         real = moment.real.picture if moment.real and mode != "dream" else None
         self.shown.append((real, moment.dream if mode != "reality" else None, moment.eyes))
-        gone = {(other.number, id(other.real)) for other in session.other}
-        while self.lived and (self.lived[-1].number, self.lived[-1].mark) in gone:
+        taken_back = {id(other.real.row) for other in session.other if other.real}
+        while self.lived and id(self.lived[-1].row) in taken_back:
             self.lived.pop()
-        if not self.lived or moment.number > self.lived[-1].number:
-            row, probes = (moment.real.row, moment.real.probes) if moment.real else (None, {})
-            self.lived.append(Lived(moment.number, id(moment.real), moment.action, row, probes))
+        if moment.real and (not self.lived or moment.number > self.lived[-1].number):
+            self.lived.append(Lived(moment.number, moment.action, moment.real.row, moment.real.probes))
 
     def save(self, root: Path, form: Format, fps: float) -> list[Path]:
         """Write the film to `root`/videos and the episodes to `root`/recordings; their paths, the film's first.
@@ -120,20 +118,18 @@ class Recording:
             return
         episode: list[Lived] = []
         for moment in self.lived:
-            follows = bool(episode) and moment.action is not None and moment.number == episode[-1].number + 1
-            if not follows or moment.row is None:
+            if not episode or moment.action is None or moment.number != episode[-1].number + 1:
                 if len(episode) > 1:
                     yield episode
                 episode = []
-            if moment.row is not None:
-                episode.append(moment)
+            episode.append(moment)
         if len(episode) > 1:
             yield episode
 
     def _write_mp4(self, path: Path, episode: list[Lived], fps: float) -> None:
         """Layout mp4: frames, and beside them the action that was taken at each but the last."""
         key = next(key for key, known in self.spec.obs.items() if known.kind == "image")
-        images = [moment.row.obs[key][0] for moment in episode if moment.row]
+        images = [moment.row.obs[key][0] for moment in episode]
         height, width = images[0].shape[:2]
         with av.open(str(path), "w") as file:
             stream = file.add_stream("libx264", rate=max(1, round(fps)), options={"crf": QUALITY})
@@ -155,7 +151,7 @@ def _write_maze(path: Path, episode: list[Lived]) -> None:
     """Layout memory-maze."""
     rows = []
     for before, moment in pairwise([None, *episode]):
-        assert moment is not None and moment.row is not None
+        assert moment is not None
         action = None if before is None or moment.action is None else int(moment.action.argmax())
         (image,) = moment.row.obs.values()
         rows.append(offline.row(image[0], action, float(moment.row.reward[0]) if before else 0.0, moment.probes))

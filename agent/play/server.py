@@ -214,9 +214,8 @@ class PlayService:
             try:
                 source = await self.blocking(self.load)
             except Exception as error:
-                self.source.set_exception(error)
-                self.source.exception()  # there may be no page that asks for it
-                await asyncio.sleep(0.2)  # pages that wait are told why
+                self.source.set_exception(error)  # pages that wait are told
+                self.source.exception()  # and there may be none
                 raise
             self.source.set_result(source)
             for note in source.notes:

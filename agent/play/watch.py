@@ -151,7 +151,7 @@ class WatchedRun:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "name": self.folder.resolve().name,
+            "name": self.folder.name,
             "about": self.about,
             "state": self.state,
             "step": self.step,
@@ -181,7 +181,7 @@ class WatchService:
 
     def _folders(self) -> list[Path]:
         if self.alone:
-            return [self.root]
+            return [self.root.resolve()]  # "." has a name, too
         folders = [path.parent for path in self.root.glob("*/config.yaml")]
         newest = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
         return newest[:MOST_RUNS]
@@ -206,7 +206,7 @@ class WatchService:
         return response
 
     def _poll(self, seen: dict[str, Any]) -> str:
-        folders = {path.resolve().name: path for path in self._folders()}
+        folders = {path.name: path for path in self._folders()}
         self.runs = {name: self.runs.get(name) or WatchedRun(path) for name, path in folders.items()}
         for run in self.runs.values():
             run.poll()

@@ -330,7 +330,7 @@ def test_other_demonstrations_are_videos_with_actions(images: Source, tmp_path: 
     (one,) = library.recordings
     assert one.length == 5 and library.reader.actions(one, 0, 4).argmax(1).tolist() == [0, 0, 0, 1]
     frames = library.reader.frames(one, 0, 5, 16)
-    lived = [moment.row.obs["obs"][0] for moment in recording.lived if moment.row]
+    lived = [moment.row.obs["obs"][0] for moment in recording.lived]
     assert abs(frames.astype(int) - np.stack(lived)).mean() < 6
     again, _ = recording.save(tmp_path, "mp4", 8)
     assert again.name == "play-2.mp4" and path.name == "play-1.mp4"
